@@ -1,0 +1,243 @@
+"""The run configuration: a frozen, typed tree, and nothing else decides what a run does.
+
+Top level: the roles ``actor critic reference reward``, then ``rollout algorithm data trainer
+placement fusion``. Key names are the field's. An unknown key is an error that names the nearest
+known one. Reading files and overrides is in `rlhfuse.config_file`.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Switch = Literal["auto", "on", "off"]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen group of keys."""
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up and a schedule over the run's optimizer steps."""
+
+    lr: NonNegativeFloat = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0  # global norm over all stages; 0: off
+    lr_warmup_steps: NonNegative = 0
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: Fraction = 0.0
+
+
+class TrainedModelConfig(Section):
+    """What actor and critic share. `path` is a Hugging Face model folder."""
+
+    path: str = ""
+    optim: OptimConfig = OptimConfig()
+    ppo_mini_batch_size: Positive = 32  # prompts per optimizer step
+    ppo_epochs: Positive = 1
+    num_microbatches: NonNegative = 0  # per mini-batch; 0: from the token budget
+    ppo_max_token_len_per_gpu: Positive = 16384  # token budget of a micro-batch
+    gradient_checkpointing: bool = False
+
+
+class ActorConfig(TrainedModelConfig):
+    """The policy and its loss."""
+
+    clip_ratio: PositiveFloat = 0.2
+    clip_ratio_low: PositiveFloat | None = None
+    clip_ratio_high: PositiveFloat | None = None
+    clip_ratio_c: float = 3.0  # dual clip for negative advantages; 0: off
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    entropy_coeff: NonNegativeFloat = 0.0
+    use_kl_loss: bool = False
+    kl_loss_coef: NonNegativeFloat = 0.001
+    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+
+
+class CriticConfig(TrainedModelConfig):
+    """The value model and its loss. `init_seed` starts a new head where `path` has none."""
+
+    cliprange_value: PositiveFloat = 0.5
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    init_seed: int = 0
+
+
+class ReferenceConfig(Section):
+    """The frozen reference policy; an empty path means the actor's starting weights."""
+
+    path: str = ""
+
+
+class RewardFunctionConfig(Section):
+    """`compute_score` in a Python file: ``path`` and ``name``."""
+
+    path: str
+    name: str = "compute_score"
+
+
+class RewardConfig(Section):
+    """Where scores come from: exactly one of a model folder, a function, a service."""
+
+    path: str = ""
+    function: RewardFunctionConfig | None = None
+    url: str = ""
+    auth_env: str = ""  # environment variable that holds the service's bearer token
+    timeout_s: PositiveFloat = 30.0
+    retries: NonNegative = 3
+    num_workers: Positive = 2
+    batch_size: Positive = 16  # samples per request of a service
+    on_error: Literal["fail", "score"] = "fail"
+    error_score: float = 0.0  # used with on_error: score
+    clip: PositiveFloat | None = None  # clip scores to [-clip, clip]
+
+
+class RolloutConfig(Section):
+    """Generation."""
+
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    n: Positive = 1  # responses per prompt
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegative = 0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    min_p: Fraction = 0.0
+    response_length: Positive = 256
+    min_response_length: NonNegative = 0
+    stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's end-of-sequence token
+    max_num_seqs: Positive = 64  # running samples per instance
+    cache_tokens: NonNegative = 0  # key-value room per instance; 0: max_num_seqs full samples
+    score_token_budget: Positive = 2048  # tokens per scoring batch
+    old_log_probs: Literal["recompute", "engine"] = "recompute"
+    exactness: Literal["auto", "token", "distribution"] = "auto"
+
+
+class KlControlConfig(Section):
+    type: Literal["fixed", "adaptive"] = "fixed"
+    kl_coef: NonNegativeFloat = 0.05
+    target_kl: PositiveFloat = 6.0
+    horizon: Positive = 10_000
+
+
+class AlgorithmConfig(Section):
+    """How scores become advantages."""
+
+    adv_estimator: Literal["gae", "grpo", "rloo", "reinforce_plus_plus"] = "gae"
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    use_kl_in_reward: bool = True
+    kl_penalty: Literal["k1", "k2", "k3"] = "k1"
+    kl_ctrl: KlControlConfig = KlControlConfig()
+    whiten_advantages: bool = True
+    norm_adv_by_std_in_grpo: bool = True
+    critic_warmup: NonNegative = 0  # steps in which only the critic is trained
+    tis: Literal["auto", "on", "off"] = "auto"  # truncated importance sampling
+    tis_cap: PositiveFloat = 2.0
+
+
+class ValidationConfig(Section):
+    """One validation set and how it is sampled."""
+
+    name: str
+    files: tuple[str, ...]
+    n: Positive = 1  # responses per prompt; pass@k for k up to n
+    temperature: NonNegativeFloat = 0.0  # 0: greedy
+    top_k: NonNegative = 0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    max_samples: NonNegative = 0  # 0: all
+    pass_threshold: float = 0.5  # a response passes when its score is above
+
+
+class DataConfig(Section):
+    train_files: tuple[str, ...] = ()
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    max_prompt_length: Positive = 512
+    overlong_prompts: Literal["error", "filter", "truncate_left"] = "error"
+    train_batch_size: Positive = 64  # prompts per step
+    shuffle: bool = True
+    validation: tuple[ValidationConfig, ...] = ()
+
+
+class TrainerConfig(Section):
+    project_name: str = "rlhfuse"
+    experiment_name: str = "default"
+    default_local_dir: str = "runs"
+    seed: int = 1
+    total_epochs: Positive = 1
+    total_training_steps: NonNegative = 0  # 0: by epochs
+    save_freq: NonNegative = 0  # steps; 0: only at the end
+    max_checkpoints: NonNegative = 2  # kept beside the best; 0: all
+    test_freq: NonNegative = 0
+    val_before_train: bool = True
+    best_metric: str = ""  # a val-core/* metric; empty: the first one
+    logger: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = (
+        "console",
+        "jsonl",
+        "tensorboard",
+    )
+    report: bool = True
+    wait_timeout_s: PositiveFloat = 600.0  # longest silence of a worker before the run ends
+
+
+class PlacementConfig(Section):
+    """Devices. Each hosts a rollout worker and a training worker."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_devices: Positive = 2
+    pin_cpus: bool = True
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    actor_pp: NonNegative = 0  # pipeline stages of the actor; 0: all devices
+    critic_pp: NonNegative = 0
+    ray_address: str = ""  # empty: a private local cluster
+
+
+class FusionConfig(Section):
+    """``off`` for both is the serial baseline: same samples, same update."""
+
+    inter_stage: Switch = "auto"
+    intra_stage: Switch = "auto"
+    split_weight: bool = False  # schedules with the weight gradient split off
+    migration: Literal["auto", "paper", "off"] = "auto"
+    migration_margin: NonNegativeFloat = 0.02  # least predicted gain, as a share of the rest
+    audit_every: NonNegative = 0  # run every Nth step serially and log the speed-up
+
+
+class Config(Section):
+    """One run."""
+
+    actor: ActorConfig = ActorConfig()
+    critic: CriticConfig = CriticConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    data: DataConfig = DataConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    placement: PlacementConfig = PlacementConfig()
+    fusion: FusionConfig = FusionConfig()
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.algorithm.adv_estimator == "gae"
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether reference log-probabilities enter the rewards or the loss."""
+        in_reward = self.algorithm.use_kl_in_reward and self.algorithm.adv_estimator != "grpo"
+        return in_reward or self.actor.use_kl_loss
+
+    @property
+    def scored_roles(self) -> tuple[str, ...]:
+        """Roles whose inference runs on rollout workers, in the order of their usual cost."""
+        roles = {
+            "actor": self.rollout.old_log_probs == "recompute",
+            "critic": self.uses_critic,
+            "reference": self.uses_reference,
+            "reward": bool(self.reward.path),
+        }
+        return tuple(role for role, used in roles.items() if used)

@@ -1,0 +1,1 @@
+"""Other frameworks' configurations become ours. Nothing is dropped silently."""

@@ -1,0 +1,323 @@
+"""All that crosses a process: commands to workers, events from them, requests between them.
+
+Every message is a tagged struct, encoded as msgpack by `rlhfuse.transport`. Token ids travel as
+int32 bytes; per-token floats never pass the controller: they stay with the worker that made them
+and are fetched by the worker that needs them (`Fetch*` between workers).
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from rlhfuse.timeline import Span
+
+PROTOCOL_VERSION = 1
+SampleIds = tuple[int, ...]
+Role = Literal["actor", "critic", "reference", "reward"]
+Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# --- records inside messages ---------------------------------------------------------------
+
+
+class SampleTokens(msgspec.Struct, frozen=True, array_like=True):
+    """A sample's token ids, int32 little-endian bytes."""
+
+    sample_id: int
+    prompt: Tokens
+    response: Tokens
+
+
+class GenerateItem(msgspec.Struct, frozen=True, array_like=True):
+    """A sample to generate, or to go on with. `cache_from` is the payload endpoint of the worker
+    that holds its exported key-value cache, or empty: prefill again."""
+
+    tokens: SampleTokens
+    seed: int
+    cache_from: str = ""
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """Sampling parameters of one batch of samples (see `engines.base.SamplingParams`)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+class Growth(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one sample; `length` is the response length with them."""
+
+    sample_id: int
+    tokens: Tokens
+    length: int
+    finish_reason: str = ""  # "stop" or "length" when finished
+
+
+class TensorSource(msgspec.Struct, frozen=True, array_like=True):
+    """Tensors that one training worker sends: its payload endpoint and their names."""
+
+    endpoint: str
+    names: tuple[str, ...]
+
+
+# --- commands to a rollout worker ----------------------------------------------------------
+
+
+class BeginStep(Message):
+    """Forget the payloads of earlier steps; samples from now on carry this policy version."""
+
+    step: int
+    policy_version: int
+
+
+class Generate(Message):
+    items: tuple[GenerateItem, ...]
+    sampling: Sampling
+
+
+class Export(Message):
+    """Stop generating these samples and report what they have (`Exported`)."""
+
+    sample_ids: SampleIds
+    with_cache: bool
+
+
+class Score(Message):
+    """Run one role's scorer over finished samples; per-token results stay with the worker."""
+
+    role: Role
+    samples: tuple[SampleTokens, ...]
+    temperature: float
+
+
+class PullWeights(Message):
+    """Fetch a role's new weights from the training workers, bucket by bucket."""
+
+    role: Role
+    version: int
+    sources: tuple[TensorSource, ...]
+    digest: str  # of all tensors, as the senders computed it
+
+
+class Sleep(Message):
+    pass
+
+
+class Wake(Message):
+    pass
+
+
+class Shutdown(Message):
+    pass
+
+
+# --- commands to a training worker ---------------------------------------------------------
+
+
+class TrainSample(msgspec.Struct, frozen=True, array_like=True):
+    """A scored sample and where its per-token data is: payload endpoint by role.
+
+    `score` is the outcome reward. `rollout_endpoint` holds the engine's log-probabilities."""
+
+    tokens: SampleTokens
+    group: int
+    score: float
+    endpoints: dict[str, str]
+    rollout_endpoint: str
+
+
+class MiniBatch(msgspec.Struct, frozen=True, array_like=True):
+    """One optimizer step: micro-batches of sample ids per pipeline and, per round, the schedule
+    of that round as text rows (one round when fused, one per model when serial)."""
+
+    microbatches: dict[str, tuple[SampleIds, ...]]
+    rounds: tuple[str, ...]  # each: JSON of a schedule (schedules.formats)
+
+
+class Train(Message):
+    """One PPO update: advantages, then every mini-batch in order."""
+
+    step: int
+    samples: tuple[TrainSample, ...]
+    minibatches: tuple[MiniBatch, ...]
+    kl_coef: float
+    policy_version: int  # of the samples: must equal the actor's
+
+
+class PrepareWeights(Message):
+    """Freeze the named roles' weights for sending and report names and digest."""
+
+    roles: tuple[Role, ...]
+    version: int
+
+
+class SaveCheckpoint(Message):
+    folder: str  # the worker writes its own part inside
+    step: int
+
+
+class LoadCheckpoint(Message):
+    folder: str
+
+
+# --- events from workers -------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First message of a worker: who it is and where its payloads can be fetched."""
+
+    worker: str
+    protocol: int
+    endpoint: str
+    pid: int
+    detail: str = ""
+
+
+class Grown(Message):
+    """What engine steps added since the last report."""
+
+    growths: tuple[Growth, ...]
+
+
+class Exported(Message):
+    """Samples that left, with the tokens not yet reported; their caches stay fetchable."""
+
+    growths: tuple[Growth, ...]
+    requested: SampleIds  # those not in `growths` had finished before
+
+
+class Scored(Message):
+    """`scores` are per-sample numbers (reward) or the mean of the per-token values."""
+
+    role: Role
+    sample_ids: SampleIds
+    scores: tuple[float, ...]
+
+
+class WeightsReady(Message):
+    role: Role
+    version: int
+    digest: str
+
+
+class Ack(Message):
+    """A command that has no result of its own is done (`Sleep`, `Wake`, `SaveCheckpoint`, ...)."""
+
+    command: str
+
+
+class Spans(Message):
+    """Measured spans, on the clock shared by all workers of a machine."""
+
+    spans: tuple[Span, ...]
+
+
+class WeightsPrepared(Message):
+    role: Role
+    version: int
+    names: tuple[str, ...]
+    digests: tuple[str, ...]  # one per name
+    num_bytes: int
+
+
+class Trained(Message):
+    """This rank's part of an update: metric sums and the state of its weights."""
+
+    step: int
+    metrics: dict[str, float]
+    digest: str
+
+
+class Failed(Message):
+    """The worker cannot go on. `user_error`: the user's mistake rather than ours."""
+
+    worker: str
+    where: str
+    error: str
+    traceback: str
+    user_error: bool = False
+
+
+# --- between workers -----------------------------------------------------------------------
+
+
+class FetchFloats(Message):
+    """Per-token floats of samples: kind is a role, or ``rollout`` for the engine's own."""
+
+    kind: str
+    sample_ids: SampleIds
+
+
+class Floats(Message):
+    """float32 bytes, one entry per sample asked for."""
+
+    values: tuple[bytes, ...]
+
+
+class FetchTensor(Message):
+    """A byte range of a frozen tensor (`PrepareWeights`)."""
+
+    role: Role
+    name: str
+    version: int
+
+
+class TensorBytes(Message):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class FetchCache(Message):
+    sample_id: int
+
+
+class Cache(Message):
+    sample_id: int
+    data: bytes
+
+
+class Refused(Message):
+    """The asked-for data is not here."""
+
+    reason: str
+
+
+Command = (
+    BeginStep
+    | Generate
+    | Export
+    | Score
+    | PullWeights
+    | Sleep
+    | Wake
+    | Shutdown
+    | Train
+    | PrepareWeights
+    | SaveCheckpoint
+    | LoadCheckpoint
+)
+Event = (
+    Hello
+    | Grown
+    | Exported
+    | Scored
+    | WeightsReady
+    | Ack
+    | Spans
+    | WeightsPrepared
+    | Trained
+    | Failed
+)
+PeerRequest = FetchFloats | FetchTensor | FetchCache
+PeerReply = Floats | TensorBytes | Cache | Refused

@@ -1,0 +1,1 @@
+"""Where the time went: attribution, readers, what-if."""

@@ -1,0 +1,1 @@
+"""Generation and early inference: scheduler, simulator, live loop."""

@@ -1,0 +1,1 @@
+"""Training pipelines: executor, update, checkpoints, supervised preparation."""

@@ -1,0 +1,1 @@
+"""Weights from the training pipelines to engines and scorers."""
