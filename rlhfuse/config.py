@@ -21,7 +21,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A frozen group of keys."""
 
 
-class OptimConfig(Section):
+class OptimConfig(Section, frozen=True):
     """AdamW with linear warm-up and a schedule over the run's optimizer steps."""
 
     lr: NonNegativeFloat = 1e-5
@@ -34,7 +34,7 @@ class OptimConfig(Section):
     min_lr_ratio: Fraction = 0.0
 
 
-class TrainedModelConfig(Section):
+class TrainedModelConfig(Section, frozen=True):
     """What actor and critic share. `path` is a Hugging Face model folder."""
 
     path: str = ""
@@ -46,7 +46,7 @@ class TrainedModelConfig(Section):
     gradient_checkpointing: bool = False
 
 
-class ActorConfig(TrainedModelConfig):
+class ActorConfig(TrainedModelConfig, frozen=True):
     """The policy and its loss."""
 
     clip_ratio: PositiveFloat = 0.2
@@ -60,7 +60,7 @@ class ActorConfig(TrainedModelConfig):
     kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
 
 
-class CriticConfig(TrainedModelConfig):
+class CriticConfig(TrainedModelConfig, frozen=True):
     """The value model and its loss. `init_seed` starts a new head where `path` has none."""
 
     cliprange_value: PositiveFloat = 0.5
@@ -68,20 +68,20 @@ class CriticConfig(TrainedModelConfig):
     init_seed: int = 0
 
 
-class ReferenceConfig(Section):
+class ReferenceConfig(Section, frozen=True):
     """The frozen reference policy; an empty path means the actor's starting weights."""
 
     path: str = ""
 
 
-class RewardFunctionConfig(Section):
+class RewardFunctionConfig(Section, frozen=True):
     """`compute_score` in a Python file: ``path`` and ``name``."""
 
     path: str
     name: str = "compute_score"
 
 
-class RewardConfig(Section):
+class RewardConfig(Section, frozen=True):
     """Where scores come from: exactly one of a model folder, a function, a service."""
 
     path: str = ""
@@ -97,7 +97,7 @@ class RewardConfig(Section):
     clip: PositiveFloat | None = None  # clip scores to [-clip, clip]
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Section, frozen=True):
     """Generation."""
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
@@ -116,14 +116,14 @@ class RolloutConfig(Section):
     exactness: Literal["auto", "token", "distribution"] = "auto"
 
 
-class KlControlConfig(Section):
+class KlControlConfig(Section, frozen=True):
     type: Literal["fixed", "adaptive"] = "fixed"
     kl_coef: NonNegativeFloat = 0.05
     target_kl: PositiveFloat = 6.0
     horizon: Positive = 10_000
 
 
-class AlgorithmConfig(Section):
+class AlgorithmConfig(Section, frozen=True):
     """How scores become advantages."""
 
     adv_estimator: Literal["gae", "grpo", "rloo", "reinforce_plus_plus"] = "gae"
@@ -139,7 +139,7 @@ class AlgorithmConfig(Section):
     tis_cap: PositiveFloat = 2.0
 
 
-class ValidationConfig(Section):
+class ValidationConfig(Section, frozen=True):
     """One validation set and how it is sampled."""
 
     name: str
@@ -152,7 +152,7 @@ class ValidationConfig(Section):
     pass_threshold: float = 0.5  # a response passes when its score is above
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True):
     train_files: tuple[str, ...] = ()
     prompt_key: str = "prompt"
     answer_key: str = "answer"
@@ -163,7 +163,7 @@ class DataConfig(Section):
     validation: tuple[ValidationConfig, ...] = ()
 
 
-class TrainerConfig(Section):
+class TrainerConfig(Section, frozen=True):
     project_name: str = "rlhfuse"
     experiment_name: str = "default"
     default_local_dir: str = "runs"
@@ -184,7 +184,7 @@ class TrainerConfig(Section):
     wait_timeout_s: PositiveFloat = 600.0  # longest silence of a worker before the run ends
 
 
-class PlacementConfig(Section):
+class PlacementConfig(Section, frozen=True):
     """Devices. Each hosts a rollout worker and a training worker."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -196,7 +196,7 @@ class PlacementConfig(Section):
     ray_address: str = ""  # empty: a private local cluster
 
 
-class FusionConfig(Section):
+class FusionConfig(Section, frozen=True):
     """``off`` for both is the serial baseline: same samples, same update."""
 
     inter_stage: Switch = "auto"
@@ -207,7 +207,7 @@ class FusionConfig(Section):
     audit_every: NonNegative = 0  # run every Nth step serially and log the speed-up
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """One run."""
 
     actor: ActorConfig = ActorConfig()

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
 PROTOCOL_VERSION = 1
@@ -34,7 +35,7 @@ class SampleTokens(msgspec.Struct, frozen=True, array_like=True):
 
 class GenerateItem(msgspec.Struct, frozen=True, array_like=True):
     """A sample to generate, or to go on with. `cache_from` is the payload endpoint of the worker
-    that holds its exported key-value cache, or empty: prefill again."""
+    that it left: its log-probabilities and, where exported, its key-value cache are there."""
 
     tokens: SampleTokens
     seed: int
@@ -72,26 +73,26 @@ class TensorSource(msgspec.Struct, frozen=True, array_like=True):
 # --- commands to a rollout worker ----------------------------------------------------------
 
 
-class BeginStep(Message):
+class BeginStep(Message, frozen=True):
     """Forget the payloads of earlier steps; samples from now on carry this policy version."""
 
     step: int
     policy_version: int
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     items: tuple[GenerateItem, ...]
     sampling: Sampling
 
 
-class Export(Message):
+class Export(Message, frozen=True):
     """Stop generating these samples and report what they have (`Exported`)."""
 
     sample_ids: SampleIds
     with_cache: bool
 
 
-class Score(Message):
+class Score(Message, frozen=True):
     """Run one role's scorer over finished samples; per-token results stay with the worker."""
 
     role: Role
@@ -99,7 +100,7 @@ class Score(Message):
     temperature: float
 
 
-class PullWeights(Message):
+class PullWeights(Message, frozen=True):
     """Fetch a role's new weights from the training workers, bucket by bucket."""
 
     role: Role
@@ -108,15 +109,15 @@ class PullWeights(Message):
     digest: str  # of all tensors, as the senders computed it
 
 
-class Sleep(Message):
+class Sleep(Message, frozen=True):
     pass
 
 
-class Wake(Message):
+class Wake(Message, frozen=True):
     pass
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     pass
 
 
@@ -136,14 +137,14 @@ class TrainSample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MiniBatch(msgspec.Struct, frozen=True, array_like=True):
-    """One optimizer step: micro-batches of sample ids per pipeline and, per round, the schedule
-    of that round as text rows (one round when fused, one per model when serial)."""
+    """One optimizer step: micro-batches of sample ids per role, and the schedules that run them
+    one after another (one round when fused, one per model when serial)."""
 
     microbatches: dict[str, tuple[SampleIds, ...]]
-    rounds: tuple[str, ...]  # each: JSON of a schedule (schedules.formats)
+    rounds: tuple[Schedule, ...]
 
 
-class Train(Message):
+class Train(Message, frozen=True):
     """One PPO update: advantages, then every mini-batch in order."""
 
     step: int
@@ -153,26 +154,26 @@ class Train(Message):
     policy_version: int  # of the samples: must equal the actor's
 
 
-class PrepareWeights(Message):
+class PrepareWeights(Message, frozen=True):
     """Freeze the named roles' weights for sending and report names and digest."""
 
     roles: tuple[Role, ...]
     version: int
 
 
-class SaveCheckpoint(Message):
+class SaveCheckpoint(Message, frozen=True):
     folder: str  # the worker writes its own part inside
     step: int
 
 
-class LoadCheckpoint(Message):
+class LoadCheckpoint(Message, frozen=True):
     folder: str
 
 
 # --- events from workers -------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of a worker: who it is and where its payloads can be fetched."""
 
     worker: str
@@ -182,20 +183,20 @@ class Hello(Message):
     detail: str = ""
 
 
-class Grown(Message):
+class Grown(Message, frozen=True):
     """What engine steps added since the last report."""
 
     growths: tuple[Growth, ...]
 
 
-class Exported(Message):
+class Exported(Message, frozen=True):
     """Samples that left, with the tokens not yet reported; their caches stay fetchable."""
 
     growths: tuple[Growth, ...]
     requested: SampleIds  # those not in `growths` had finished before
 
 
-class Scored(Message):
+class Scored(Message, frozen=True):
     """`scores` are per-sample numbers (reward) or the mean of the per-token values."""
 
     role: Role
@@ -203,25 +204,25 @@ class Scored(Message):
     scores: tuple[float, ...]
 
 
-class WeightsReady(Message):
+class WeightsReady(Message, frozen=True):
     role: Role
     version: int
     digest: str
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """A command that has no result of its own is done (`Sleep`, `Wake`, `SaveCheckpoint`, ...)."""
 
     command: str
 
 
-class Spans(Message):
+class Spans(Message, frozen=True):
     """Measured spans, on the clock shared by all workers of a machine."""
 
     spans: tuple[Span, ...]
 
 
-class WeightsPrepared(Message):
+class WeightsPrepared(Message, frozen=True):
     role: Role
     version: int
     names: tuple[str, ...]
@@ -229,7 +230,7 @@ class WeightsPrepared(Message):
     num_bytes: int
 
 
-class Trained(Message):
+class Trained(Message, frozen=True):
     """This rank's part of an update: metric sums and the state of its weights."""
 
     step: int
@@ -237,7 +238,7 @@ class Trained(Message):
     digest: str
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The worker cannot go on. `user_error`: the user's mistake rather than ours."""
 
     worker: str
@@ -250,20 +251,20 @@ class Failed(Message):
 # --- between workers -----------------------------------------------------------------------
 
 
-class FetchFloats(Message):
+class FetchFloats(Message, frozen=True):
     """Per-token floats of samples: kind is a role, or ``rollout`` for the engine's own."""
 
     kind: str
     sample_ids: SampleIds
 
 
-class Floats(Message):
+class Floats(Message, frozen=True):
     """float32 bytes, one entry per sample asked for."""
 
     values: tuple[bytes, ...]
 
 
-class FetchTensor(Message):
+class FetchTensor(Message, frozen=True):
     """A byte range of a frozen tensor (`PrepareWeights`)."""
 
     role: Role
@@ -271,23 +272,26 @@ class FetchTensor(Message):
     version: int
 
 
-class TensorBytes(Message):
+class TensorBytes(Message, frozen=True):
     name: str
     dtype: str
     shape: tuple[int, ...]
     data: bytes
 
 
-class FetchCache(Message):
+class FetchCache(Message, frozen=True):
     sample_id: int
 
 
-class Cache(Message):
+class Cache(Message, frozen=True):
+    """What an exported sample left behind. `data` may be empty: then prefill again."""
+
     sample_id: int
     data: bytes
+    logprobs: bytes  # float32, one per response token so far
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The asked-for data is not here."""
 
     reason: str

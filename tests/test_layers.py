@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rlhfuse"
 # A module imports only from its own package, from what stands before it in its line, or from
 # earlier lines. "a.b" places one module of package a apart from the rest of it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("sample", "timeline", "messages", "config", "config_file", "placement", "schedules.ir"),
+    ("sample", "timeline", "schedules.ir", "messages", "config", "config_file", "placement"),
     (
         "cost",
         "schedules",
@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("kernels", "algorithms"),
     ("data", "models", "engines", "scoring", "training", "weights", "profiler.record"),
-    ("quickstart", "transport", "payloads", "rewards", "worker", "cluster"),
+    ("quickstart", "transport", "payloads", "rewards", "workers", "cluster"),
     ("rollout.loop", "progress", "metrics", "trainer", "verify", "megatron", "cli"),
 )
 PURE = LAYERS[0] + LAYERS[1]
