@@ -1,1 +1,1 @@
-"""Where the time went: attribution, readers, what-if."""
+"""Where the time of a step went, by cause; readers of foreign traces; what-if replays."""

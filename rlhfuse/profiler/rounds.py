@@ -1,0 +1,155 @@
+"""Training rounds found in spans, and why a rank waits inside one.
+
+A *round* is what runs under one schedule: one mini-batch of the fused models, or of one model
+where they run one after the other. Spans of tasks are named by `Task`'s text form; spans with other
+names still count as work, only the peer they waited for is then taken from the operation.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rlhfuse.profiler.causes import Cause
+from rlhfuse.schedules.ir import Op, Task
+from rlhfuse.timeline import Kind, Span
+
+TRAINING_KINDS = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
+_BACKWARD = frozenset({Kind.B, Kind.I})
+
+Explained = tuple[float, float, Cause]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: its window over all lanes, its spans per lane, when each result was there."""
+
+    start_s: float
+    end_s: float
+    spans: dict[str, tuple[Span, ...]]
+    starts: dict[str, list[float]]
+    ready_s: dict[Task, float]
+
+    def has(self, lane: str) -> bool:
+        return lane in self.spans
+
+    def edges(self, lane: str) -> list[float]:
+        """The window's edges and the lane's own first start and last end."""
+        own = self.spans.get(lane)
+        inner = [own[0].start_s, max(span.end_s for span in own)] if own else []
+        return [self.start_s, self.end_s, *inner]
+
+    def explain(
+        self, lane: str, start_s: float, end_s: float, wait: Span | None
+    ) -> Iterator[Explained]:
+        """Why `lane` idled from `start_s` to `end_s`, which touches none of its tasks."""
+        index = bisect_left(self.starts[lane], end_s)
+        if index == len(self.starts[lane]):
+            yield (start_s, end_s, Cause.COOL_DOWN)
+            return
+        following = self.spans[lane][index]
+        waiting = Cause.WARM_UP if index == 0 else _direction(following)
+        ready = self._ready(following, start_s, end_s, wait)
+        yield (start_s, ready, waiting)
+        # The input was there, or on its way: a recorded wait is its transfer, a bare gap is ours.
+        yield (ready, end_s, Cause.TRANSFER if wait is not None else Cause.HOST_GAP)
+
+    def _ready(self, following: Span, start_s: float, end_s: float, wait: Span | None) -> float:
+        """When the input of `following` was computed, within the gap."""
+        task = parse_task(following.name)
+        if task is None:  # not our names: believe a recorded wait, and gaps where none can wait
+            return start_s if following.kind is Kind.W and wait is None else end_s
+        moments = [self.ready_s[needed] for needed in _inputs(task) if needed in self.ready_s]
+        return min(max(start_s, *moments), end_s) if moments else start_s
+
+
+def find_rounds(spans: Sequence[Span]) -> tuple[Round, ...]:
+    """Rounds by time.
+
+    Tasks belong together when they have the same ``args["round"]``; without it, when they lie
+    between the same two optimizer steps of their lane and their pipelines ran at the same time.
+    """
+    steps: dict[str, list[float]] = {}
+    for span in spans:
+        if span.kind is Kind.OPTIMIZER:
+            steps.setdefault(span.lane, []).append(span.start_s)
+    for moments in steps.values():
+        moments.sort()
+    groups: dict[tuple[str, int, str], list[Span]] = {}
+    for span in spans:
+        if span.kind in TRAINING_KINDS:
+            groups.setdefault(_group(span, steps), []).append(span)
+    return tuple(_round(members) for members in _joined(list(groups.values())))
+
+
+def parse_task(name: str) -> Task | None:
+    """The task that a span's name says, or None for names of other makers."""
+    try:
+        return Task.parse(name)
+    except ValueError:
+        return None
+
+
+def _group(span: Span, steps: dict[str, list[float]]) -> tuple[str, int, str]:
+    if "round" in span.args:
+        return (f"round {span.args['round']}", 0, "")
+    before = bisect_left(steps.get(span.lane, []), span.end_s)
+    return ("", before, span.name.partition(":")[0] if ":" in span.name else "")
+
+
+def _joined(groups: list[list[Span]]) -> list[list[Span]]:
+    """Groups that overlap for more than a hundredth of the shorter one, as one."""
+    groups.sort(key=lambda group: min(span.start_s for span in group))
+    joined: list[list[Span]] = []
+    for group in groups:
+        if joined and _overlap(joined[-1], group):
+            joined[-1] = joined[-1] + group
+        else:
+            joined.append(group)
+    return joined
+
+
+def _overlap(one: Sequence[Span], other: Sequence[Span]) -> bool:
+    (a, b), (c, d) = _extent(one), _extent(other)
+    return min(b, d) - max(a, c) > 0.01 * min(b - a, d - c)
+
+
+def _extent(spans: Sequence[Span]) -> tuple[float, float]:
+    return min(span.start_s for span in spans), max(span.end_s for span in spans)
+
+
+def _round(members: Sequence[Span]) -> Round:
+    start_s, end_s = _extent(members)
+    lanes: dict[str, list[Span]] = {}
+    ready: dict[Task, float] = {}
+    for span in sorted(members, key=lambda span: (span.start_s, span.end_s)):
+        lanes.setdefault(span.lane, []).append(span)
+        task = parse_task(span.name)
+        if task is not None:
+            ready[task] = max(ready.get(task, span.end_s), span.end_s)
+    return Round(
+        start_s=start_s,
+        end_s=end_s,
+        spans={lane: tuple(own) for lane, own in lanes.items()},
+        starts={lane: [span.start_s for span in own] for lane, own in lanes.items()},
+        ready_s=ready,
+    )
+
+
+def _direction(following: Span) -> Cause:
+    return Cause.DOWNSTREAM if following.kind in _BACKWARD else Cause.UPSTREAM
+
+
+def _inputs(task: Task) -> tuple[Task, ...]:
+    """Tasks of other pipeline stages whose result `task` needs."""
+    match task.op:
+        case Op.F:
+            return (_at(task, Op.F, task.pp_stage - 1),)
+        case Op.B | Op.I:
+            following = task.pp_stage + 1
+            return (_at(task, Op.B, following), _at(task, Op.I, following))
+        case Op.W:
+            return ()
+
+
+def _at(task: Task, op: Op, pp_stage: int) -> Task:
+    return Task(task.pipeline, op, pp_stage, task.microbatch)
