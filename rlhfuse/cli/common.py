@@ -5,7 +5,6 @@ own, 3 where a condition that the user asked for holds.
 """
 
 import contextlib
-import math
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -57,22 +56,16 @@ def stdout_kept_clean(active: bool) -> Iterator[None]:
 
 def emit_json(obj: object) -> None:
     """Print one JSON object, and a line end, on stdout; numbers that JSON lacks become null."""
-    plain = _finite(msgspec.to_builtins(obj, str_keys=True))
-    click.echo(msgspec.json.encode(plain).decode())
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(msgspec.json.encode(obj).decode())
 
 
 def run_command(command: click.Command, args: Sequence[str]) -> int:
     """Run `command` and return the exit code; every error is told the way this module promises."""
     try:
-        result = command.main(args=list(args), prog_name="rlhfuse", standalone_mode=False)
+        # No arguments at all ask for the help; click would call that an error.
+        result = command.main(
+            args=list(args) or ["--help"], prog_name="rlhfuse", standalone_mode=False
+        )
     except click.UsageError as error:
         place = f" ({error.ctx.command_path} --help)" if error.ctx else ""
         click.echo(f"error: {one_line(error.format_message())}{place}", err=True)
