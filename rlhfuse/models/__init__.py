@@ -1,1 +1,1 @@
-"""Hugging Face models as pipeline stages."""
+"""Hugging Face models as pipeline stages: packed batches, stages, partition, weights in and out."""
