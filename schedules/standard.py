@@ -1,0 +1,133 @@
+"""Standard schedules, as generators that read like their papers.
+
+Pipelines are put one after the other in *groups*: a pipeline joins the first group (in file order)
+with whose members it shares no rank, and groups follow each other. Within a group each pipeline
+runs by the named policy. Nothing here fuses anything: these are the baselines.
+"""
+
+from collections.abc import Callable, Iterator
+
+from rlhfuse.schedules.dispatch import dispatch_pipeline
+from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule, Task
+from rlhfuse.schedules.timing import makespan
+
+StageOrder = Callable[[Problem, Pipeline, int], Iterator[Task]]
+
+
+def serial(problem: Problem) -> Schedule:
+    """1F1B per group of pipelines that share no rank, one group after the other.
+
+    Where the memory cap allows less than 1F1B holds, fewer micro-batches are in flight.
+
+    Raises:
+        ValueError: the cap does not even hold one micro-batch.
+    """
+    return _in_groups(problem, one_f_one_b_stage)
+
+
+def one_f_one_b(problem: Problem) -> Schedule:
+    """1F1B (PipeDream-Flush, arXiv 2006.09503): bubble (p-1)(F+B), p - s in flight at stage s."""
+    return _in_groups(problem, one_f_one_b_stage)
+
+
+def gpipe(problem: Problem) -> Schedule:
+    """GPipe (arXiv 1811.06965): all forwards, then all backwards; bubble (p-1)(F+B).
+
+    Raises:
+        ValueError: all micro-batches in flight exceed the memory cap.
+    """
+    schedule = _in_groups(problem, _gpipe_stage)
+    schedule.validate()
+    return schedule
+
+
+def serial_makespan(problem: Problem) -> float:
+    """1F1B time of each group alone, added: a barrier stands between groups."""
+    total = 0.0
+    for group in groups(problem):
+        alone = Problem(problem.num_ranks, group, problem.memory_cap, problem.link_latency)
+        total += makespan(serial(alone))
+    return total
+
+
+def groups(problem: Problem) -> list[tuple[Pipeline, ...]]:
+    """Pipelines that can run side by side, in file order."""
+    found: list[list[Pipeline]] = []
+    for pipe in problem.pipelines:
+        ranks = set(pipe.stages)
+        home = next((g for g in found if all(ranks.isdisjoint(p.stages) for p in g)), None)
+        if home is None:
+            found.append([pipe])
+        else:
+            home.append(pipe)
+    return [tuple(group) for group in found]
+
+
+def in_flight_limits(problem: Problem, pipe: Pipeline) -> tuple[int, ...]:
+    """Micro-batches that 1F1B holds at each stage, fewer where the memory cap says so.
+
+    Never more than at the stage before, or both stages would wait for each other.
+
+    Raises:
+        ValueError: the cap does not even hold one micro-batch.
+    """
+    limits: list[int] = []
+    heaviest = max(pipe.microbatch_weights)
+    share = {rank: sum(_held(pipe, s) for s in _stages_on(pipe, rank)) for rank in pipe.stages}
+    for stage, rank in enumerate(pipe.stages):
+        limit = pipe.num_stages - stage
+        held = share[rank] * heaviest
+        if problem.memory_cap is not None and held > 0:
+            limit = min(limit, int(problem.memory_cap * (1 + REL_TOL) / held))
+        limits.append(min([limit, *limits[-1:]]))
+    if min(limits) < 1:
+        raise ValueError(
+            f"memory_cap {problem.memory_cap:g} does not hold one micro-batch of pipeline "
+            f"{pipe.name!r}; the least cap that does is {max(share.values()) * heaviest:g}"
+        )
+    return tuple(limits)
+
+
+def _held(pipe: Pipeline, stage: int) -> float:
+    return max(pipe.activation[stage], pipe.activation_after_input[stage])
+
+
+def _stages_on(pipe: Pipeline, rank: int) -> list[int]:
+    return [stage for stage, home in enumerate(pipe.stages) if home == rank]
+
+
+def one_f_one_b_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]:
+    """One stage: warm-up forwards, one forward one backward, cool-down backwards."""
+    m = pipe.num_microbatches
+    if pipe.forward_only:
+        yield from (Task(pipe.name, Op.F, stage, mb) for mb in range(m))
+        return
+    warm_up = min(m, in_flight_limits(problem, pipe)[stage])
+    for mb in range(warm_up):
+        yield Task(pipe.name, Op.F, stage, mb)
+    for mb in range(m):
+        yield Task(pipe.name, Op.B, stage, mb)
+        if mb + warm_up < m:
+            yield Task(pipe.name, Op.F, stage, mb + warm_up)
+
+
+def _gpipe_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]:
+    for mb in range(pipe.num_microbatches):
+        yield Task(pipe.name, Op.F, stage, mb)
+    for mb in range(0 if pipe.forward_only else pipe.num_microbatches):
+        yield Task(pipe.name, Op.B, stage, mb)
+
+
+def _in_groups(problem: Problem, stage_order: StageOrder) -> Schedule:
+    rows: list[list[Task]] = [[] for _ in range(problem.num_ranks)]
+    for group in groups(problem):
+        for pipe in group:
+            if len(set(pipe.stages)) == pipe.num_stages:
+                for stage, rank in enumerate(pipe.stages):
+                    rows[rank].extend(stage_order(problem, pipe, stage))
+                continue
+            limits = in_flight_limits(problem, pipe)
+            alone = Problem(problem.num_ranks, (pipe,), None, problem.link_latency)
+            for row, more in zip(rows, dispatch_pipeline(alone, limits).rows, strict=True):
+                row.extend(more)
+    return Schedule(problem, tuple(tuple(row) for row in rows))
