@@ -1,0 +1,154 @@
+"""Log-probability (and entropy) of chosen tokens from hidden states and the LM head.
+
+Works through the tokens in chunks, so that [T, V] never exists, and keeps logits in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhfuse.kernels.logprob import check_rows, temperature_of
+from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
+from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
+
+# Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
+# a token's result would depend on how many others are computed with it.
+MIN_ROWS = 16
+_MAX_ROWS = 256
+_CHUNK_BYTES = 32 << 20
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    keep_logits_bytes: int = 64 << 20,
+) -> TokenLogprob:
+    """`token_logprob` of ``hidden @ weight.T + bias`` in O(T + chunk) memory.
+
+    A token's result does not depend on the other tokens: chunks have fixed sizes, and no matrix
+    product has fewer than 16 rows. The backward pass computes the logits of a chunk again, apart
+    from the first `keep_logits_bytes` of them, which are kept (same bits, one product less).
+
+    Args:
+        hidden: [T, H]. weight: [V, H] (may be tied). bias: [V] or None.
+        labels: [T], in [0, V) or `ignore_index`, where both results are 0.
+        temperature: a number, or one per token [T]. No gradient flows to it.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    check_rows(hidden, labels, temperature)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight must be [V, {hidden.shape[1]}] for hidden {tuple(hidden.shape)}, "
+            f"not {tuple(weight.shape)}"
+        )
+    marked = torch.where(labels == ignore_index, -1, labels.long())
+    logprob, spread = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, marked, temperature, entropy, keep_logits_bytes
+    )
+    return TokenLogprob(logprob, spread if entropy else None)
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows of a chunk: a function of the vocabulary alone."""
+    rows = _CHUNK_BYTES // (4 * max(vocab, 1))
+    return min(_MAX_ROWS, max(MIN_ROWS, rows - rows % MIN_ROWS))
+
+
+def chunks(num_rows: int, vocab: int) -> list[slice]:
+    """The ranges of rows that are computed together."""
+    step = chunk_rows(vocab)
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias`` for one chunk, with at least `MIN_ROWS` rows inside."""
+    num_rows = hidden.shape[0]
+    if num_rows < MIN_ROWS:
+        padded = hidden.new_zeros(MIN_ROWS, hidden.shape[1])
+        padded[:num_rows] = hidden
+        hidden = padded
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits += bias
+    return logits[:num_rows]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: float | Tensor,
+        entropy: bool,
+        keep_logits_bytes: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(hidden)
+        wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        out = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
+        kept: list[Tensor] = []
+        room = keep_logits_bytes if any(ctx.needs_input_grad[:3]) else 0
+        for rows in chunks(hidden.shape[0], weight.shape[0]):
+            logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+            scaled = scale_rows_(logits, temperature_of(temperature, rows))
+            room -= scaled.numel() * scaled.element_size()
+            if room >= 0:
+                kept.append(scaled)
+                scaled = scaled.clone()
+            fold = fold_rows_(scaled, labels[rows], entropy=entropy)
+            out[0, rows], out[1, rows], out[2, rows] = fold.logprob, fold.entropy, fold.lse
+        logprob, spread, lse = out.unbind(0)
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, spread, *kept)
+        ctx.temperature, ctx.entropy = temperature, entropy
+        return logprob.clone(), spread.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, labels, lse, spread, *kept = ctx.saved_tensors
+        dtype = lse.dtype
+        wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        by_hidden = torch.empty_like(hidden, dtype=dtype)
+        by_weight = torch.zeros_like(wide)
+        by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
+        for index, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
+            temperature = temperature_of(ctx.temperature, rows)
+            if index < len(kept):
+                # A copy: a second backward pass through a retained graph needs them again.
+                scaled = kept[index].clone()
+            else:
+                logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+                scaled = scale_rows_(logits, temperature)
+            by_logits = scale_rows_(
+                row_gradient_(
+                    scaled,
+                    labels[rows],
+                    lse[rows],
+                    spread[rows],
+                    grad_logprob[rows],
+                    grad_entropy[rows] if ctx.entropy else None,
+                ),
+                temperature,
+            )
+            by_hidden[rows] = head_logits(by_logits, wide.T, None)
+            by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
+            if by_bias is not None:
+                by_bias += by_logits.sum(0)
+        return (
+            by_hidden.to(hidden.dtype),
+            by_weight.to(weight.dtype),
+            None if by_bias is None or bias is None else by_bias.to(bias.dtype),
+            *(None,) * 4,
+        )

@@ -1,0 +1,60 @@
+"""Packed batches: T tokens of N sequences laid end to end, with `cu_seqlens` int32 [N + 1].
+
+Sequence i owns the tokens ``cu_seqlens[i] : cu_seqlens[i + 1]``; it may be empty.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_packed(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Refuse a `cu_seqlens` that does not describe `num_tokens` packed tokens.
+
+    Looks at shape and type only where the values are on another device than the CPU.
+
+    Raises:
+        ValueError: wrong shape, type, or (on the CPU) values.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be a 1-D integer tensor of at least one entry, "
+            f"not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, "
+            f"not from {first} to {last}"
+        )
+
+
+def lengths(cu_seqlens: Tensor) -> Tensor:
+    """Tokens of each sequence, int64 [N]."""
+    return cu_seqlens.diff().long()
+
+
+def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The sequence that owns each token, int64 [T]."""
+    counts = lengths(cu_seqlens)
+    ids = torch.arange(counts.numel(), device=cu_seqlens.device)
+    return torch.repeat_interleave(ids, counts, output_size=num_tokens)
+
+
+def expand(per_sequence: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Give every token the number of its sequence: [N] -> [T]."""
+    return torch.repeat_interleave(per_sequence, lengths(cu_seqlens), output_size=num_tokens)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Float64 sum of each sequence's tokens, [T] -> [N]; 0 for an empty one.
+
+    Each sum runs over its own tokens in order, so it does not depend on the other sequences.
+    """
+    if values.numel() == 0:
+        return torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
+    sums: Tensor = torch.segment_reduce(
+        values.double(), "sum", lengths=lengths(cu_seqlens), unsafe=True, initial=0.0
+    )
+    return sums

@@ -1,0 +1,217 @@
+"""Policy and value losses over packed response tokens.
+
+Shapes: T response tokens of a micro-batch's N samples end to end, `cu_seqlens` int32 [N + 1].
+The normaliser is a number known before the forward pass (tokens or samples of the whole
+mini-batch, over all data-parallel ranks), so the losses of micro-batches add up to the
+mini-batch's loss, and a token's gradient does not depend on how the mini-batch is cut.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhfuse.algorithms.tally import Stats
+from rlhfuse.kernels.packed import check_packed, expand, lengths
+from rlhfuse.kernels.policy_loss import kl_terms, policy_terms, value_terms
+
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyLossSettings:
+    """How the policy loss is made.
+
+    `dual_clip` (> 1) bounds the loss where the advantage is negative; None: off.
+    `kl_gradient_k2`: the KL loss shows `kl_estimator`'s value but takes k2's gradient, which is
+    the KL's own (the gradients of k1 and k3 are not).
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    aggregation: Aggregation = "token-mean"
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    kl_gradient_k2: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ValueError(
+                f"clip_ratio_c must be greater than 1, not {self.dual_clip} (0 turns it off)"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyInputs:
+    """One micro-batch, [T] each. `logprobs` and `entropy` carry gradients.
+
+    `weights` are those of truncated importance sampling (`mismatch.truncated_weights`).
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    cu_seqlens: Tensor
+    entropy: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A scalar with its gradient, and the micro-batch's share of the metrics."""
+
+    loss: Tensor
+    stats: Stats
+
+
+def normalizer(aggregation: Aggregation, *, num_tokens: int, num_samples: int) -> float:
+    """What to divide by: the whole mini-batch's response tokens, or its samples.
+
+    Raises:
+        ValueError: there is nothing to divide by.
+    """
+    count = num_tokens if aggregation == "token-mean" else num_samples
+    if count < 1:
+        raise ValueError(f"a mini-batch of {num_tokens} tokens, {num_samples} samples has no loss")
+    return float(count)
+
+
+def token_coefficients(
+    cu_seqlens: Tensor, aggregation: Aggregation, normalizer: float, num_tokens: int
+) -> Tensor:
+    """Each token's factor in the loss, float32 [T]: 1/tokens, 1/samples or 1/(samples length).
+
+    Each factor is a function of the token's own sample and of the normaliser.
+
+    Raises:
+        ValueError: an unknown aggregation.
+    """
+    if aggregation in ("token-mean", "seq-mean-token-sum"):
+        return torch.full((num_tokens,), 1.0 / normalizer, device=cu_seqlens.device)
+    if aggregation == "seq-mean-token-mean":
+        per_sample = 1.0 / (lengths(cu_seqlens).clamp_min(1).double() * normalizer)
+        return expand(per_sample.float(), cu_seqlens, num_tokens)
+    raise ValueError(
+        f"loss_agg_mode {aggregation!r} is unknown: use token-mean, seq-mean-token-sum or "
+        f"seq-mean-token-mean"
+    )
+
+
+def policy_loss(inputs: PolicyInputs, settings: PolicyLossSettings, *, normalizer: float) -> Loss:
+    """PPO's policy loss with entropy bonus and KL loss, and its actor/* metrics.
+
+    loss = sum_t c_t (pg_t - entropy_coef H_t + kl_coef KL_t), c_t from `token_coefficients`.
+
+    Args:
+        normalizer: from `normalizer()` of the whole mini-batch.
+
+    Raises:
+        ValueError: an input that the settings need is missing, or shapes do not fit.
+    """
+    num_tokens = inputs.logprobs.numel()
+    check_packed(inputs.cu_seqlens, num_tokens)
+    coefficients = token_coefficients(
+        inputs.cu_seqlens, settings.aggregation, normalizer, num_tokens
+    )
+    terms = policy_terms(
+        inputs.logprobs,
+        inputs.old_logprobs,
+        inputs.advantages,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+        weights=inputs.weights,
+    )
+    per_token = terms.loss
+    count = coefficients.new_tensor(float(num_tokens))
+    share = _share(inputs.cu_seqlens, settings.aggregation, normalizer)
+    means = {
+        "actor/pg_loss": (_weighted(coefficients, terms.loss), share),
+        "actor/pg_clipfrac": (terms.clipped.sum(), count),
+        "actor/pg_clipfrac_lower": (terms.clipped_lower.sum(), count),
+        "actor/ppo_kl": (_total(inputs.old_logprobs - inputs.logprobs), count),
+        "actor/ratio_mean": (_total(terms.ratio), count),
+    }
+    if inputs.entropy is not None:
+        means["actor/entropy"] = (_total(inputs.entropy), count)
+    if settings.entropy_coef:
+        if inputs.entropy is None:
+            raise ValueError(f"entropy_coeff {settings.entropy_coef} needs the entropies")
+        per_token = per_token - inputs.entropy * settings.entropy_coef
+    if inputs.ref_logprobs is not None:
+        kl = _kl(inputs.logprobs, inputs.ref_logprobs, settings)
+        means["actor/kl_loss"] = (_weighted(coefficients, kl), share)
+        per_token = per_token + kl * settings.kl_coef
+    elif settings.kl_coef:
+        raise ValueError(f"kl_loss_coef {settings.kl_coef} needs the reference log-probabilities")
+    maxima = {"actor/ratio_max": terms.ratio.double().max()} if num_tokens else {}
+    return Loss((coefficients * per_token).sum(), Stats(means, {}, maxima))
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip: float | None,
+    aggregation: Aggregation = "token-mean",
+    normalizer: float,
+) -> Loss:
+    """The critic's loss, 0.5 max((v - R)^2, (clip(v) - R)^2), and its critic/* metrics.
+
+    Args:
+        values: [T], with gradient. old_values: [T], when the batch was scored. clip: how far a
+            value may move from the old one before its gradient stops; None: off.
+    """
+    num_tokens = values.numel()
+    check_packed(cu_seqlens, num_tokens)
+    coefficients = token_coefficients(cu_seqlens, aggregation, normalizer, num_tokens)
+    terms = value_terms(values, old_values, returns, clip=clip)
+    count = coefficients.new_tensor(float(num_tokens))
+    means = {
+        "critic/vf_loss": (
+            _weighted(coefficients, terms.loss),
+            _share(cu_seqlens, aggregation, normalizer),
+        ),
+        "critic/vf_clipfrac": (terms.clipped.sum(), count),
+        "critic/vpred_mean": (_total(values), count),
+    }
+    wide_returns = returns.double()
+    error = wide_returns - values.detach().double()
+    sums = {
+        "vf/count": count,
+        "vf/return": wide_returns.sum(),
+        "vf/return_sq": wide_returns.square().sum(),
+        "vf/error": error.sum(),
+        "vf/error_sq": error.square().sum(),
+    }
+    return Loss((coefficients * terms.loss).sum(), Stats(means, sums, {}))
+
+
+def _kl(logprobs: Tensor, ref_logprobs: Tensor, settings: PolicyLossSettings) -> Tensor:
+    kl = kl_terms(logprobs, ref_logprobs, settings.kl_estimator)
+    if not settings.kl_gradient_k2:
+        return kl
+    carrier = kl_terms(logprobs, ref_logprobs, "k2")
+    return kl.detach() + (carrier - carrier.detach())
+
+
+def _share(cu_seqlens: Tensor, aggregation: Aggregation, normalizer: float) -> Tensor:
+    """This micro-batch's part of its mini-batch: over a mini-batch these add up to 1."""
+    if aggregation == "token-mean":
+        return cu_seqlens[-1].double() / normalizer
+    return cu_seqlens.new_tensor(float(cu_seqlens.numel() - 1), dtype=torch.float64) / normalizer
+
+
+def _weighted(coefficients: Tensor, terms: Tensor) -> Tensor:
+    return (coefficients.double() * terms.detach().double()).sum()
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.detach().double().sum()
