@@ -1,1 +1,1 @@
-"""Generation and early inference: scheduler, simulator, live loop."""
+"""Generation and inference of one iteration: who generates and scores what, where and when."""

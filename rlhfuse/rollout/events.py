@@ -1,0 +1,174 @@
+"""What the rollout scheduler hears and what it says. Ids and lengths only, no tokens.
+
+An *instance* is one generation replica; the *worker* of the same number is the process that holds
+it together with its scorers. A worker does one thing at a time: it steps its engine or it scores.
+Times are seconds on the driver's clock and never go backwards.
+"""
+
+from dataclasses import dataclass
+
+from rlhfuse.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A new iteration with these samples, all QUEUED. Only when the one before is done."""
+
+    now_s: float
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`lengths`: (sample id, response tokens so far) of samples running on `instance`."""
+
+    now_s: float
+    instance: int
+    lengths: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A response is complete."""
+
+    now_s: float
+    instance: int
+    sample_id: int
+    response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """An exported sample has left its source `instance` and can be added elsewhere."""
+
+    now_s: float
+    instance: int
+    sample_id: int
+    response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One `Score` command is done."""
+
+    now_s: float
+    worker: int
+    role: str
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewarded:
+    """The reward function or service has answered for one sample."""
+
+    now_s: float
+    sample_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A sample will not be trained on, for `reason` (its reward timed out, ...)."""
+
+    now_s: float
+    sample_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost:
+    """The worker is gone, with its running samples and the scores that it held."""
+
+    now_s: float
+    instance: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReady:
+    """The worker is there (again), empty, with the current weights, awake."""
+
+    now_s: float
+    instance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. Send one every second or so; decisions need no other clock."""
+
+    now_s: float
+
+
+Event = (
+    Started
+    | Progress
+    | Finished
+    | Left
+    | Scored
+    | Rewarded
+    | Dropped
+    | InstanceLost
+    | InstanceReady
+    | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Add these samples to the instance, each with the tokens that it has so far."""
+
+    instance: int
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Export at `source`, then add at `destination`; a `Left` event per sample in between.
+
+    A sample that finishes first sends `Finished` and no `Left`. Where the destination has been
+    lost by the time of `Left`, the driver adds nothing: the answer to `Left` is a `Generate`.
+    """
+
+    source: int
+    destination: int
+    sample_ids: tuple[int, ...]
+    with_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Run one role's model over the samples, in one call; answered by one `Scored`."""
+
+    worker: int
+    role: str
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Give back the instance's key-value memory: nothing runs there any more."""
+
+    instance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Take the key-value memory again; a `Generate` or `Migrate` to it follows."""
+
+    instance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """Ask the reward function or service; answered by `Rewarded` or `Dropped` per sample."""
+
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Why the tail moved: for logs and reports; nothing to execute."""
+
+    text: str
+    predicted_gain_s: float
+
+
+Command = Generate | Migrate | Score | Sleep | Wake | Reward | Decision
