@@ -7,6 +7,7 @@ crash a worker nor reach `pickle`, which is used nowhere.
 """
 
 import logging
+import socket as sockets
 import threading
 import time
 from collections.abc import Callable
@@ -203,3 +204,10 @@ class PeerClient:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def free_port() -> int:
+    """A port on this machine that nobody uses at the moment."""
+    with sockets.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,194 @@
+"""The folder of a run: what is written where, and checkpoints that are whole or not there.
+
+``runs/<project>/<experiment>/``: ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
+``samples.jsonl``, ``timeline/step_N.json``, ``report.html``, ``checkpoints/global_step_N/`` and
+``checkpoints/latest_checkpointed_iteration.txt``.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from rlhfuse.config import TrainerConfig
+from rlhfuse.placement import StagePlacement
+
+_LATEST = "latest_checkpointed_iteration.txt"
+_STATE = "trainer.json"
+_MANIFEST = "manifest.json"
+
+
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the controller must remember to go on: written with every checkpoint."""
+
+    step: int  # steps completed
+    epoch: int
+    position: int  # rows of this epoch already drawn
+    kl_coef: float
+    pipelines: dict[str, StagePlacement]  # chosen once per run
+    best_metric: str = ""
+    best_value: float | None = None
+    best_step: int = 0
+
+
+class ValidationSample(msgspec.Struct, frozen=True):
+    """A response of a validation set, for people to read."""
+
+    step: int
+    set: str
+    prompt: str
+    response: str
+    score: float
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Every file of a checkpoint with its size in bytes."""
+
+    step: int
+    files: dict[str, int]
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self.path = Path(config.default_local_dir, config.project_name, config.experiment_name)
+        self.checkpoints = self.path / "checkpoints"
+        self._keep = config.max_checkpoints
+
+    def create(self, config_yaml: str) -> None:
+        """Make the folder and write what the run is and where it runs."""
+        (self.path / "timeline").mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        write_whole(self.path / "config.yaml", config_yaml.encode())
+        write_whole(self.path / "environment.json", msgspec.json.encode(environment()))
+
+    def timeline(self, step: int) -> Path:
+        return self.path / "timeline" / f"step_{step}.json"
+
+    def add_samples(self, samples: list[ValidationSample]) -> None:
+        with (self.path / "samples.jsonl").open("ab") as file:
+            for sample in samples:
+                file.write(msgspec.json.encode(sample) + b"\n")
+
+    # --- checkpoints -----------------------------------------------------------------------
+
+    def save(self, state: TrainerState, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder aside, then put it in place: it is whole, or not there.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; older ones are untouched.
+        """
+        final = self.checkpoints / f"global_step_{state.step}"
+        aside = self.checkpoints / f".global_step_{state.step}.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            write(aside)
+            write_whole(aside / _STATE, msgspec.json.encode(state))
+            files = {
+                str(p.relative_to(aside)): p.stat().st_size
+                for p in sorted(aside.rglob("*"))
+                if p.is_file()
+            }
+            write_whole(aside / _MANIFEST, msgspec.json.encode(Manifest(state.step, files)))
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        write_whole(self.checkpoints / _LATEST, str(state.step).encode())
+        self._prune(state)
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None.
+
+        Raises:
+            ValueError: one is named as the latest but is missing or damaged.
+        """
+        marker = self.checkpoints / _LATEST
+        if not marker.is_file():
+            return None
+        folder = self.checkpoints / f"global_step_{marker.read_text().strip()}"
+        check_manifest(folder)
+        return folder
+
+    def _prune(self, state: TrainerState) -> None:
+        if not self._keep:
+            return
+        found = sorted(
+            self.checkpoints.glob("global_step_*"), key=lambda p: int(p.name.rsplit("_", 1)[1])
+        )
+        kept = {p.name for p in found[-self._keep :]} | {f"global_step_{state.best_step}"}
+        for folder in found:
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+
+def load_state(folder: Path) -> TrainerState:
+    """The controller's state in a checkpoint."""
+    try:
+        return msgspec.json.decode((folder / _STATE).read_bytes(), type=TrainerState)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ValueError(f"checkpoint {folder}: {_STATE} cannot be read: {error}") from error
+
+
+def check_manifest(folder: Path) -> None:
+    """Every file that a checkpoint lists is there, in full.
+
+    Raises:
+        ValueError: naming the first file that is not.
+    """
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise ValueError(f"checkpoint {folder} has no {_MANIFEST}: it is not whole")
+    manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    for name, size in manifest.files.items():
+        file = folder / name
+        actual = file.stat().st_size if file.is_file() else -1
+        if actual != size:
+            have = "it is missing" if actual < 0 else f"it has {actual}"
+            raise ValueError(f"checkpoint {folder}: {name} should have {size} bytes, {have}")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file such that a reader sees the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def environment() -> dict[str, str | int]:
+    """Hardware and versions, for reports and results."""
+    found: dict[str, str | int] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True) or 0,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for package in ("rlhfuse", "torch", "transformers", "ray", "vllm", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"

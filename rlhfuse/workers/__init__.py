@@ -1,0 +1,1 @@
+"""The two processes of a device: a rollout worker and a training worker."""

@@ -1,0 +1,65 @@
+"""What both kinds of worker share: pinning, device and type, and the outer command loop."""
+
+import logging
+import os
+import traceback
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from rlhfuse.config import PlacementConfig
+from rlhfuse.messages import Failed
+from rlhfuse.placement import WorkerSpec
+from rlhfuse.transport import Link
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def settle(spec: WorkerSpec) -> None:
+    """Make this process a good neighbour: one core, one thread, deterministic float32."""
+    if spec.core is not None:
+        psutil.Process().cpu_affinity([spec.core])
+    torch.set_num_threads(1)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def device_of(placement: PlacementConfig, index: int) -> torch.device:
+    """The torch device of worker `index`."""
+    kind = placement.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(kind, index) if kind == "cuda" else torch.device("cpu")
+
+
+def dtype_of(placement: PlacementConfig, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, bfloat16 on an accelerator, unless the configuration says."""
+    if placement.dtype != "auto":
+        return _DTYPES[placement.dtype]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def run_guarded(spec: WorkerSpec, body: Callable[[Link], None]) -> None:
+    """Run a worker's life; whatever ends it early is reported to the controller first."""
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {spec.name} %(levelname)s %(message)s"
+    )
+    link = Link(spec.hub, spec.name)
+    try:
+        settle(spec)
+        body(link)
+    except BaseException as error:
+        link.send(
+            Failed(
+                worker=spec.name,
+                where=type(error).__name__,
+                error=str(error),
+                traceback=traceback.format_exc(),
+                user_error=isinstance(error, ValueError),
+            )
+        )
+        raise
+    finally:
+        link.close()

@@ -1,0 +1,335 @@
+"""The rollout worker: one engine and the scorers of a device. All in it can be rebuilt.
+
+It does one thing at a time: while samples run it steps the engine, and between steps it answers
+commands; a `Score` command runs to its end before the next step.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rlhfuse import messages as m
+from rlhfuse import scoring
+from rlhfuse.config import Config
+from rlhfuse.engines.base import Engine, Output, Request, SamplingParams
+from rlhfuse.engines.torch_engine import TorchEngine
+from rlhfuse.models.loading import load_model
+from rlhfuse.models.stage import Head, ModelStage
+from rlhfuse.payloads import ROLLOUT, Departed, PayloadStore, fetch_departed
+from rlhfuse.placement import WorkerSpec
+from rlhfuse.timeline import Kind, Span
+from rlhfuse.transport import Link, PeerClient, PeerServer
+from rlhfuse.weights.send import Inbox
+from rlhfuse.workers.common import device_of, dtype_of, run_guarded
+
+logger = logging.getLogger(__name__)
+
+_REPORT_EVERY_STEPS = 8
+_IDLE_POLL_S = 1.0
+
+
+def main(spec: WorkerSpec) -> None:
+    """Live until `Shutdown`."""
+    run_guarded(spec, lambda link: RolloutWorker(spec, link).run())
+
+
+class RolloutWorker:
+    """Commands in, events out."""
+
+    def __init__(self, spec: WorkerSpec, link: Link) -> None:
+        self._config = spec.config
+        self._lane = f"rank{spec.index}"
+        self._link = link
+        self._device = device_of(spec.config.placement, spec.index)
+        dtype = dtype_of(spec.config.placement, self._device)
+        self._models = _load_models(spec.config, self._device, dtype)
+        self._engine = _make_engine(spec.config, self._models["actor"], self._device)
+        self._store = PayloadStore()
+        self._server = PeerServer(self._store.answer)
+        self._client = PeerClient(spec.config.trainer.wait_timeout_s)
+        self._growths: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._logprobs: dict[int, list[float]] = {}
+        self._spans: list[Span] = []
+        self._burst = _Burst()
+        self._running = True
+        link.send(
+            m.Hello(
+                worker=spec.name,
+                protocol=m.PROTOCOL_VERSION,
+                endpoint=self._server.endpoint,
+                pid=os.getpid(),
+                detail=f"{self._device} {dtype}",
+            )
+        )
+
+    def run(self) -> None:
+        """Step while there are samples; otherwise wait for commands without using the core."""
+        while self._running:
+            busy = self._engine.num_running > 0
+            if not busy:
+                self._send_spans()
+            for command in self._link.receive(0.0 if busy else _IDLE_POLL_S):
+                self._handle(command)
+            if self._engine.num_running > 0:
+                self._step()
+        self._server.close()
+        self._client.close()
+
+    # --- commands --------------------------------------------------------------------------
+
+    def _handle(self, command: m.Command) -> None:
+        match command:
+            case m.BeginStep():
+                self._begin(command)
+            case m.Generate():
+                self._generate(command)
+            case m.Export():
+                self._export(command)
+            case m.Score():
+                self._score(command)
+            case m.PullWeights():
+                self._pull_weights(command)
+            case m.Sleep():
+                self._engine.sleep()
+                self._link.send(m.Ack(command="Sleep"))
+            case m.Wake():
+                self._engine.wake()
+                self._link.send(m.Ack(command="Wake"))
+            case m.Shutdown():
+                self._running = False
+            case _:
+                raise AssertionError(f"not a command to a rollout worker: {command}")
+
+    def _begin(self, command: m.BeginStep) -> None:
+        assert self._engine.num_running == 0, "a step begins while samples are running"
+        assert self._engine.policy_version == command.policy_version, (
+            f"weights are of version {self._engine.policy_version}, "
+            f"the step wants {command.policy_version}"
+        )
+        self._store.clear()
+        self._growths.clear()
+        self._lengths.clear()
+        self._logprobs.clear()
+
+    def _generate(self, command: m.Generate) -> None:
+        params = _sampling_params(command.sampling)
+        for item in command.items:
+            response = np.frombuffer(item.tokens.response, dtype=np.int32)
+            sample_id = item.tokens.sample_id
+            cache = b""
+            if item.cache_from:
+                remains = fetch_departed(self._client, item.cache_from, sample_id)
+                self._logprobs[sample_id] = remains.logprobs.tolist()
+                cache = remains.cache
+            elif len(response):
+                # Its maker died: what it measured is lost, and marked as such.
+                self._logprobs[sample_id] = [math.nan] * len(response)
+            self._lengths[sample_id] = len(response)
+            self._engine.add(
+                Request(
+                    sample_id=sample_id,
+                    prompt=np.frombuffer(item.tokens.prompt, dtype=np.int32),
+                    seed=item.seed,
+                    params=params,
+                    response=response,
+                ),
+                cache,
+            )
+
+    def _export(self, command: m.Export) -> None:
+        start_s = time.monotonic()
+        left: list[m.Growth] = []
+        for running in self._engine.export(command.sample_ids, with_cache=command.with_cache):
+            request = running.request
+            logprobs = self._logprobs.pop(request.sample_id, [])
+            self._store.depart(
+                request.sample_id, Departed(running.cache, np.asarray(logprobs, dtype=np.float32))
+            )
+            left.append(self._growth(request.sample_id, ""))
+        self._report()
+        self._link.send(m.Exported(growths=tuple(left), requested=command.sample_ids))
+        self._span(Kind.MIGRATE, "export", start_s, samples=len(left))
+
+    def _score(self, command: m.Score) -> None:
+        start_s = time.monotonic()
+        samples = [
+            (np.frombuffer(s.prompt, dtype=np.int32), np.frombuffer(s.response, dtype=np.int32))
+            for s in command.samples
+        ]
+        ids = tuple(s.sample_id for s in command.samples)
+        model = self._models[command.role]
+        budget = self._config.rollout.score_token_budget
+        if command.role == "reward":
+            scores = scoring.rewards(model, samples, token_budget=budget)
+        elif command.role == "critic":
+            values = scoring.values(model, samples, token_budget=budget)
+            scores = self._keep(command.role, ids, values)
+        else:
+            logprobs = scoring.token_logprobs(
+                model, samples, temperature=command.temperature, token_budget=budget
+            )
+            scores = self._keep(command.role, ids, logprobs)
+        tokens = sum(len(prompt) + len(response) for prompt, response in samples)
+        self._span(
+            Kind.SCORE, command.role, start_s, role=command.role, tokens=tokens, samples=len(ids)
+        )
+        self._link.send(m.Scored(role=command.role, sample_ids=ids, scores=tuple(scores)))
+
+    def _keep(
+        self, role: m.Role, ids: Sequence[int], per_token: Sequence[scoring.FloatArray]
+    ) -> list[float]:
+        for sample_id, values in zip(ids, per_token, strict=True):
+            self._store.put(role, sample_id, values)
+        return [float(values.mean()) if len(values) else 0.0 for values in per_token]
+
+    def _pull_weights(self, command: m.PullWeights) -> None:
+        start_s = time.monotonic()
+        inbox = Inbox(self._client, command.role, command.version)
+        tensors = inbox.tensors(command.sources)
+        if command.role == "actor":
+            self._engine.load_weights(tensors, command.version)
+        else:
+            self._models[command.role].load_tensors(tensors)
+        digest = inbox.digest()
+        if digest != command.digest:
+            raise RuntimeError(
+                f"{command.role} weights of version {command.version} arrived damaged: "
+                f"{digest[:12]} instead of {command.digest[:12]}"
+            )
+        self._span(Kind.WEIGHTS, f"weights {command.role}", start_s, version=command.version)
+        self._send_spans()
+        self._link.send(m.WeightsReady(role=command.role, version=command.version, digest=digest))
+
+    # --- generation ------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        start_s = time.monotonic()
+        batch = self._engine.num_running
+        outputs = self._engine.step()
+        self._burst.add(start_s, time.monotonic(), batch)
+        finished = self._absorb(outputs)
+        if finished or self._burst.steps >= _REPORT_EVERY_STEPS:
+            self._report(finished)
+
+    def _absorb(self, outputs: Sequence[Output]) -> dict[int, str]:
+        finished: dict[int, str] = {}
+        for output in outputs:
+            self._growths.setdefault(output.sample_id, []).extend(output.tokens)
+            self._lengths[output.sample_id] += len(output.tokens)
+            self._logprobs.setdefault(output.sample_id, []).extend(output.logprobs)
+            if output.finished:
+                finished[output.sample_id] = output.finish_reason
+                logprobs = self._logprobs.pop(output.sample_id)
+                self._store.put(ROLLOUT, output.sample_id, np.asarray(logprobs, dtype=np.float32))
+        return finished
+
+    def _growth(self, sample_id: int, reason: str) -> m.Growth:
+        tokens = np.asarray(self._growths.pop(sample_id, []), dtype=np.int32)
+        return m.Growth(sample_id, tokens.tobytes(), self._lengths[sample_id], reason)
+
+    def _report(self, finished: dict[int, str] | None = None) -> None:
+        """Send what has grown, and close the span of the steps that grew it."""
+        reasons = finished or {}
+        ids = list(self._growths)
+        if ids:
+            growths = tuple(self._growth(i, reasons.get(i, "")) for i in ids)
+            self._link.send(m.Grown(growths=growths))
+        if self._burst.steps:
+            context = sum(self._lengths[i] for i in ids) / max(1, len(ids))
+            self._spans.append(self._burst.span(self._lane, context))
+            self._burst = _Burst()
+
+    # --- spans -----------------------------------------------------------------------------
+
+    def _span(self, kind: Kind, name: str, start_s: float, **args: int | float | str) -> None:
+        self._spans.append(Span(self._lane, start_s, time.monotonic(), kind, name, args))
+
+    def _send_spans(self) -> None:
+        self._report()
+        if self._spans:
+            self._link.send(m.Spans(spans=tuple(self._spans)))
+            self._spans = []
+
+
+class _Burst:
+    """Consecutive engine steps, reported as one span."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._rows = 0
+        self._start_s = 0.0
+        self._end_s = 0.0
+
+    def add(self, start_s: float, end_s: float, batch: int) -> None:
+        if not self.steps:
+            self._start_s = start_s
+        self._end_s = end_s
+        self._rows += batch
+        self.steps += 1
+
+    def span(self, lane: str, context_tokens: float) -> Span:
+        batch = self._rows / self.steps
+        args: dict[str, int | float | str] = {
+            "steps": self.steps,
+            "batch": round(batch, 2),
+            "context_tokens": round(context_tokens, 1),
+        }
+        return Span(lane, self._start_s, self._end_s, Kind.GENERATE, f"generate x{batch:.0f}", args)
+
+
+def _load_models(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> dict[m.Role, ModelStage]:
+    """One whole model per scored role; the actor's is the engine's own."""
+    models: dict[m.Role, ModelStage] = {
+        "actor": load_model(config.actor.path, head=Head.LM, device=device, dtype=dtype)
+    }
+    if config.uses_critic:
+        # Only the shape matters here: the weights come from the training workers.
+        models["critic"] = load_model(
+            config.critic.path,
+            head=Head.SCALAR,
+            device=device,
+            dtype=dtype,
+            new_head_seed=config.critic.init_seed,
+        )
+    if config.uses_reference:
+        path = config.reference.path or config.actor.path
+        models["reference"] = load_model(path, head=Head.LM, device=device, dtype=dtype)
+    if config.reward.path:
+        models["reward"] = load_model(
+            config.reward.path, head=Head.SCALAR, device=device, dtype=dtype
+        )
+    for model in models.values():
+        model.requires_grad_(False).eval()
+    return models
+
+
+def _make_engine(config: Config, model: ModelStage, device: torch.device) -> Engine:
+    rollout = config.rollout
+    max_len = config.data.max_prompt_length + rollout.response_length
+    return TorchEngine(
+        model,
+        max_num_seqs=rollout.max_num_seqs,
+        max_model_len=max_len,
+        cache_tokens=rollout.cache_tokens or rollout.max_num_seqs * max_len,
+        device=device,
+    )
+
+
+def _sampling_params(sampling: m.Sampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+    )

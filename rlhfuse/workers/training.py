@@ -1,0 +1,219 @@
+"""The training worker: one rank of the training pipelines of actor and critic."""
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from rlhfuse import messages as m
+from rlhfuse.config import Config
+from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
+from rlhfuse.placement import WorkerSpec
+from rlhfuse.timeline import Kind, Span
+from rlhfuse.training.records import (
+    MiniBatchPlan,
+    NonFiniteLoss,
+    RolePlacement,
+    SampleData,
+    TrainingPlacement,
+)
+from rlhfuse.training.update import RankTrainer
+from rlhfuse.transport import Link, PeerClient, PeerServer
+from rlhfuse.weights.plan import combined_digest
+from rlhfuse.weights.send import Outbox
+from rlhfuse.workers.common import device_of, dtype_of, run_guarded
+
+logger = logging.getLogger(__name__)
+
+_IDLE_POLL_S = 1.0
+
+
+def main(spec: WorkerSpec) -> None:
+    """Live until `Shutdown`."""
+    run_guarded(spec, lambda link: TrainingWorker(spec, link).run())
+
+
+class TrainingWorker:
+    """Commands in, events out. Every rank gets the same commands in the same order."""
+
+    def __init__(self, spec: WorkerSpec, link: Link) -> None:
+        self._config = spec.config
+        self._name = spec.name
+        self._rank = spec.index
+        self._lane = f"rank{spec.index}"
+        self._link = link
+        device = device_of(spec.config.placement, spec.index)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://127.0.0.1:{spec.master_port}",
+            rank=spec.index,
+            world_size=spec.config.placement.num_devices,
+            timeout=timedelta(seconds=spec.config.trainer.wait_timeout_s),
+        )
+        placement = TrainingPlacement(
+            {role: RolePlacement(p.ranks, p.layers) for role, p in spec.pipelines.items()}
+        )
+        self._roles: tuple[m.Role, ...] = (
+            ("actor", "critic") if "critic" in spec.pipelines else ("actor",)
+        )
+        # Only ranks with a loss need the per-token numbers.
+        self._needs_data = any(p.ranks[-1] == spec.index for p in spec.pipelines.values())
+        self._trainer = RankTrainer(
+            spec.config,
+            rank=spec.index,
+            world_size=spec.config.placement.num_devices,
+            placement=placement,
+            device=device,
+            dtype=dtype_of(spec.config.placement, device),
+            total_steps=spec.total_optimizer_steps,
+        )
+        self._outbox = Outbox()
+        self._server = PeerServer(PayloadStore(self._outbox.answer).answer)
+        self._client = PeerClient(spec.config.trainer.wait_timeout_s)
+        self._running = True
+        link.send(
+            m.Hello(
+                worker=spec.name,
+                protocol=m.PROTOCOL_VERSION,
+                endpoint=self._server.endpoint,
+                pid=os.getpid(),
+                detail=str(device),
+            )
+        )
+
+    def run(self) -> None:
+        while self._running:
+            for command in self._link.receive(_IDLE_POLL_S):
+                self._handle(command)
+        self._trainer.close()
+        self._server.close()
+        self._client.close()
+        dist.destroy_process_group()
+
+    def _handle(self, command: m.Command) -> None:
+        match command:
+            case m.Train():
+                self._train(command)
+            case m.PrepareWeights():
+                self._prepare_weights(command)
+            case m.SaveCheckpoint():
+                self._save(command)
+            case m.LoadCheckpoint():
+                self._trainer.load(Path(command.folder))
+                self._link.send(m.Ack(command="LoadCheckpoint"))
+            case m.Shutdown():
+                self._running = False
+            case _:
+                raise AssertionError(f"not a command to a training worker: {command}")
+
+    def _train(self, command: m.Train) -> None:
+        self._outbox.withdraw()
+        spans: list[Span] = []
+        start_s = time.monotonic()
+        samples = fetch_samples(self._client, command.samples, self._config, self._needs_data)
+        spans.append(Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {}))
+        plans = [MiniBatchPlan(dict(b.microbatches), b.rounds) for b in command.minibatches]
+        try:
+            metrics = self._trainer.update(command.step, samples, plans, command.kl_coef, spans)
+        except NonFiniteLoss:
+            self._keep_batch(command.step, samples)
+            raise
+        digests = {
+            f"{role}/{name}": digest
+            for role in self._roles
+            for name, digest in self._trainer.digest(role).items()
+        }
+        self._link.send(m.Spans(spans=tuple(spans)))
+        self._link.send(
+            m.Trained(step=command.step, metrics=metrics, digest=combined_digest(digests))
+        )
+
+    def _prepare_weights(self, command: m.PrepareWeights) -> None:
+        for role in command.roles:
+            tensors = self._trainer.named_tensors(role)
+            digests = self._outbox.offer(role, command.version, tensors)
+            self._link.send(
+                m.WeightsPrepared(
+                    role=role,
+                    version=command.version,
+                    names=tuple(digests),
+                    digests=tuple(digests.values()),
+                    num_bytes=sum(t.nbytes for t in tensors.values()),
+                )
+            )
+
+    def _save(self, command: m.SaveCheckpoint) -> None:
+        folder = Path(command.folder)
+        self._trainer.save(folder)
+        for role in self._roles:
+            self._trainer.export_hf(folder / role / "huggingface", role)
+        self._link.send(m.Ack(command="SaveCheckpoint"))
+
+    def _keep_batch(self, step: int, samples: Sequence[SampleData]) -> None:
+        """Write the batch that broke the loss, for study."""
+        trainer = self._config.trainer
+        folder = Path(trainer.default_local_dir, trainer.project_name, trainer.experiment_name)
+        path = folder / f"non_finite_step_{step}_rank{self._rank}.npz"
+        arrays: dict[str, FloatArray] = {}
+        for sample in samples:
+            for name in ("prompt", "response", "old_logprobs", "reference_logprobs", "values"):
+                values = getattr(sample, name)
+                if values is not None:
+                    arrays[f"{sample.sample_id}/{name}"] = values
+        np.savez(path, allow_pickle=False, **arrays)
+        logger.error("the batch of step %d is kept in %s", step, path)
+
+
+def fetch_samples(
+    client: PeerClient, samples: Sequence[m.TrainSample], config: Config, with_data: bool
+) -> list[SampleData]:
+    """The samples of a step with their per-token numbers, each pulled once from its maker.
+
+    A rank without a loss gets empty arrays: it needs token ids and lengths alone.
+    """
+    floats = _fetch_all(client, samples) if with_data else {}
+    recomputed = config.rollout.old_log_probs == "recompute"
+    return [_sample_data(sample, floats, recomputed, with_data) for sample in samples]
+
+
+def _fetch_all(
+    client: PeerClient, samples: Sequence[m.TrainSample]
+) -> dict[tuple[str, int], FloatArray]:
+    wanted: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for sample in samples:
+        wanted[sample.rollout_endpoint, ROLLOUT].append(sample.tokens.sample_id)
+        for role, endpoint in sample.endpoints.items():
+            wanted[endpoint, role].append(sample.tokens.sample_id)
+    floats: dict[tuple[str, int], FloatArray] = {}
+    for (endpoint, kind), ids in wanted.items():
+        for sample_id, values in zip(ids, fetch_floats(client, endpoint, kind, ids), strict=True):
+            floats[kind, sample_id] = values
+    return floats
+
+
+def _sample_data(
+    sample: m.TrainSample,
+    floats: dict[tuple[str, int], FloatArray],
+    recomputed: bool,
+    with_data: bool,
+) -> SampleData:
+    sample_id = sample.tokens.sample_id
+    empty = np.zeros(0, dtype=np.float32)
+    rollout = floats[ROLLOUT, sample_id] if with_data else empty
+    return SampleData(
+        sample_id=sample_id,
+        group=sample.group,
+        prompt=np.frombuffer(sample.tokens.prompt, dtype=np.int32),
+        response=np.frombuffer(sample.tokens.response, dtype=np.int32),
+        score=sample.score,
+        old_logprobs=floats["actor", sample_id] if with_data and recomputed else rollout,
+        rollout_logprobs=rollout,
+        reference_logprobs=floats.get(("reference", sample_id)),
+        values=floats.get(("critic", sample_id)),
+    )

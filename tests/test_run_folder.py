@@ -1,0 +1,71 @@
+"""A checkpoint is whole or not there; an older one survives a failed write."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhfuse.config import TrainerConfig
+from rlhfuse.placement import StagePlacement
+from rlhfuse.run_folder import RunFolder, TrainerState, load_state
+
+
+def _state(step: int, best_step: int = 0) -> TrainerState:
+    pipelines = {"actor": StagePlacement((0, 1), ((0, 2), (2, 4)))}
+    return TrainerState(
+        step=step, epoch=1, position=3, kl_coef=0.1, pipelines=pipelines, best_step=best_step
+    )
+
+
+def _folder(tmp_path: Path, keep: int = 2) -> RunFolder:
+    folder = RunFolder(TrainerConfig(default_local_dir=str(tmp_path), max_checkpoints=keep))
+    folder.create("trainer: {}\n")
+    return folder
+
+
+def _write(folder: Path) -> None:
+    (folder / "actor").mkdir()
+    (folder / "actor" / "weights").write_bytes(b"w" * 100)
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    assert folder.latest() is None
+    folder.save(_state(4), _write)
+    latest = folder.latest()
+    assert latest is not None
+    assert load_state(latest) == _state(4)
+
+
+def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.save(_state(1), _write)
+
+    def fail(path: Path) -> None:
+        _write(path)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        folder.save(_state(2), fail)
+    latest = folder.latest()
+    assert latest is not None
+    assert load_state(latest).step == 1
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == [
+        "global_step_1",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    saved = folder.save(_state(1), _write)
+    (saved / "actor" / "weights").write_bytes(b"w" * 99)
+    with pytest.raises(ValueError, match="actor/weights should have 100 bytes, it has 99"):
+        folder.latest()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    for step in range(1, 6):
+        folder.save(_state(step, best_step=2), _write)
+    kept = sorted(p.name for p in folder.checkpoints.glob("global_step_*"))
+    assert kept == ["global_step_2", "global_step_4", "global_step_5"]
