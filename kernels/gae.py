@@ -1,14 +1,15 @@
 """Generalised advantage estimation and discounted returns over packed sequences.
 
 The plain path cuts every sequence into blocks, runs all blocks at once, and then carries from
-block to block: about 2 sqrt(length) steps instead of one per token. Every step is a rounded
-multiplication and a rounded addition, so a sequence's result does not depend on the others.
+block to block (by the same recurrence over blocks): 64 log_64(length) steps instead of one per
+token. Every step is a rounded multiplication and a rounded addition, so a sequence's result does
+not depend on the others.
 """
 
 import torch
 from torch import Tensor
 
-from rlhfuse.kernels.packed import check_packed, lengths
+from rlhfuse.kernels.packed import check_packed, expand, lengths
 from rlhfuse.kernels.reference import Gae, accumulation_dtype, next_values
 
 _BLOCK = 64
@@ -61,49 +62,29 @@ def _blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> T
     if num_tokens == 0:
         return torch.zeros_like(values)
     counts = lengths(cu_seqlens)
-    # Block-major order, block index within the sequence first, longest sequences first: the
-    # blocks that take their carry at one time, and the blocks that they take it from, are then
-    # two contiguous ranges.
     blocks = (counts + _BLOCK - 1).div(_BLOCK, rounding_mode="floor")
-    ordered = torch.argsort(blocks, descending=True, stable=True)
-    rank = torch.empty_like(ordered)
-    rank[ordered] = torch.arange(ordered.numel(), device=values.device)
-    depth = int(blocks.max())
-    # widths[b]: how many sequences have a block b; firsts[b]: where those blocks start.
-    widths = (blocks[None, :] > torch.arange(depth, device=values.device)[:, None]).sum(1)
-    firsts = widths.cumsum(0) - widths
-
-    # Cell of token t in the [_BLOCK, num_blocks] grid: its place in its block is the row.
-    sequence = torch.repeat_interleave(
-        torch.arange(counts.numel(), device=values.device), counts, output_size=num_tokens
-    )
-    place = torch.arange(num_tokens, device=values.device) - cu_seqlens[:-1].long()[sequence]
-    block, row = place.div(_BLOCK, rounding_mode="floor"), place.remainder(_BLOCK)
-    num_blocks = int(blocks.sum())
-    cell = row * num_blocks + firsts[block] + rank[sequence]
-
-    grid = values.new_zeros(_BLOCK * num_blocks)
-    grid[cell] = values
-    grid = grid.view(_BLOCK, num_blocks)
-    step = grid.new_empty(num_blocks)
+    cu_blocks = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
+    num_blocks = int(cu_blocks[-1])
+    cells = None
+    if num_blocks * _BLOCK == num_tokens:
+        padded = values.view(num_blocks, _BLOCK)
+    else:
+        shift = cu_blocks[:-1] * _BLOCK - cu_seqlens[:-1]
+        cells = expand(shift, cu_seqlens, num_tokens)
+        cells += torch.arange(num_tokens, device=values.device)
+        padded = values.new_zeros(num_blocks * _BLOCK).scatter_(0, cells, values)
+        padded = padded.view(num_blocks, _BLOCK)
+    # Columns are blocks: one step of all scans is one pass over contiguous memory.
+    grid = padded.t().contiguous()
+    step = torch.empty_like(grid[0])
     for t in range(_BLOCK - 2, -1, -1):
         torch.mul(grid[t + 1], decay, out=step)
-        grid[t] += step
-    _carry(grid, widths.tolist(), decay)
-    return grid.view(-1)[cell]
-
-
-def _carry(grid: Tensor, widths: list[int], decay: float) -> None:
-    """Add to every block what comes after it in its sequence; `grid` is [_BLOCK, num_blocks]."""
-    powers = torch.tensor(
-        [decay ** (_BLOCK - t) for t in range(_BLOCK)], dtype=torch.float64, device=grid.device
-    ).to(grid.dtype)
-    carries = grid.new_zeros(grid.shape[1])  # the value right after each block
-    first = grid.shape[1]
-    heads, whole = grid[0].clone(), powers[0]
-    for earlier, later in zip(reversed(widths[:-1]), reversed(widths[1:]), strict=True):
-        first -= later
-        into = slice(first - earlier, first - earlier + later)
-        after = slice(first, first + later)
-        carries[into] = heads[after] + carries[after] * whole
-    grid += powers[:, None] * carries[None, :]
+        grid[t].add_(step)
+    if int(counts.max()) > _BLOCK:
+        # What follows a block in its sequence is the same recurrence over block heads.
+        heads = _blocked_reverse_scan(grid[0].clone(), cu_blocks, decay**_BLOCK)
+        carries = next_values(heads, cu_blocks)
+        powers = [decay ** (_BLOCK - t) for t in range(_BLOCK)]
+        grid.add_(values.new_tensor(powers)[:, None] * carries)
+    scanned = grid.t().contiguous().view(-1)
+    return scanned if cells is None else scanned.index_select(0, cells)
