@@ -22,11 +22,12 @@ _GENERATION_KINDS = frozenset({Kind.GENERATE, Kind.PREFILL})
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """A lane's time from `start_s` to `end_s` has this cause."""
+    """A lane's time from `start_s` to `end_s` has this cause; `span` is the work done, if any."""
 
     start_s: float
     end_s: float
     cause: Cause
+    span: Span | None = None
 
 
 class LaneAttribution(msgspec.Struct, frozen=True):
@@ -205,7 +206,8 @@ def _explain(
     ready_s = 0.0 if context.early_scoring else context.scoring_after_s.get(lane, 0.0)
     for piece in paint(spans, start_s, end_s):
         if piece.span is not None and piece.span.kind is not Kind.WAIT:
-            yield Segment(piece.start_s, piece.end_s, CAUSE_OF_KIND[piece.span.kind])
+            cause = CAUSE_OF_KIND[piece.span.kind]
+            yield Segment(piece.start_s, piece.end_s, cause, piece.span)
             continue
         moments = [
             piece.start_s,
@@ -264,13 +266,13 @@ _WAIT_CAUSES = {
 
 
 def _merged(segments: Iterable[Segment]) -> Iterator[Segment]:
-    """Touching segments of one cause as one; empty ones dropped."""
+    """Touching segments of one cause and one span as one; empty ones dropped."""
     held: Segment | None = None
     for segment in segments:
         if segment.end_s <= segment.start_s:
             continue
-        if held is not None and held.cause is segment.cause and held.end_s == segment.start_s:
-            held = Segment(held.start_s, segment.end_s, held.cause)
+        if held is not None and held.cause is segment.cause and held.span is segment.span:
+            held = Segment(held.start_s, segment.end_s, held.cause, held.span)
         else:
             if held is not None:
                 yield held

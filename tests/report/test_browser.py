@@ -1,0 +1,125 @@
+"""The report in a real browser: draws, zooms, and runs nothing that a text says."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from rlhfuse.report.page import write_report
+from rlhfuse.timeline import Kind, Span, Timeline, load_chrome, save_chrome
+
+pytestmark = pytest.mark.browser
+MakeRun = Callable[..., Path]
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
+
+
+class Browser(Protocol):
+    errors: list[str]
+
+    def call(self, method: str, session: str | None = None, **params: object) -> object: ...
+    def open(self, page: Path) -> None: ...
+    def evaluate(self, expression: str) -> object: ...
+
+
+def _window(browser: Browser, view: int = 0) -> tuple[float, float]:
+    browser.evaluate("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))")
+    text = browser.evaluate(f"document.querySelectorAll('.timeline')[{view}].dataset.window")
+    start, end = str(text).split()
+    return float(start), float(end)
+
+
+def _color_at(browser: Browser, x: float, lane: int) -> str:
+    """The colour on the canvas at a share of the drawn width, in the middle of a lane."""
+    return str(
+        browser.evaluate(
+            f"""(() => {{
+              const v = rlhfuseViews[0], r = v.ratio;
+              const px = Math.round((92 + {x} * (v.width - 92)) * r);
+              const py = Math.round((v.top({lane}) + v.rowHeight / 2) * r);
+              const d = v.canvas.getContext("2d").getImageData(px, py, 1, 1).data;
+              return "#" + [d[0], d[1], d[2]].map(n => n.toString(16).padStart(2, "0")).join("");
+            }})()"""
+        )
+    )
+
+
+def test_draws_and_zooms(browser: Browser, make_run: MakeRun) -> None:
+    browser.open(write_report(make_run()))
+    assert browser.errors == []
+    whole = _window(browser)
+    assert whole[0] == 0
+    assert whole[1] > 4
+    assert _color_at(browser, 0.1, 0) in ("#0072b2", "#ffffff")  # decode steps and their edges
+    box = browser.evaluate(
+        "(() => { const b = rlhfuseViews[0].canvas.getBoundingClientRect();"
+        " return [b.left, b.top, b.width]; })()"
+    )
+    assert isinstance(box, list)
+    x, y = box[0] + 92 + (box[2] - 92) / 2, box[1] + 40
+
+    def mouse(kind: str, **more: float | str) -> None:
+        browser.call("Input.dispatchMouseEvent", None, type=kind, x=x, y=y, **more)
+
+    mouse("mousePressed", button="left", clickCount=1)
+    mouse("mouseReleased", button="left", clickCount=1)
+    mouse("mouseWheel", deltaX=0, deltaY=-120)
+    zoomed = _window(browser)
+    assert zoomed[1] - zoomed[0] < 0.9 * (whole[1] - whole[0])
+    middle = (whole[0] + whole[1]) / 2  # the pointer's moment stays where it is
+    assert (zoomed[0] + zoomed[1]) / 2 == pytest.approx(middle, rel=0.01)
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    panned = _window(browser)
+    assert panned[0] > zoomed[0]
+    assert panned[1] - panned[0] == pytest.approx(zoomed[1] - zoomed[0])
+    mouse("mouseMoved")
+    assert "rank0" in str(browser.evaluate("document.querySelector('.tip').textContent"))
+    browser.evaluate("document.querySelector('[data-act=all]').click()")
+    assert _window(browser) == whole
+    assert browser.errors == []
+
+
+def test_the_legend_holds_one_sort_up(browser: Browser, make_run: MakeRun) -> None:
+    browser.open(write_report(make_run()))
+    first = "document.querySelector('.legend button')"
+    browser.evaluate(f"{first}.click()")
+    assert browser.evaluate(f"{first}.getAttribute('aria-pressed')") == "true"
+    assert browser.evaluate("rlhfuseViews[0].pick >= 0") is True
+    browser.evaluate(f"{first}.click()")
+    assert browser.evaluate("rlhfuseViews[0].pick") == -1
+
+
+def test_hostile_text_runs_nothing(browser: Browser, make_run: MakeRun) -> None:
+    folder = make_run(prompt=HOSTILE, name="<img src=x onerror=hacked=1>")
+    timeline = load_chrome(folder / "timeline" / "step_29.json")
+    spans = (*timeline.spans, Span(HOSTILE, 0, 5, Kind.OTHER, HOSTILE, {"x": HOSTILE}))
+    save_chrome(Timeline(spans), folder / "timeline" / "step_29.json")
+    browser.open(write_report(folder))
+    time.sleep(0.2)  # an image would have failed to load by now
+    assert browser.evaluate("window.hacked === undefined") is True
+    assert browser.evaluate("document.images.length") == 0
+    assert browser.errors == []
+    assert browser.evaluate(f"rlhfuseViews[0].data.lanes.includes({HOSTILE!r})") is True
+
+
+@pytest.mark.slow
+def test_half_a_million_pieces_are_drawn_fast(browser: Browser, tmp_path: Path) -> None:
+    spans = tuple(
+        Span(f"rank{i % 8}", i // 8 * 1e-3, (i // 8 + 0.9) * 1e-3, Kind.GENERATE, "decode")
+        for i in range(250_000)
+    )
+    (tmp_path / "timeline").mkdir()
+    save_chrome(Timeline(spans), tmp_path / "timeline" / "step_1.json")
+    browser.open(write_report(tmp_path))
+    assert browser.errors == []
+    median_ms = browser.evaluate(
+        """(() => { const v = rlhfuseViews[0], times = [];
+          for (let i = 0; i < 9; i++) {
+            v.from = i * 0.1; v.to = v.span - i * 3; const t = performance.now(); v.paint();
+            times.push(performance.now() - t);
+          }
+          return times.sort((a, b) => a - b)[4]; })()"""
+    )
+    assert isinstance(median_ms, float)
+    assert median_ms < 250  # about 20 on one core without a graphics card
