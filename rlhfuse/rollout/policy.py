@@ -17,10 +17,12 @@ class InterStage(StrEnum):
 
 class Migration(StrEnum):
     """Who decides when the tail moves. AUTO: the cost model, at events. PAPER: one threshold of
-    remaining samples (RLHFuse, arXiv 2409.13221). OFF: nobody."""
+    remaining samples (RLHFuse, arXiv 2409.13221). FORCED: when `forced_count` samples remain,
+    `forced_keep` instances go on (for searches in the simulator). OFF: nobody."""
 
     AUTO = "auto"
     PAPER = "paper"
+    FORCED = "forced"
     OFF = "off"
 
 
@@ -48,6 +50,8 @@ class Policy:
     score_ahead: int = 2
     block: int = 1
     sleep_when_free: bool = False
+    forced_count: int = 0
+    forced_keep: int = 1
 
     def __post_init__(self) -> None:
         positive = ("max_response_tokens", "max_running", "score_token_budget", "score_ahead")
