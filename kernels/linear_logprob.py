@@ -73,6 +73,7 @@ def chunks(num_rows: int, vocab: int) -> list[slice]:
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``hidden @ weight.T + bias`` for one chunk, with at least `MIN_ROWS` rows inside."""
     num_rows = hidden.shape[0]
+    hidden = hidden.contiguous()  # the strides choose the code path, too
     if num_rows < MIN_ROWS:
         padded = hidden.new_zeros(MIN_ROWS, hidden.shape[1])
         padded[:num_rows] = hidden

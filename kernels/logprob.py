@@ -65,6 +65,11 @@ def _row_chunks(num_rows: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
+def _copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    # Contiguous, because the order of a reduction follows the strides.
+    return rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -78,9 +83,7 @@ class _TokenLogprob(torch.autograd.Function):
         dtype = accumulation_dtype(logits)
         out = torch.empty(3, logits.shape[0], dtype=dtype, device=logits.device)
         for rows in _row_chunks(*logits.shape):
-            scaled = scale_rows_(
-                logits[rows].to(dtype, copy=True), temperature_of(temperature, rows)
-            )
+            scaled = scale_rows_(_copy(logits[rows], dtype), temperature_of(temperature, rows))
             fold = fold_rows_(scaled, labels[rows], entropy=entropy)
             out[0, rows], out[1, rows], out[2, rows] = fold.logprob, fold.entropy, fold.lse
         logprob, spread, lse = out.unbind(0)
@@ -95,7 +98,7 @@ class _TokenLogprob(torch.autograd.Function):
         gradient = logits if ctx.inplace else torch.empty_like(logits)
         for rows in _row_chunks(*logits.shape):
             temperature = temperature_of(ctx.temperature, rows)
-            scaled = scale_rows_(logits[rows].to(lse.dtype, copy=True), temperature)
+            scaled = scale_rows_(_copy(logits[rows], lse.dtype), temperature)
             by_scaled = row_gradient_(
                 scaled,
                 labels[rows],

@@ -1,0 +1,118 @@
+"""Packed GAE, discounted returns and moments against the definitions."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.gae import discounted_returns, gae
+from rlhfuse.kernels.packed import segment_sum
+from rlhfuse.kernels.whiten import pool, sequence_moments, whiten_batch
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    assert not found.isnan().any()
+    return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def batch(lengths: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, sum(lengths), generator=rng)
+    return rewards, values, cumulative(lengths)
+
+
+LENGTHS = st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 130, 300]), min_size=0, max_size=6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(LENGTHS, st.sampled_from([(1.0, 1.0), (0.99, 0.95), (0.5, 0.0)]), st.booleans())
+def test_gae_equals_the_recurrence(
+    lengths: list[int], factors: tuple[float, float], with_bootstrap: bool
+) -> None:
+    gamma, lam = factors
+    rewards, values, cu_seqlens = batch(lengths, seed=sum(lengths))
+    bootstrap = torch.randn(len(lengths)) if with_bootstrap else None
+    found = gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    truth = reference.gae(
+        rewards.double(), values.double(), cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap
+    )
+    assert relative(found.advantages, truth.advantages) < 1e-6
+    assert relative(found.returns, truth.returns) < 1e-6
+    returns = discounted_returns(rewards, cu_seqlens, gamma=gamma)
+    assert (
+        relative(returns, reference.discounted_returns(rewards.double(), cu_seqlens, gamma)) < 1e-6
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=2, max_size=8), st.integers(0, 7))
+def test_a_sequences_gae_does_not_depend_on_its_company(lengths: list[int], which: int) -> None:
+    which %= len(lengths)
+    rewards, values, cu_seqlens = batch(lengths, seed=len(lengths))
+    own = slice(int(cu_seqlens[which]), int(cu_seqlens[which + 1]))
+    together = gae(rewards, values, cu_seqlens, gamma=0.99, lam=0.95)
+    alone = gae(rewards[own], values[own], cumulative([lengths[which]]), gamma=0.99, lam=0.95)
+    assert torch.equal(together.advantages[own], alone.advantages)
+    assert torch.equal(together.returns[own], alone.returns)
+
+
+def test_a_long_sequence_without_discount_stays_accurate() -> None:
+    rewards, values, cu_seqlens = batch([20_000], seed=1)
+    found = gae(rewards, values, cu_seqlens, gamma=1.0, lam=1.0)
+    wide = rewards.double()
+    # With gamma = lam = 1 the return is the plain sum of what is still to come.
+    assert relative(found.returns, wide.flip(0).cumsum(0).flip(0)) < 1e-6
+
+
+def test_moments_pool_to_the_same_bits_in_any_order_and_cut() -> None:
+    lengths = [3, 0, 70, 1, 500, 64]
+    values, _, cu_seqlens = batch(lengths, seed=2)
+    values = values * 0.5 + 50  # a one-pass float32 variance is already wrong here
+    parts = sequence_moments(values, cu_seqlens)
+    whole = pool(parts)
+    count, mean, variance = reference.masked_moments(values)
+    assert whole.count == count
+    assert math.isclose(whole.mean, mean, rel_tol=1e-12)
+    assert math.isclose(whole.variance, variance, rel_tol=1e-9)
+    for seed in range(5):
+        shuffled = parts.copy()
+        random.Random(seed).shuffle(shuffled)
+        assert pool(shuffled) == whole
+    singles = [
+        moment
+        for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+        for moment in sequence_moments(values[start:end], cumulative([end - start]))
+    ]
+    assert pool(singles) == whole
+
+
+def test_whitening_equals_the_definition() -> None:
+    values, _, cu_seqlens = batch([5, 0, 90], seed=3)
+    for shift_mean in (True, False):
+        found = whiten_batch(values, cu_seqlens, shift_mean=shift_mean)
+        truth = reference.whiten(values.double(), shift_mean=shift_mean)
+        assert relative(found, truth) < 1e-6
+    assert whiten_batch(values[:0], cumulative([0, 0])).numel() == 0
+
+
+def test_segment_sum_of_empty_sequences_is_zero() -> None:
+    assert segment_sum(torch.ones(3), cumulative([0, 2, 0, 1, 0])).tolist() == [0, 2, 0, 1, 0]
+    assert segment_sum(torch.ones(0), cumulative([0, 0])).tolist() == [0, 0]
+
+
+def test_bad_cumulative_lengths_are_named() -> None:
+    rewards = torch.zeros(4)
+    for wrong in ([0, 3], [1, 4], [0, 5, 4]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            gae(rewards, rewards, torch.tensor(wrong), gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match="rewards and values"):
+        gae(rewards, rewards[:3], torch.tensor([0, 4]), gamma=1.0, lam=1.0)

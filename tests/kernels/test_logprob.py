@@ -1,0 +1,187 @@
+"""Both log-probability functions against float64, and the company law: bit-identical results."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.kernels.logprob import token_logprob
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    assert not found.isnan().any()
+    return float((found.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def make_logits(num_tokens: int, vocab: int, kind: str, seed: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_tokens, vocab, generator=rng) * 3
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    if kind == "shifted":
+        logits -= 100
+    elif kind == "negative":
+        logits = -logits.abs() - 5
+    elif kind == "last":
+        labels.fill_(vocab - 1)
+    elif kind == "masked":
+        logits[torch.rand(logits.shape, generator=rng) < 0.5] = -torch.inf
+        logits.scatter_(1, labels[:, None], 0.5)
+    elif kind == "ignored":
+        labels[::2] = -100
+        logits[::4] = torch.nan
+    return logits, labels
+
+
+CASES = [
+    (1, 1, "plain"),
+    (1, 5000, "plain"),
+    (7, 127, "negative"),
+    (33, 1025, "shifted"),
+    (40, 128, "last"),
+    (9, 3001, "masked"),
+    (10, 64, "ignored"),
+    (3, 70_000, "negative"),
+    (0, 16, "plain"),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "vocab", "kind"), CASES)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_token_logprob_equals_float64(
+    num_tokens: int, vocab: int, kind: str, per_token: bool
+) -> None:
+    logits, labels = make_logits(num_tokens, vocab, kind, seed=num_tokens + vocab)
+    temperature = torch.rand(num_tokens) + 0.5 if per_token else 0.7
+    grads = torch.randn(2, num_tokens)
+    wide = logits.double().requires_grad_()
+    truth = reference.token_logprob(wide, labels, temperature=temperature, entropy=True)
+    assert truth.entropy is not None
+    keep = labels != -100
+    ((truth.logprob * grads[0] + truth.entropy * grads[1])[keep]).sum().backward()
+    narrow = logits.clone().requires_grad_()
+    found = token_logprob(narrow, labels, temperature=temperature, entropy=True)
+    assert found.entropy is not None
+    (found.logprob * grads[0] + found.entropy * grads[1]).sum().backward()
+    assert relative(found.logprob, truth.logprob.detach()) < 1e-6
+    assert relative(found.entropy, truth.entropy.detach()) < 2e-6 or vocab == 1
+    assert narrow.grad is not None
+    assert wide.grad is not None
+    assert relative(narrow.grad[keep], wide.grad[keep]) < 5e-6 or vocab == 1
+    assert not narrow.grad[~keep].any()
+    alone = token_logprob(logits, labels, temperature=temperature)
+    assert alone.entropy is None
+    assert torch.equal(alone.logprob, found.logprob)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_logits_are_folded_in_float32(dtype: torch.dtype) -> None:
+    logits, labels = make_logits(50, 4099, "plain", seed=3)
+    half = logits.to(dtype).requires_grad_()
+    truth = reference.token_logprob(half.detach().double(), labels, temperature=0.7)
+    found = token_logprob(half, labels, temperature=0.7)
+    assert found.logprob.dtype == torch.float32
+    assert relative(found.logprob.detach(), truth.logprob) < 1e-6
+    found.logprob.sum().backward()
+    assert half.grad is not None
+    wide = half.detach().double().requires_grad_()
+    reference.token_logprob(wide, labels, temperature=0.7).logprob.sum().backward()
+    assert wide.grad is not None
+    assert relative(half.grad, wide.grad) < 4e-3
+
+
+def test_backward_in_place_writes_over_the_logits() -> None:
+    logits, labels = make_logits(20, 300, "plain", seed=5)
+    plain = logits.clone().requires_grad_()
+    token_logprob(plain, labels).logprob.sum().backward()
+    leaf = logits.clone().requires_grad_()
+    rows = leaf * 1.0
+    token_logprob(rows, labels, inplace_backward=True).logprob.sum().backward()
+    assert leaf.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(leaf.grad, plain.grad)
+    assert torch.equal(rows.detach(), plain.grad)
+
+
+def test_non_contiguous_rows() -> None:
+    logits, labels = make_logits(60, 90, "plain", seed=6)
+    strided = logits.t().contiguous().t()[::3]
+    found = token_logprob(strided, labels[::3])
+    assert torch.equal(found.logprob, token_logprob(logits[::3].clone(), labels[::3]).logprob)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 600), st.integers(0, 2**31), st.sampled_from([(8, 5), (64, 512), (96, 4097)]))
+def test_a_tokens_result_does_not_depend_on_its_company(
+    num_chosen: int, seed: int, shape: tuple[int, int]
+) -> None:
+    hidden_size, vocab = shape
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(600, hidden_size, generator=rng)
+    weight = torch.randn(vocab, hidden_size, generator=rng)
+    labels = torch.randint(0, vocab, (600,), generator=rng)
+    everyone = linear_logprob(hidden, weight, labels, temperature=0.9, entropy=True)
+    chosen = torch.randperm(600, generator=rng)[:num_chosen]
+    mine = hidden[chosen]
+    if seed % 2:  # the memory layout must not matter either
+        mine = mine.t().contiguous().t()
+    few = linear_logprob(mine, weight, labels[chosen], temperature=0.9, entropy=True)
+    assert everyone.entropy is not None
+    assert few.entropy is not None
+    assert torch.equal(few.logprob, everyone.logprob[chosen])
+    assert torch.equal(few.entropy, everyone.entropy[chosen])
+
+
+def linear_gradients(
+    function: object, tensors: list[Tensor], labels: Tensor, weights: Tensor, **options: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in tensors)
+    assert callable(function)
+    out = function(hidden, weight, labels, bias=bias, temperature=0.8, entropy=True, **options)
+    loss = (out.logprob * weights[0] + out.entropy * weights[1]).sum()
+    return (
+        out.logprob.detach(),
+        out.entropy.detach(),
+        torch.autograd.grad(loss, [hidden, weight, bias]),
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 257, 700])
+def test_linear_logprob_equals_float64_and_recomputing_changes_no_bit(num_tokens: int) -> None:
+    rng = torch.Generator().manual_seed(num_tokens)
+    shapes = ((num_tokens, 48), (1031, 48), (1031,))
+    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
+    labels = torch.randint(0, 1031, (num_tokens,), generator=rng)
+    labels[3::7] = -100
+    weights = torch.randn(2, num_tokens, generator=rng)
+    wide = [tensor.double() for tensor in tensors]
+    truth = linear_gradients(reference.linear_logprob, wide, labels, weights.double())
+    kept = linear_gradients(linear_logprob, tensors, labels, weights)
+    again = linear_gradients(linear_logprob, tensors, labels, weights, keep_logits_bytes=0)
+    assert relative(kept[0], truth[0]) < 1e-6
+    assert relative(kept[1], truth[1]) < 2e-6
+    for found, recomputed, true in zip(kept[2], again[2], truth[2], strict=True):
+        assert torch.equal(found, recomputed)
+        assert relative(found, true) < 5e-6
+
+
+def test_a_tied_weight_collects_both_gradients() -> None:
+    rng = torch.Generator().manual_seed(1)
+    table = torch.randn(40, 12, generator=rng).double().requires_grad_()
+    ids = torch.randint(0, 40, (30,), generator=rng)
+    (found,) = torch.autograd.grad(linear_logprob(table[ids], table, ids).logprob.sum(), table)
+    (truth,) = torch.autograd.grad(
+        reference.linear_logprob(table[ids], table, ids).logprob.sum(), table
+    )
+    assert relative(found, truth) < 1e-12
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match=r"labels \[T\]"):
+        token_logprob(torch.zeros(3, 4), torch.zeros(2).long())
+    with pytest.raises(ValueError, match="temperature"):
+        token_logprob(torch.zeros(3, 4), torch.zeros(3).long(), temperature=torch.ones(2))
+    with pytest.raises(ValueError, match="weight"):
+        linear_logprob(torch.zeros(3, 4), torch.zeros(9, 5), torch.zeros(3).long())
