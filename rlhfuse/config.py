@@ -92,6 +92,7 @@ class RewardConfig(Section, frozen=True):
     retries: NonNegative = 3
     num_workers: Positive = 2
     batch_size: Positive = 16  # samples per request of a service
+    max_concurrency: Positive = 8  # requests of a service in flight
     on_error: Literal["fail", "score"] = "fail"
     error_score: float = 0.0  # used with on_error: score
     clip: PositiveFloat | None = None  # clip scores to [-clip, clip]
@@ -157,6 +158,9 @@ class DataConfig(Section, frozen=True):
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     max_prompt_length: Positive = 512
+    # Chat messages go through the tokenizer's template and text as it is (auto); text, too, as a
+    # user's message (on); messages are an error (off).
+    apply_chat_template: Switch = "auto"
     overlong_prompts: Literal["error", "filter", "truncate_left"] = "error"
     train_batch_size: Positive = 64  # prompts per step
     shuffle: bool = True

@@ -13,7 +13,16 @@ PACKAGE = ROOT / "rlhfuse"
 # A module imports only from its own package, from what stands before it in its line, or from
 # earlier lines. "a.b" places one module of package a apart from the rest of it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("sample", "timeline", "schedules.ir", "messages", "config", "config_file", "placement"),
+    (
+        "sample",
+        "timeline",
+        "schedules.ir",
+        "messages",
+        "config",
+        "config_file",
+        "config_check",
+        "placement",
+    ),
     (
         "cost",
         "schedules",

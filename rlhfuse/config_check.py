@@ -1,0 +1,265 @@
+"""Rules between the keys of a `Config`, and the batch arithmetic that follows from it."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from rlhfuse.config import Config, TrainedModelConfig
+
+
+def check(config: Config) -> None:
+    """Raise a `ValueError` that names every broken rule between keys; touches no file."""
+    broken = [problem for rule in _RULES for problem in rule(config)]
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+def check_files(config: Config) -> None:
+    """Raise a `ValueError` that names every model folder, file or variable that is missing."""
+    broken = list(_missing(config))
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+# --- rules ---------------------------------------------------------------------------------
+
+
+def _finite(config: Config) -> Iterator[str]:
+    def walk(value: object, place: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from walk(item, f"{place}.{key}" if place else key)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from walk(item, f"{place}.{index}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{place}: {value} is not a finite number"
+
+    yield from walk(msgspec.to_builtins(config), "")
+
+
+def _models(config: Config) -> Iterator[str]:
+    if not config.actor.path:
+        yield "actor.path: is empty, give the folder of a Hugging Face model"
+    if config.uses_critic and not config.critic.path:
+        usual = f" (often the reward model: critic.path={config.reward.path})"
+        hint = usual if config.reward.path else ""
+        yield (
+            "critic.path: is empty, but algorithm.adv_estimator is gae; "
+            f"give the folder of a Hugging Face model{hint}"
+        )
+    if config.algorithm.critic_warmup and not config.uses_critic:
+        name = config.algorithm.adv_estimator
+        yield f"algorithm.critic_warmup: there is no critic with adv_estimator {name}, set it to 0"
+
+
+def _reward(config: Config) -> Iterator[str]:
+    reward = config.reward
+    given = {
+        "reward.path": bool(reward.path),
+        "reward.function": reward.function is not None,
+        "reward.url": bool(reward.url),
+    }
+    count = sum(given.values())
+    if count == 0:
+        yield f"reward: no source of scores, give one of {', '.join(given)}"
+    if count > 1:
+        both = " and ".join(name for name, is_given in given.items() if is_given)
+        yield f"reward: {both} exclude each other, keep one"
+    if reward.url and not reward.url.startswith(("http://", "https://")):
+        yield f"reward.url: {reward.url!r} must begin with http:// or https://"
+    if reward.auth_env and not reward.url:
+        yield "reward.auth_env: has an effect only with reward.url"
+
+
+def _batches(config: Config) -> Iterator[str]:
+    prompts = config.data.train_batch_size
+    longest = config.data.max_prompt_length + config.rollout.response_length
+    for role, model in _trained(config):
+        size = model.ppo_mini_batch_size
+        if prompts % size:
+            yield (
+                f"data.train_batch_size: {prompts} prompts do not divide into mini-batches of "
+                f"{size} ({role}.ppo_mini_batch_size), choose one of {_divisors(prompts)}"
+            )
+        if model.num_microbatches > size * config.rollout.n:
+            yield (
+                f"{role}.num_microbatches: {model.num_microbatches} is more than the "
+                f"{size * config.rollout.n} samples of a mini-batch"
+            )
+        if model.num_microbatches == 0 and model.ppo_max_token_len_per_gpu < longest:
+            yield (
+                f"{role}.ppo_max_token_len_per_gpu: {model.ppo_max_token_len_per_gpu} tokens do "
+                f"not hold one sample of data.max_prompt_length + rollout.response_length = "
+                f"{longest} tokens"
+            )
+    for key in ("ppo_mini_batch_size", "ppo_epochs"):
+        ours, theirs = getattr(config.actor, key), getattr(config.critic, key)
+        if config.uses_critic and ours != theirs:
+            yield (
+                f"critic.{key}: {theirs}, but actor.{key} is {ours}; both models step together "
+                "and need the same"
+            )
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout, estimator = config.rollout, config.algorithm.adv_estimator
+    if estimator in ("grpo", "rloo") and rollout.n < 2:
+        yield f"rollout.n: {estimator} compares the responses of a prompt and needs 2 or more"
+    if rollout.min_response_length > rollout.response_length:
+        yield (
+            f"rollout.min_response_length: {rollout.min_response_length} is more than "
+            f"rollout.response_length {rollout.response_length}"
+        )
+    longest = config.data.max_prompt_length + rollout.response_length
+    if rollout.cache_tokens and rollout.cache_tokens < longest:
+        yield (
+            f"rollout.cache_tokens: {rollout.cache_tokens} do not hold one sample of {longest} "
+            "tokens (data.max_prompt_length + rollout.response_length)"
+        )
+    if 0 < config.actor.clip_ratio_c <= 1:
+        yield f"actor.clip_ratio_c: {config.actor.clip_ratio_c} must be above 1, or 0 for off"
+
+
+def _devices(config: Config) -> Iterator[str]:
+    devices = config.placement.num_devices
+    for name, stages in (
+        ("actor_pp", config.placement.actor_pp),
+        ("critic_pp", config.placement.critic_pp),
+    ):
+        if stages and devices % stages:
+            yield (
+                f"placement.{name}: {stages} pipeline stages do not divide "
+                f"placement.num_devices {devices}, choose one of {_divisors(devices)}, or 0 for all"
+            )
+    if config.fusion.intra_stage == "on" and not config.uses_critic:
+        name = config.algorithm.adv_estimator
+        yield (
+            f"fusion.intra_stage: on needs a critic to fuse the actor with, and there is none with "
+            f"adv_estimator {name}; use auto"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data, trainer = config.data, config.trainer
+    if not data.train_files:
+        yield "data.train_files: is empty, give JSONL or Parquet files"
+    names = [entry.name for entry in data.validation]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.validation: two sets have the name {name!r}"
+    for index, entry in enumerate(data.validation):
+        if not entry.files:
+            yield f"data.validation.{index}.files: is empty, give JSONL or Parquet files"
+        if entry.n > 1 and entry.temperature == 0:
+            yield (
+                f"data.validation.{index}.n: {entry.n} greedy responses are all the same, "
+                "set temperature above 0 or n to 1"
+            )
+    if trainer.test_freq and not data.validation:
+        yield "trainer.test_freq: there is no validation set (data.validation), set it to 0"
+    if trainer.best_metric and not data.validation:
+        yield "trainer.best_metric: there is no validation set (data.validation)"
+    for name in ("project_name", "experiment_name"):
+        value = getattr(trainer, name)
+        if value in ("", ".", "..") or "/" in value or os.sep in value:
+            yield f"trainer.{name}: {value!r} must be one folder's name"
+
+
+_RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _data)
+
+
+def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:
+    critic: list[tuple[str, TrainedModelConfig]] = [("critic", config.critic)]
+    return [("actor", config.actor), *(critic if config.uses_critic else [])]
+
+
+def _updates(config: Config, model: TrainedModelConfig) -> int:
+    """Optimizer steps of one training step."""
+    return model.ppo_epochs * (config.data.train_batch_size // model.ppo_mini_batch_size)
+
+
+def _divisors(number: int) -> str:
+    found = [size for size in range(1, min(number, 4096) + 1) if number % size == 0]
+    return ", ".join(str(size) for size in found)
+
+
+def _missing(config: Config) -> Iterator[str]:
+    folders = {"actor.path": config.actor.path, "reference.path": config.reference.path}
+    folders["reward.path"] = config.reward.path
+    folders["critic.path"] = config.critic.path if config.uses_critic else ""
+    for place, folder in folders.items():
+        if folder and not Path(folder).is_dir():
+            yield f"{place}: there is no folder {folder!r}"
+        elif folder and not (Path(folder) / "config.json").is_file():
+            yield f"{place}: {folder!r} is no Hugging Face model folder: config.json is missing"
+    files = [("data.train_files", name) for name in config.data.train_files]
+    for index, entry in enumerate(config.data.validation):
+        files += [(f"data.validation.{index}.files", name) for name in entry.files]
+    if config.reward.function is not None:
+        files.append(("reward.function.path", config.reward.function.path))
+    for place, name in files:
+        if not Path(name).is_file():
+            yield f"{place}: there is no file {name!r}"
+    variable = config.reward.auth_env
+    if variable and not os.environ.get(variable):
+        yield f"reward.auth_env: the environment variable {variable} is not set"
+
+
+# --- arithmetic ----------------------------------------------------------------------------
+
+
+def total_steps(config: Config, num_rows: int) -> int:
+    """Training steps of the run. Batches run on over the end of an epoch, so none is short.
+
+    `trainer.total_training_steps`, or else as many full batches as `trainer.total_epochs` hold.
+    """
+    wanted = config.trainer.total_training_steps
+    return wanted or num_rows * config.trainer.total_epochs // config.data.train_batch_size
+
+
+def batch_arithmetic(config: Config, num_rows: int) -> list[str]:
+    """The resolved batch sizes of a run over `num_rows` prompts, one fact a line."""
+    prompts, responses = config.data.train_batch_size, config.rollout.n
+    epochs, steps = config.trainer.total_epochs, total_steps(config, num_rows)
+    if steps == 0:
+        raise ValueError(
+            f"data.train_batch_size: {prompts} prompts a step, but {num_rows} rows in {epochs} "
+            "epoch(s) fill no batch; lower it, or raise trainer.total_epochs"
+        )
+    lines = [
+        f"step: {prompts} prompts x {responses} responses = {prompts * responses} samples",
+        *(_model_line(config, role, model) for role, model in _trained(config)),
+        f"epoch: {num_rows} rows / {prompts} prompts = {num_rows / prompts:.4g} steps",
+    ]
+    used = steps * prompts
+    reason = "trainer.total_training_steps"
+    if not config.trainer.total_training_steps:
+        reason = f"{epochs} epoch(s) x {num_rows} rows / {prompts} prompts"
+        left = num_rows * epochs - used
+        reason += f", {left} rows left over" if left else ""
+    lines.append(
+        f"run: {steps} steps ({reason}), {used * responses} samples, "
+        + ", ".join(
+            f"{steps * _updates(config, model)} {role} optimizer steps"
+            for role, model in _trained(config)
+        )
+    )
+    return lines
+
+
+def _model_line(config: Config, role: str, model: TrainedModelConfig) -> str:
+    size, responses = model.ppo_mini_batch_size, config.rollout.n
+    count = config.data.train_batch_size // size
+    micro = (
+        f"{model.num_microbatches} micro-batches"
+        if model.num_microbatches
+        else f"micro-batches of up to {model.ppo_max_token_len_per_gpu} tokens"
+    )
+    return (
+        f"{role}: {model.ppo_epochs} epoch(s) x {count} mini-batches of {size} prompts "
+        f"({size * responses} samples, in {micro}) = {_updates(config, model)} optimizer steps "
+        "a step"
+    )
