@@ -125,6 +125,13 @@ class ModelStage(nn.Module):
         name = EMBEDDING if self.tied and self.first else LM_HEAD
         return self.get_parameter(name)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Language model: hidden states [rows, H] -> float32 [rows, V], never rounded to less."""
+        weight = self.lm_head_weight()
+        if hidden.dtype == torch.float32 or not hidden.is_cuda:
+            return functional.linear(hidden.float(), weight.float())
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scalar head: hidden states [rows, H] -> float32 [rows]. Each row by itself, whatever
         the number of rows: a matrix product would not promise that."""
