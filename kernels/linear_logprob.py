@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhfuse.kernels.logprob import check_rows, temperature_of
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.dispatch import Path, choose
+from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
 from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
 
@@ -51,9 +53,14 @@ def linear_logprob(
             f"weight must be [V, {hidden.shape[1]}] for hidden {tuple(hidden.shape)}, "
             f"not {tuple(weight.shape)}"
         )
+    if choose(hidden.device) is Path.REFERENCE:
+        return reference.linear_logprob(
+            hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
+            ignore_index=ignore_index,
+        )  # fmt: skip
     marked = torch.where(labels == ignore_index, -1, labels.long())
     logprob, spread = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, marked, temperature, entropy, keep_logits_bytes
+        hidden, weight, bias, marked, *split_temperature(temperature), entropy, keep_logits_bytes
     )
     return TokenLogprob(logprob, spread if entropy else None)
 
@@ -92,56 +99,59 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        temperature: float | Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
         entropy: bool,
         keep_logits_bytes: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(hidden)
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        out = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
+        out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
         kept: list[Tensor] = []
         room = keep_logits_bytes if any(ctx.needs_input_grad[:3]) else 0
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-            scaled = scale_rows_(logits, temperature_of(temperature, rows))
+            scaled = scale_rows_(logits, temperature, rows, temperatures)
             room -= scaled.numel() * scaled.element_size()
             if room >= 0:
                 kept.append(scaled)
                 scaled = scaled.clone()
             fold = fold_rows_(scaled, labels[rows], entropy=entropy)
-            out[0, rows], out[1, rows], out[2, rows] = fold.logprob, fold.entropy, fold.lse
-        logprob, spread, lse = out.unbind(0)
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, spread, *kept)
+            out[0, rows], out[1, rows] = fold.logprob, fold.entropy
+            out[2, rows], out[3, rows] = fold.top, fold.log_total
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, out, *kept)
         ctx.temperature, ctx.entropy = temperature, entropy
-        return logprob.clone(), spread.clone()
+        return out[0].clone(), out[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, labels, lse, spread, *kept = ctx.saved_tensors
-        dtype = lse.dtype
+        hidden, weight, bias, labels, temperatures, out, *kept = ctx.saved_tensors
+        dtype, temperature = out.dtype, ctx.temperature
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         by_hidden = torch.empty_like(hidden, dtype=dtype)
         by_weight = torch.zeros_like(wide)
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
         for index, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
-            temperature = temperature_of(ctx.temperature, rows)
             if index < len(kept):
                 # A copy: a second backward pass through a retained graph needs them again.
                 scaled = kept[index].clone()
             else:
                 logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-                scaled = scale_rows_(logits, temperature)
+                scaled = scale_rows_(logits, temperature, rows, temperatures)
             by_logits = scale_rows_(
                 row_gradient_(
                     scaled,
                     labels[rows],
-                    lse[rows],
-                    spread[rows],
+                    out[2, rows],
+                    out[3, rows],
+                    out[1, rows],
                     grad_logprob[rows],
                     grad_entropy[rows] if ctx.entropy else None,
                 ),
                 temperature,
+                rows,
+                temperatures,
             )
             by_hidden[rows] = head_logits(by_logits, wide.T, None)
             by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
@@ -151,5 +161,5 @@ class _LinearLogprob(torch.autograd.Function):
             by_hidden.to(hidden.dtype),
             by_weight.to(weight.dtype),
             None if by_bias is None or bias is None else by_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )

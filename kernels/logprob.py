@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
 from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
 
@@ -35,9 +36,12 @@ def token_logprob(
     """
     check_rows(logits, labels, temperature)
     marked = torch.where(labels == ignore_index, -1, labels.long())
-    logprob, spread = _TokenLogprob.apply(  # type: ignore[no-untyped-call]
-        logits, marked, temperature, entropy, inplace_backward
-    )
+    if choose(logits.device) is Path.REFERENCE:
+        return reference.token_logprob(
+            logits, labels, temperature=temperature, entropy=entropy, ignore_index=ignore_index
+        )
+    number, per_token = split_temperature(temperature)
+    logprob, spread, _ = _forward(logits, marked, number, per_token, entropy, inplace_backward)
     return TokenLogprob(logprob, spread if entropy else None)
 
 
@@ -55,9 +59,9 @@ def check_rows(rows: Tensor, labels: Tensor, temperature: float | Tensor) -> Non
         )
 
 
-def temperature_of(temperature: float | Tensor, rows: slice) -> float | Tensor:
-    """The temperature of a range of rows."""
-    return temperature[rows] if isinstance(temperature, Tensor) else temperature
+def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """As an operator takes it: a number (1 where there are many), and one per token or None."""
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
 
 
 def _row_chunks(num_rows: int, vocab: int) -> list[slice]:
@@ -70,42 +74,136 @@ def _copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-class _TokenLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        entropy: bool,
-        inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(logits)
-        out = torch.empty(3, logits.shape[0], dtype=dtype, device=logits.device)
-        for rows in _row_chunks(*logits.shape):
-            scaled = scale_rows_(_copy(logits[rows], dtype), temperature_of(temperature, rows))
-            fold = fold_rows_(scaled, labels[rows], entropy=entropy)
-            out[0, rows], out[1, rows], out[2, rows] = fold.logprob, fold.entropy, fold.lse
-        logprob, spread, lse = out.unbind(0)
-        ctx.save_for_backward(logits, labels, lse, spread)
-        ctx.temperature, ctx.entropy, ctx.inplace = temperature, entropy, inplace_backward
-        return logprob.clone(), spread.clone()
+@torch.library.custom_op("rlhfuse::token_logprob", mutates_args=())
+def _forward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprob [T], entropy [T], and [2, T] for the backward pass (see `RowFold`)."""
+    dtype = accumulation_dtype(logits)
+    logprob, spread = torch.empty_like(labels, dtype=dtype), torch.empty_like(labels, dtype=dtype)
+    saved = torch.empty(2, labels.numel(), dtype=dtype, device=logits.device)
+    if dtype == torch.float32 and choose(logits.device) is Path.TRITON:
+        from rlhfuse.kernels import triton_logprob  # triton is optional
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        logits, labels, lse, spread = ctx.saved_tensors
-        gradient = logits if ctx.inplace else torch.empty_like(logits)
-        for rows in _row_chunks(*logits.shape):
-            temperature = temperature_of(ctx.temperature, rows)
-            scaled = scale_rows_(_copy(logits[rows], lse.dtype), temperature)
-            by_scaled = row_gradient_(
-                scaled,
-                labels[rows],
-                lse[rows],
-                spread[rows],
-                grad_logprob[rows],
-                grad_entropy[rows] if ctx.entropy else None,
-            )
-            gradient[rows] = scale_rows_(by_scaled, temperature)
-        return gradient, None, None, None, None
+        triton_logprob.forward(
+            logits, labels, temperature, temperatures, entropy, logprob, spread, saved
+        )
+        return logprob, spread, saved
+    for rows in _row_chunks(*logits.shape):
+        scaled = scale_rows_(_copy(logits[rows], dtype), temperature, rows, temperatures)
+        fold = fold_rows_(scaled, labels[rows], entropy=entropy)
+        logprob[rows], spread[rows] = fold.logprob, fold.entropy
+        saved[0, rows], saved[1, rows] = fold.top, fold.log_total
+    return logprob, spread, saved
+
+
+@_forward.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(logits)
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(2, rows, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("rlhfuse::token_logprob_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    spread: Tensor,
+    saved: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gradient(
+        logits, labels, temperature, temperatures, spread, saved, grad_logprob, grad_entropy,
+        gradient,
+    )  # fmt: skip
+    return gradient
+
+
+@_backward.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    spread: Tensor,
+    saved: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _write_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    spread: Tensor,
+    saved: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    gradient: Tensor,
+) -> None:
+    """Write the gradient by `logits` into `gradient`, which may be `logits` itself."""
+    if saved.dtype == torch.float32 and choose(logits.device) is Path.TRITON:
+        from rlhfuse.kernels import triton_logprob  # triton is optional
+
+        triton_logprob.backward(
+            logits, labels, temperature, temperatures, spread, saved, grad_logprob, grad_entropy,
+            gradient,
+        )  # fmt: skip
+        return
+    for rows in _row_chunks(*logits.shape):
+        scaled = scale_rows_(_copy(logits[rows], saved.dtype), temperature, rows, temperatures)
+        by_scaled = row_gradient_(
+            scaled,
+            labels[rows],
+            saved[0, rows],
+            saved[1, rows],
+            spread[rows],
+            grad_logprob[rows],
+            None if grad_entropy is None else grad_entropy[rows],
+        )
+        gradient[rows] = scale_rows_(by_scaled, temperature, rows, temperatures)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, ctx.temperature, temperatures, ctx.entropy, ctx.inplace = inputs
+    ctx.save_for_backward(logits, labels, temperatures, output[1], output[2])
+
+
+def _autograd_backward(
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor
+) -> tuple[Any, ...]:
+    logits, labels, temperatures, spread, saved = ctx.saved_tensors
+    by_entropy = grad_entropy if ctx.entropy else None
+    arguments = (labels, ctx.temperature, temperatures, spread, saved, grad_logprob, by_entropy)
+    if ctx.inplace:
+        gradient = logits.detach()
+        _write_gradient(logits, *arguments, gradient)
+    else:
+        gradient = _backward(logits, *arguments)
+    return gradient, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

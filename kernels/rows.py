@@ -17,26 +17,30 @@ FLOOR = -1.0e4
 class RowFold:
     """What one pass over the vocabulary leaves of each row, [R] each.
 
-    `lse` is the log of the sum of exponentials of the scaled logits.
+    `top` is the largest scaled logit, `log_total` the log of the sum of exponentials of the
+    scaled logits minus `top`: apart, so that a shift of all logits costs no accuracy.
     """
 
     logprob: Tensor
     entropy: Tensor
-    lse: Tensor
+    top: Tensor
+    log_total: Tensor
 
 
-def scale_rows_(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """Divide [R, V] logits by a temperature, a number or one per row, in place."""
-    if isinstance(temperature, Tensor):
-        return logits.div_(temperature.to(logits.dtype)[:, None])
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def scale_rows_(
+    block: Tensor, temperature: float, rows: slice, temperatures: Tensor | None
+) -> Tensor:
+    """Divide [R, V] by a number, or by these rows' own temperatures, in place."""
+    if temperatures is not None:
+        return block.div_(temperatures[rows].to(block.dtype)[:, None])
+    return block if temperature == 1.0 else block.div_(temperature)
 
 
 def fold_rows_(scaled: Tensor, labels: Tensor, *, entropy: bool) -> RowFold:
     """Log-probability of each label and entropy of each row; overwrites `scaled` [R, V].
 
     Args:
-        labels: [R] int64; a negative one marks a row to ignore (all three results are 0).
+        labels: [R] int64; a negative one marks a row to ignore (logprob and entropy 0).
     """
     keep = labels >= 0
     top = scaled.amax(-1, keepdim=True)
@@ -55,14 +59,16 @@ def fold_rows_(scaled: Tensor, labels: Tensor, *, entropy: bool) -> RowFold:
     return RowFold(
         torch.where(keep, chosen - log_total, zero),
         torch.where(keep, spread, zero),
-        torch.where(keep, top.squeeze(1) + log_total, zero),
+        top.squeeze(1),
+        log_total,
     )
 
 
 def row_gradient_(
     scaled: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     entropy: Tensor | None,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
@@ -73,11 +79,11 @@ def row_gradient_(
     """
     keep = labels >= 0
     grad_logprob = torch.where(keep, grad_logprob, 0.0).to(scaled.dtype)
-    log_p = scaled.sub_(lse.to(scaled.dtype)[:, None])
+    log_p = scaled.sub_(top[:, None]).sub_(log_total[:, None])
     if grad_entropy is not None and entropy is not None:
         log_p.clamp_(min=FLOOR)
         grad_entropy = torch.where(keep, grad_entropy, 0.0).to(scaled.dtype)
-        slope = (log_p + entropy.to(scaled.dtype)[:, None]).mul_(grad_entropy[:, None])
+        slope = (log_p + entropy[:, None]).mul_(grad_entropy[:, None])
         slope.add_(grad_logprob[:, None])
         gradient = log_p.exp_().mul_(slope).neg_()
     else:

@@ -1,0 +1,53 @@
+"""The Triton kernels in their own process, and the choice between implementations."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+
+from rlhfuse.kernels.dispatch import Path, choose
+
+ROOT = FilePath(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_triton_kernels_equal_float64() -> None:
+    environment = os.environ | {"RLHFUSE_KERNELS": "triton"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    cases = FilePath(__file__).with_name("triton_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+def test_the_choice_is_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("RLHFUSE_KERNELS", raising=False)
+    assert choose(CPU) is Path.TORCH
+    monkeypatch.setenv("RLHFUSE_KERNELS", "reference")
+    assert choose(CPU) is Path.REFERENCE
+    monkeypatch.setenv("RLHFUSE_KERNELS", "triton")
+    with pytest.raises(ValueError, match="triton"):
+        choose(CPU)
+    monkeypatch.setenv("RLHFUSE_KERNELS", "fast")
+    with pytest.raises(ValueError, match="reference, triton or auto"):
+        choose(CPU)
+
+
+@needs_triton
+def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHFUSE_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(CPU) is Path.TRITON

@@ -1,0 +1,88 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter.
+
+`test_triton.py` runs this file in a process of its own: whether Triton interprets is decided
+when it is first imported.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.logprob import token_logprob
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    assert not found.isnan().any()
+    return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def poison() -> None:
+    """Leave NaN where the next allocations will lie, so that unwritten results are seen."""
+    filled = [torch.full((size,), torch.nan, device=DEVICE) for size in (64, 512, 4096, 70_000)]
+    del filled
+
+
+CASES = [
+    (1, 1, "plain", torch.float32),
+    (3, 127, "negative", torch.float32),
+    (4, 4097, "shifted", torch.float32),
+    (3, 9000, "masked", torch.float32),
+    (6, 64, "ignored", torch.float32),
+    (4, 2176, "negative", torch.bfloat16),
+    (4, 1000, "last", torch.float16),
+    (0, 16, "plain", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "vocab", "kind", "dtype"), CASES)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_logprob_equals_float64(
+    num_tokens: int, vocab: int, kind: str, dtype: torch.dtype, per_token: bool, inplace: bool
+) -> None:
+    rng = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(num_tokens, vocab, generator=rng) * 3
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    if kind in ("negative", "shifted"):
+        logits = -logits.abs() - (100 if kind == "shifted" else 5)
+    elif kind == "last":
+        labels.fill_(vocab - 1)
+    elif kind == "masked":
+        logits[torch.rand(logits.shape, generator=rng) < 0.5] = -torch.inf
+        logits[:, :5000] = -torch.inf  # the whole first block
+        logits.scatter_(1, labels[:, None], 0.5)
+    elif kind == "ignored":
+        labels[::2] = -100
+        logits[::4] = torch.nan
+    logits = logits.to(dtype)
+    temperature = torch.rand(num_tokens, generator=rng) + 0.5 if per_token else 0.7
+    grads = torch.randn(2, num_tokens, generator=rng)
+    keep = labels != -100
+    wide = logits.double().requires_grad_()
+    truth = reference.token_logprob(wide, labels, temperature=temperature, entropy=True)
+    assert truth.entropy is not None
+    ((truth.logprob * grads[0] + truth.entropy * grads[1])[keep]).sum().backward()
+
+    leaf = logits.to(DEVICE).requires_grad_()
+    rows = leaf * 1
+    poison()
+    found = token_logprob(
+        rows,
+        labels.to(DEVICE),
+        temperature=temperature.to(DEVICE) if isinstance(temperature, Tensor) else temperature,
+        entropy=True,
+        inplace_backward=inplace,
+    )
+    assert found.entropy is not None
+    poison()
+    (found.logprob * grads[0].to(DEVICE) + found.entropy * grads[1].to(DEVICE)).sum().backward()
+    assert relative(found.logprob, truth.logprob.detach()) < 1e-6
+    assert relative(found.entropy, truth.entropy.detach()) < 1e-6 or vocab == 1
+    assert leaf.grad is not None
+    assert wide.grad is not None
+    bound = 2e-6 if dtype == torch.float32 else 4e-3
+    assert relative(leaf.grad[keep.to(DEVICE)], wide.grad[keep]) < bound or vocab == 1
+    assert not leaf.grad[~keep.to(DEVICE)].any()
