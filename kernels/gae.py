@@ -9,6 +9,8 @@ not depend on the others.
 import torch
 from torch import Tensor
 
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.packed import check_packed, expand, lengths
 from rlhfuse.kernels.reference import Gae, accumulation_dtype, next_values
 
@@ -39,7 +41,17 @@ def gae(
             f"{tuple(values.shape)}"
         )
     check_packed(cu_seqlens, rewards.numel())
+    path = choose(rewards.device)
+    if path is Path.REFERENCE:
+        return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
     dtype = accumulation_dtype(rewards)
+    if path is Path.TRITON and dtype == torch.float32:
+        from rlhfuse.kernels import triton_gae  # triton is optional
+
+        advantages, returns, _ = triton_gae.scan(
+            rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
+        )
+        return Gae(advantages, returns)
     rewards, values = rewards.to(dtype), values.to(dtype)
     deltas = rewards + next_values(values, cu_seqlens, bootstrap) * gamma - values
     advantages = _blocked_reverse_scan(deltas, cu_seqlens, gamma * lam)
@@ -53,7 +65,16 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float) -> 
         ValueError: shapes that do not fit together.
     """
     check_packed(cu_seqlens, rewards.numel())
-    return _blocked_reverse_scan(rewards.to(accumulation_dtype(rewards)), cu_seqlens, gamma)
+    path = choose(rewards.device)
+    if path is Path.REFERENCE:
+        return reference.discounted_returns(rewards, cu_seqlens, gamma)
+    dtype = accumulation_dtype(rewards)
+    if path is Path.TRITON and dtype == torch.float32:
+        from rlhfuse.kernels import triton_gae  # triton is optional
+
+        returns, _, _ = triton_gae.scan(rewards, None, None, cu_seqlens, gamma=gamma, decay=gamma)
+        return returns
+    return _blocked_reverse_scan(rewards.to(dtype), cu_seqlens, gamma)
 
 
 def _blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> Tensor:
@@ -75,7 +96,7 @@ def _blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> T
         padded = values.new_zeros(num_blocks * _BLOCK).scatter_(0, cells, values)
         padded = padded.view(num_blocks, _BLOCK)
     # Columns are blocks: one step of all scans is one pass over contiguous memory.
-    grid = padded.t().contiguous()
+    grid = padded.t().clone(memory_format=torch.contiguous_format)
     step = torch.empty_like(grid[0])
     for t in range(_BLOCK - 2, -1, -1):
         torch.mul(grid[t + 1], decay, out=step)

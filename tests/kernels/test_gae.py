@@ -65,6 +65,16 @@ def test_a_sequences_gae_does_not_depend_on_its_company(lengths: list[int], whic
     assert torch.equal(together.returns[own], alone.returns)
 
 
+def test_the_inputs_are_left_alone() -> None:
+    # One block: its transpose is contiguous already, and must still be copied.
+    rewards, values, cu_seqlens = batch([64], seed=8)
+    before = rewards.clone(), values.clone()
+    gae(rewards, values, cu_seqlens, gamma=1.0, lam=1.0)
+    discounted_returns(rewards, cu_seqlens, gamma=1.0)
+    assert torch.equal(rewards, before[0])
+    assert torch.equal(values, before[1])
+
+
 def test_a_long_sequence_without_discount_stays_accurate() -> None:
     rewards, values, cu_seqlens = batch([20_000], seed=1)
     found = gae(rewards, values, cu_seqlens, gamma=1.0, lam=1.0)
