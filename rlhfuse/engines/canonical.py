@@ -46,6 +46,7 @@ def _in_float64(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.double() for name, parameter in module.named_parameters()}
 
 
+@torch.inference_mode()
 def decide(
     stage: ModelStage,
     prefix: TokenIds,
