@@ -228,7 +228,21 @@ def save_pretrained(
     else:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    _save_config(path, config, scalar=SCORE in weight_map, dtype=dtype)
+    save_description(
+        path, config, scalar=SCORE in weight_map, dtype=dtype, tokenizer_from=tokenizer_from
+    )
+
+
+def save_description(
+    path: Path,
+    config: ModelConfig,
+    *,
+    scalar: bool,
+    dtype: torch.dtype,
+    tokenizer_from: Path | str | None,
+) -> None:
+    """What stands beside the tensors of a model folder: config.json and the tokenizer's files."""
+    _save_config(path, config, scalar=scalar, dtype=dtype)
     if tokenizer_from is not None:
         for file in TOKENIZER_FILES:
             if (Path(tokenizer_from) / file).is_file():

@@ -1,0 +1,188 @@
+"""From scored samples to what the losses read: advantages of the whole batch, micro-batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rlhfuse.algorithms.advantages import (
+    Advantages,
+    TokenRewards,
+    batch_stats,
+    gae_advantages,
+    grpo_advantages,
+    reinforce_plus_plus_advantages,
+    rloo_advantages,
+    sample_returns,
+    token_rewards,
+)
+from rlhfuse.algorithms.mismatch import mismatch_stats, truncated_weights
+from rlhfuse.algorithms.tally import Stats
+from rlhfuse.config import Config
+from rlhfuse.models.packed import PackedBatch, pack
+from rlhfuse.training.records import SampleData
+
+Columns = Mapping[str, Mapping[int, torch.Tensor]]
+"""Per-token numbers [L] by name and sample id, on the CPU."""
+
+OLD, REFERENCE, ADVANTAGES, RETURNS, VALUES, WEIGHTS = (
+    "old_logprobs",
+    "reference_logprobs",
+    "advantages",
+    "returns",
+    "values",
+    "weights",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LossData:
+    """What the losses of a whole batch read, and the batch's own metrics."""
+
+    columns: Columns
+    stats: tuple[Stats, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Some samples, packed. T response tokens in all.
+
+    `rows` int64 [T]: the row of the packed tokens that predicts each response token (the one
+    before it). `labels` int64 [T]: the response tokens. `cu_seqlens` int32 [N + 1]: responses.
+    """
+
+    packed: PackedBatch
+    rows: torch.Tensor
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+    columns: Mapping[str, torch.Tensor]
+
+
+def make_microbatch(
+    samples: Sequence[SampleData], data: LossData | None, device: torch.device
+) -> MicroBatch:
+    """Pack `samples`; with `data` (ranks that hold the loss) also what the loss reads."""
+    packed = pack([np.concatenate([s.prompt, s.response]) for s in samples], device)
+    offsets = np.cumsum([0, *packed.lengths[:-1]])
+    rows = [
+        np.arange(offset + len(s.prompt) - 1, offset + len(s.prompt) + len(s.response) - 1)
+        for offset, s in zip(offsets, samples, strict=True)
+    ]
+    columns = {} if data is None else data.columns
+    return MicroBatch(
+        packed=packed,
+        rows=torch.from_numpy(np.concatenate(rows)).to(device),
+        labels=torch.from_numpy(np.concatenate([s.response for s in samples])).long().to(device),
+        cu_seqlens=_bounds(samples).to(device),
+        columns={
+            name: torch.cat([column[s.sample_id] for s in samples]).to(device)
+            for name, column in columns.items()
+        },
+    )
+
+
+def loss_data(
+    config: Config, samples: Sequence[SampleData], kl_coef: float, *, truncate: bool
+) -> LossData:
+    """Advantages (and, with `truncate`, importance weights) of a whole batch, on the CPU.
+
+    Results do not depend on the order of the samples: every rank that computes them gets the same
+    bits. Raises ValueError where a sample lacks numbers that the algorithm needs.
+    """
+    cu_seqlens = _bounds(samples)
+    scores = torch.tensor([sample.score for sample in samples], dtype=torch.float32)
+    old = _joined(samples, OLD, [s.old_logprobs for s in samples])
+    rollout = _joined(samples, "rollout_logprobs", [s.rollout_logprobs for s in samples])
+    values = reference = None
+    if config.uses_critic:
+        values = _joined(samples, VALUES, [s.values for s in samples])
+    if config.uses_reference:
+        reference = _joined(samples, REFERENCE, [s.reference_logprobs for s in samples])
+    rewards = token_rewards(
+        scores,
+        cu_seqlens,
+        logprobs=old if reference is not None else None,
+        ref_logprobs=reference,
+        kl_coef=kl_coef if config.algorithm.use_kl_in_reward and reference is not None else 0.0,
+        kl_estimator=config.algorithm.kl_penalty,
+    )
+    advantages = _advantages(config, samples, scores, rewards, values, cu_seqlens)
+    stats = [
+        batch_stats(
+            scores=scores,
+            token_rewards=rewards,
+            advantages=advantages,
+            cu_seqlens=cu_seqlens,
+            values=values,
+        ),
+        mismatch_stats(rollout, old),
+    ]
+    joined = {OLD: old, ADVANTAGES: advantages.advantages, RETURNS: advantages.returns}
+    if values is not None:
+        joined[VALUES] = values
+    if reference is not None:
+        joined[REFERENCE] = reference
+    if truncate:
+        truncated = truncated_weights(old, rollout, cap=config.algorithm.tis_cap)
+        joined[WEIGHTS] = truncated.weights
+        stats.append(truncated.stats)
+    lengths = [len(sample.response) for sample in samples]
+    columns = {
+        name: dict(zip([s.sample_id for s in samples], column.split(lengths), strict=True))
+        for name, column in joined.items()
+    }
+    return LossData(columns, tuple(stats))
+
+
+def _advantages(
+    config: Config,
+    samples: Sequence[SampleData],
+    scores: torch.Tensor,
+    rewards: TokenRewards,
+    values: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+) -> Advantages:
+    algorithm = config.algorithm
+    groups = [sample.group for sample in samples]
+    if algorithm.adv_estimator == "gae":
+        assert values is not None
+        return gae_advantages(
+            rewards.rewards,
+            values,
+            cu_seqlens,
+            gamma=algorithm.gamma,
+            lam=algorithm.lam,
+            whiten=algorithm.whiten_advantages,
+        )
+    if algorithm.adv_estimator == "grpo":
+        return grpo_advantages(
+            scores, groups, cu_seqlens, normalize_std=algorithm.norm_adv_by_std_in_grpo
+        )
+    if algorithm.adv_estimator == "rloo":
+        return rloo_advantages(sample_returns(rewards.rewards, cu_seqlens), groups, cu_seqlens)
+    return reinforce_plus_plus_advantages(
+        rewards.rewards, cu_seqlens, gamma=algorithm.gamma, whiten=algorithm.whiten_advantages
+    )
+
+
+def _bounds(samples: Sequence[SampleData]) -> torch.Tensor:
+    lengths = [0, *(len(sample.response) for sample in samples)]
+    return torch.tensor(lengths, dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def _joined(
+    samples: Sequence[SampleData], name: str, arrays: Sequence[npt.NDArray[np.float32] | None]
+) -> torch.Tensor:
+    """One number per response token of all samples [T]."""
+    kept = []
+    for sample, array in zip(samples, arrays, strict=True):
+        if array is None or len(array) != len(sample.response):
+            have = "none" if array is None else len(array)
+            raise ValueError(
+                f"sample {sample.sample_id}: {len(sample.response)} response tokens but "
+                f"{have} {name}"
+            )
+        kept.append(array)
+    return torch.from_numpy(np.concatenate(kept))

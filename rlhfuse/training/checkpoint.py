@@ -1,0 +1,212 @@
+"""Checkpoints of training: safetensors and JSON, nothing pickled.
+
+``ROLE/stage_S.safetensors`` holds a pipeline stage's weights and optimizer moments,
+``ROLE/stage_S.json`` says what it is, with a digest of every tensor; ``rank_R.safetensors`` holds
+a rank's random number states. Each rank writes its own files into a folder that the caller puts in
+place when it is whole. Tensors are found by name, so a checkpoint also loads into other stages.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from rlhfuse.models.loading import INDEX, save_description
+from rlhfuse.models.stage import EMBEDDING, LM_HEAD, SCORE, ModelConfig
+from rlhfuse.training.optimizer import OptimizerState
+from rlhfuse.training.records import RolePlacement
+from rlhfuse.training.trained_stage import TrainedStage
+
+logger = logging.getLogger(__name__)
+
+WEIGHT = "weight"
+_CPU_STATE, _CUDA_STATE = "cpu", "cuda"
+
+
+class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stage's file holds. `layers`: of all stages; `tensors`: digest by name."""
+
+    role: str
+    pp_stage: int
+    layers: tuple[tuple[int, int], ...]
+    optimizer_steps: int
+    tensors: dict[str, str]
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of type, shape and bytes."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    head = f"{str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)}"
+    return hashlib.sha256(head.encode() + flat.numpy().tobytes()).hexdigest()
+
+
+def save_stage(folder: Path, stage: TrainedStage, placement: RolePlacement) -> None:
+    """Write one stage's file and record. Raises OSError, such as for a full disk."""
+    state = stage.optimizer.state()
+    tensors = {f"{WEIGHT}/{name}": p.detach() for name, p in stage.stage.named_parameters()}
+    held = {name: t.cpu().contiguous() for name, t in {**tensors, **state.tensors}.items()}
+    record = StageRecord(
+        role=stage.role,
+        pp_stage=stage.pp_stage,
+        layers=placement.layers,
+        optimizer_steps=state.steps,
+        tensors={name: tensor_digest(tensor) for name, tensor in held.items()},
+    )
+    path = folder / stage.role / f"stage_{stage.pp_stage}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(held, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+
+
+def load_stage_state(folder: Path, stage: TrainedStage) -> None:
+    """Restore one stage's parameters and optimizer.
+
+    Raises:
+        ValueError: a tensor is missing or damaged, or has another shape or type.
+    """
+    records = read_records(folder, stage.role)
+    if stage.layers not in records[0].layers:
+        logger.warning(
+            "%s: the %s was cut into layers %s, now into %s: results stay equal to rounding only",
+            folder,
+            stage.role,
+            records[0].layers,
+            stage.layers,
+        )
+    where = {
+        name: (folder / stage.role / f"stage_{record.pp_stage}.safetensors", digest)
+        for record in records
+        for name, digest in record.tensors.items()
+    }
+    moments = {}
+    with torch.no_grad():
+        for name, parameter in stage.stage.named_parameters():
+            saved = name
+            if name == LM_HEAD and f"{WEIGHT}/{name}" not in where and stage.stage.tied:
+                saved = EMBEDDING  # the copy of a tied embedding
+            parameter.copy_(_read(where, f"{WEIGHT}/{saved}", parameter, parameter.dtype))
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                if f"{key}/{saved}" in where:
+                    tensor = _read(where, f"{key}/{saved}", parameter, torch.float32)
+                    moments[f"{key}/{name}"] = tensor
+    stage.optimizer.restore(OptimizerState(records[0].optimizer_steps, moments))
+
+
+def read_records(folder: Path, role: str) -> tuple[StageRecord, ...]:
+    """The records of a role's stages, in stage order.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a stage is missing.
+    """
+    paths = sorted((folder / role).glob("stage_*.json"), key=_stage_number)
+    if not paths:
+        raise ValueError(f"checkpoint {folder}: holds no {role}")
+    try:
+        records = tuple(msgspec.json.decode(p.read_bytes(), type=StageRecord) for p in paths)
+    except msgspec.DecodeError as error:
+        raise ValueError(
+            f"checkpoint {folder}: a record of the {role} is damaged: {error}"
+        ) from error
+    expected = list(range(len(records[0].layers)))
+    if [record.pp_stage for record in records] != expected:
+        raise ValueError(
+            f"checkpoint {folder}: the {role} has {len(expected)} stages, but there are "
+            f"{', '.join(path.stem for path in paths)}"
+        )
+    return records
+
+
+def recorded_layers(folder: Path, role: str) -> tuple[tuple[int, int], ...]:
+    """How a checkpoint's model was cut into stages: to be used again on resume."""
+    return read_records(folder, role)[0].layers
+
+
+def save_rng(folder: Path, rank: int, device: torch.device) -> None:
+    """Write this rank's random number states."""
+    states = {_CPU_STATE: torch.get_rng_state()}
+    if device.type == "cuda":
+        states[_CUDA_STATE] = torch.cuda.get_rng_state(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(states, folder / f"rank_{rank}.safetensors")
+
+
+def load_rng(folder: Path, rank: int, device: torch.device) -> None:
+    """Restore this rank's random number states, where the checkpoint has some."""
+    path = folder / f"rank_{rank}.safetensors"
+    if not path.is_file():
+        logger.warning("%s has no random number states for rank %d", folder, rank)
+        return
+    try:
+        states = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint file {path} is damaged: {error}") from error
+    torch.set_rng_state(states[_CPU_STATE])
+    if device.type == "cuda" and _CUDA_STATE in states:
+        torch.cuda.set_rng_state(states[_CUDA_STATE], device)
+
+
+def export_stage(folder: Path, stage: TrainedStage, num_stages: int) -> None:
+    """Write one stage's weights as one file of a Hugging Face model folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in stage.stage.named_hf_parameters()
+    }
+    name = f"model-{stage.pp_stage + 1:05d}-of-{num_stages:05d}.safetensors"
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def complete_export(folder: Path, config: ModelConfig, tokenizer_from: str) -> None:
+    """When all stages are written: index, config and tokenizer."""
+    weight_map, total_bytes, dtype = {}, 0, torch.float32
+    for path in sorted(folder.glob("model-*-of-*.safetensors")):
+        for name, tensor in _tensors(path):
+            weight_map[name] = path.name
+            total_bytes += tensor.nbytes
+            dtype = tensor.dtype
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    save_description(
+        folder, config, scalar=SCORE in weight_map, dtype=dtype, tokenizer_from=tokenizer_from
+    )
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as reader:
+        for name in reader.keys():  # noqa: SIM118 (not a dict)
+            yield name, reader.get_tensor(name)
+
+
+def _read(
+    where: dict[str, tuple[Path, str]], name: str, like: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor of a checkpoint, checked."""
+    if name not in where:
+        raise ValueError(f"checkpoint: there is no {name}; it is of another model")
+    path, digest = where[name]
+    try:
+        with safe_open(path, framework="pt") as reader:
+            tensor: torch.Tensor = reader.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint file {path}: {name} cannot be read: {error}") from error
+    if tensor_digest(tensor) != digest:
+        raise ValueError(f"checkpoint file {path}: {name} is damaged (its digest differs)")
+    if tensor.shape != like.shape or tensor.dtype != dtype:
+        raise ValueError(
+            f"checkpoint file {path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+            f"here it is {dtype} {tuple(like.shape)}"
+        )
+    return tensor
+
+
+def _stage_number(path: Path) -> int:
+    return int(path.stem.rsplit("_", 1)[1])

@@ -1,0 +1,170 @@
+"""The executor: one rank runs its row of a schedule, task by task.
+
+It knows nothing of models: a `StageRunner` computes, `Channels` carry. Every task and every wait
+becomes a span on the lane of the rank.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.distributed.distributed_c10d import Store
+
+from rlhfuse.schedules.ir import Op, Schedule, Task
+from rlhfuse.timeline import ArgValue, Kind, Span
+from rlhfuse.training.channels import Channels, Shapes
+from rlhfuse.training.clock import Clock, Mark
+from rlhfuse.training.links import Message, Step, plan_row
+
+logger = logging.getLogger(__name__)
+
+FAILURE_KEY = "rlhfuse/first_failure"
+SHORTEST_WAIT_S = 20e-6
+"""Shorter waits are the cost of asking, and get no span."""
+
+
+class StageRunner(Protocol):
+    """Computes the tasks of one pipeline stage. Tensors in and out are message-shaped."""
+
+    def forward(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        """`received`: the previous stage's output, None on the first. Returns this stage's
+        output, None on the last."""
+
+    def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """`gradient`: of this stage's output, None on the last. Adds to the parameters' gradients
+        and returns the gradient of the received input, None on the first stage."""
+
+    def input_gradient(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """As `backward`, but leaves gradients of weights to `weight_gradient`."""
+
+    def weight_gradient(self, microbatch: int) -> None:
+        """Add what `input_gradient` left to the parameters' gradients."""
+
+
+class StepFailed(RuntimeError):
+    """A task, here or on another rank, failed; the message says where and why."""
+
+
+class Executor:
+    """Runs schedules on one rank."""
+
+    def __init__(
+        self,
+        rank: int,
+        channels: Channels,
+        runners: Mapping[tuple[str, int], StageRunner],
+        clock: Clock,
+        store: Store,
+    ) -> None:
+        """`runners`: by (pipeline, pp_stage), those of this rank. `store`: where a rank that fails
+        leaves word for the others."""
+        self._rank = rank
+        self._channels = channels
+        self._runners = runners
+        self._clock = clock
+        self._store = store
+
+    def run(self, schedule: Schedule, shapes: Shapes, spans: list[Span]) -> None:
+        """Run this rank's row and append what was measured to `spans`.
+
+        Raises:
+            StepFailed: a task failed, or a peer did. The channels are closed: nothing more can be
+                run.
+        """
+        plan = plan_row(schedule, self._rank)
+        measured: list[_Measured] = []
+        self._clock.start()
+        at: Step | None = None
+        try:
+            self._channels.open(plan.expected, shapes)
+            for step in plan.steps:
+                at = step
+                self._run_step(step, measured)
+            self._channels.drain()
+        except Exception as error:
+            raise self._failed(schedule, at, error) from error
+        spans.extend(self._spans(measured))
+
+    def _run_step(self, step: Step, measured: list["_Measured"]) -> None:
+        start = self._clock.mark()
+        received = None
+        if step.receives is not None:
+            received = self._channels.receive(step.receives)
+            arrived = self._clock.mark()
+            measured.append(_Measured(step.task, step.receives, start, arrived))
+            start = arrived
+        with record_function(f"PP:{step.task}"):
+            result = self._compute(step.task, received)
+        end = self._clock.mark()
+        measured.append(_Measured(step.task, None, start, end))
+        if step.sends is not None:
+            assert result is not None, f"{step.task} made nothing to send"
+            self._channels.send(step.sends, result)
+            measured.append(_Measured(step.task, step.sends, end, self._clock.mark()))
+
+    def _compute(self, task: Task, received: torch.Tensor | None) -> torch.Tensor | None:
+        runner = self._runners[task.pipeline, task.pp_stage]
+        if task.op is Op.F:
+            return runner.forward(task.microbatch, received)
+        if task.op is Op.B:
+            return runner.backward(task.microbatch, received)
+        if task.op is Op.I:
+            return runner.input_gradient(task.microbatch, received)
+        runner.weight_gradient(task.microbatch)
+        return None
+
+    def _spans(self, measured: list["_Measured"]) -> Iterator[Span]:
+        lane = f"rank{self._rank}"
+        for item in measured:
+            start, end = self._clock.seconds(item.start), self._clock.seconds(item.end)
+            args: dict[str, ArgValue] = {
+                "pipeline": item.task.pipeline,
+                "pp_stage": item.task.pp_stage,
+                "microbatch": item.task.microbatch,
+            }
+            if item.message is None:
+                kind = Kind(item.task.op.value)
+            elif end - start < SHORTEST_WAIT_S or item.message.local:
+                continue
+            else:
+                kind = Kind.WAIT
+                way = item.message.channel
+                args["peer"] = way.source if way.target == self._rank else way.target
+                args["direction"] = "receive" if way.target == self._rank else "send"
+                args["flow"] = way.flow.value
+            yield Span(lane, start, end, kind, str(item.task), args)
+
+    def _failed(self, schedule: Schedule, at: Step | None, error: Exception) -> StepFailed:
+        """What to raise: this rank's own failure, which others are told of, or, where a peer
+        failed first, this rank's place and the peer's word."""
+        place = "before its first task" if at is None else f"at {at.task}"
+        word = f"rank {self._rank} failed {place}: {type(error).__name__}: {error}"
+        first = publish_failure(self._store, word)
+        self._channels.close()
+        surroundings = "" if at is None else "\n" + schedule.marked(self._rank, at.index)
+        if first != word:
+            link = "" if at is None or at.receives is None else f" ({at.receives})"
+            word = f"rank {self._rank} stopped {place}{link}, because {first}"
+        return StepFailed(word + surroundings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A task (`message` None), or what it waited for: a message to come, or its channel."""
+
+    task: Task
+    message: Message | None
+    start: Mark
+    end: Mark
+
+
+def publish_failure(store: Store, word: str) -> str:
+    """Leave `word` as the first failure of all ranks, unless there is one; returns the first."""
+    try:
+        return str(store.compare_set(FAILURE_KEY, "", word).decode())
+    except (RuntimeError, OSError) as error:  # the rank that hosts the store is gone
+        logger.warning("no word of other ranks' failures: %s", error)
+        return word

@@ -1,0 +1,93 @@
+"""The loss of each role on the last hidden states of a micro-batch."""
+
+from collections.abc import Callable
+
+import torch
+
+from rlhfuse.algorithms.losses import (
+    Loss,
+    PolicyInputs,
+    PolicyLossSettings,
+    normalizer,
+    policy_loss,
+    value_loss,
+)
+from rlhfuse.config import Config
+from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.models.stage import ModelStage
+from rlhfuse.training.batch import (
+    ADVANTAGES,
+    OLD,
+    REFERENCE,
+    RETURNS,
+    VALUES,
+    WEIGHTS,
+    MicroBatch,
+)
+
+LossFunction = Callable[[MicroBatch, torch.Tensor], Loss]
+"""(micro-batch, last hidden states [num_tokens, H]) -> its share of the mini-batch's loss."""
+
+
+def actor_loss(
+    config: Config, stage: ModelStage, *, num_tokens: int, num_samples: int
+) -> LossFunction:
+    """PPO's policy loss; the counts are the whole mini-batch's."""
+    settings = policy_settings(config)
+    divisor = normalizer(settings.aggregation, num_tokens=num_tokens, num_samples=num_samples)
+
+    def loss(batch: MicroBatch, hidden: torch.Tensor) -> Loss:
+        tokens = linear_logprob(
+            hidden[batch.rows],
+            stage.lm_head_weight(),
+            batch.labels,
+            temperature=config.rollout.temperature,
+            entropy=True,
+        )
+        inputs = PolicyInputs(
+            logprobs=tokens.logprob,
+            old_logprobs=batch.columns[OLD],
+            advantages=batch.columns[ADVANTAGES],
+            cu_seqlens=batch.cu_seqlens,
+            entropy=tokens.entropy,
+            ref_logprobs=batch.columns[REFERENCE] if config.actor.use_kl_loss else None,
+            weights=batch.columns.get(WEIGHTS),
+        )
+        return policy_loss(inputs, settings, normalizer=divisor)
+
+    return loss
+
+
+def critic_loss(
+    config: Config, stage: ModelStage, *, num_tokens: int, num_samples: int
+) -> LossFunction:
+    """PPO's value loss; the counts are the whole mini-batch's."""
+    aggregation = config.critic.loss_agg_mode
+    divisor = normalizer(aggregation, num_tokens=num_tokens, num_samples=num_samples)
+
+    def loss(batch: MicroBatch, hidden: torch.Tensor) -> Loss:
+        return value_loss(
+            stage.values(hidden[batch.rows]),
+            batch.columns[VALUES],
+            batch.columns[RETURNS],
+            batch.cu_seqlens,
+            clip=config.critic.cliprange_value,
+            aggregation=aggregation,
+            normalizer=divisor,
+        )
+
+    return loss
+
+
+def policy_settings(config: Config) -> PolicyLossSettings:
+    """The policy loss that the configuration asks for."""
+    actor = config.actor
+    return PolicyLossSettings(
+        clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
+        clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+        dual_clip=actor.clip_ratio_c or None,
+        aggregation=actor.loss_agg_mode,
+        entropy_coef=actor.entropy_coeff,
+        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_estimator=actor.kl_loss_type,
+    )

@@ -1,0 +1,73 @@
+"""What an update is given, and what it can answer with. Plain records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhfuse.schedules.ir import Schedule
+
+TokenIds = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class RolePlacement:
+    """One model's pipeline: `ranks[s]` runs pp_stage s, which holds the decoder layers from
+    ``layers[s][0]`` up to, not including, ``layers[s][1]``."""
+
+    ranks: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlacement:
+    """Where each trained role ("actor", "critic") lives."""
+
+    roles: Mapping[str, RolePlacement]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleData:
+    """A scored sample. Per-token arrays have one number per response token [L].
+
+    `old_logprobs` are the behaviour policy's as the loss takes them, `rollout_logprobs` the
+    engine's own. A rank without a loss needs the tokens alone: it may be given empty arrays.
+    """
+
+    sample_id: int
+    group: int
+    prompt: TokenIds
+    response: TokenIds
+    score: float
+    old_logprobs: Floats
+    rollout_logprobs: Floats
+    reference_logprobs: Floats | None
+    values: Floats | None
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatchPlan:
+    """One optimizer step of each role in `microbatches` (sample ids of each micro-batch).
+
+    `rounds` run one after another with a barrier between: one schedule when fused, one per model
+    when serial. Their pipelines are named by role.
+    """
+
+    microbatches: Mapping[str, tuple[tuple[int, ...], ...]]
+    rounds: tuple[Schedule, ...]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite; no parameter of this mini-batch has changed."""
+
+    def __init__(self, step: int, minibatch: int, role: str, detail: str) -> None:
+        super().__init__(
+            f"step {step}, mini-batch {minibatch}, {role}: {detail}; nothing was updated. "
+            "Look at the saved batch; a lower learning rate or clip_grad may help"
+        )
+        self.step = step
+        self.minibatch = minibatch
+        self.role = role
+        self.detail = detail

@@ -1,0 +1,107 @@
+"""One pipeline stage of a trained model: layers, task runner, gradients, optimizer."""
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhfuse.algorithms.tally import Stats
+from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.models.loading import load_stage
+from rlhfuse.models.stage import Head, ModelStage
+from rlhfuse.training.batch import MicroBatch
+from rlhfuse.training.gradients import GradientSums
+from rlhfuse.training.losses import LossFunction, actor_loss, critic_loss
+from rlhfuse.training.optimizer import StageOptimizer
+from rlhfuse.training.records import RolePlacement
+from rlhfuse.training.split import WeightStore, split_linears
+from rlhfuse.training.stage_runner import AutogradRunner
+
+
+class TrainedStage:
+    """A stage of `role`, read from the role's model folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        role: str,
+        pp_stage: int,
+        placement: RolePlacement,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        total_steps: int,
+    ) -> None:
+        """Raises ValueError where the model folder does not fit (see `load_stage`)."""
+        model = model_config(config, role)
+        self._config = config
+        self.role = role
+        self.pp_stage = pp_stage
+        self.layers = placement.layers[pp_stage]
+        self.stage: ModelStage = load_stage(
+            model.path,
+            head=Head.LM if role == "actor" else Head.SCALAR,
+            layers=range(*self.layers),
+            first=pp_stage == 0,
+            last=pp_stage == len(placement.ranks) - 1,
+            device=device,
+            dtype=dtype,
+            new_head_seed=config.critic.init_seed if role == "critic" else None,
+        )
+        self.sums = GradientSums(self.stage.parameters())
+        store = WeightStore(self.sums) if config.fusion.split_weight else None
+        if store is not None:
+            split_linears(self.stage, store)
+        self.runner = AutogradRunner(
+            self._compute,
+            last=self.stage.last,
+            weights=store,
+            recompute=model.gradient_checkpointing,
+        )
+        self.optimizer = StageOptimizer(
+            dict(self.stage.named_parameters()), self.sums, model.optim, total_steps
+        )
+        self._batches: Sequence[MicroBatch] = ()
+        self._loss: LossFunction | None = None
+        self._losses: dict[int, tuple[torch.Tensor, Stats]] = {}
+
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """Get ready for the micro-batches of one mini-batch."""
+        self._batches = batches
+        self._losses = {}
+        if self.stage.last:
+            make = actor_loss if self.role == "actor" else critic_loss
+            self._loss = make(
+                self._config,
+                self.stage,
+                num_tokens=sum(batch.labels.numel() for batch in batches),
+                num_samples=sum(batch.cu_seqlens.numel() - 1 for batch in batches),
+            )
+
+    def loss(self) -> float:
+        """Sum of the micro-batches' losses; 0 on a stage that is not the last."""
+        return sum(float(self._losses[mb][0]) for mb in sorted(self._losses))
+
+    def stats(self) -> list[Stats]:
+        """What the losses of the mini-batch saw."""
+        return [self._losses[mb][1] for mb in sorted(self._losses)]
+
+    def clear(self) -> None:
+        """Give up the mini-batch: no gradient and no saved activation remains."""
+        self.runner.clear()
+        self.sums.clear()
+
+    def _compute(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+        batch = self._batches[microbatch]
+        inputs = batch.packed.token_ids if received is None else received
+        output: torch.Tensor = self.stage(inputs, batch.packed)
+        if self._loss is None:
+            return output
+        loss = self._loss(batch, output)
+        # By micro-batch, not appended: recomputation in backward comes here a second time.
+        self._losses[microbatch] = (loss.loss.detach(), loss.stats)
+        return loss.loss
+
+
+def model_config(config: Config, role: str) -> TrainedModelConfig:
+    """The configuration of a trained role."""
+    return config.actor if role == "actor" else config.critic

@@ -1,0 +1,334 @@
+"""One rank's part of a PPO update: every mini-batch's schedules, clipping, optimizer steps."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from rlhfuse.algorithms.tally import Tally, merge, named
+from rlhfuse.config import Config
+from rlhfuse.models.loading import load_config
+from rlhfuse.models.packed import padded_rows
+from rlhfuse.schedules.timing import check_channels
+from rlhfuse.timeline import Kind, Span
+from rlhfuse.training import checkpoint
+from rlhfuse.training.batch import LossData, loss_data, make_microbatch
+from rlhfuse.training.channels import Channels, Shape
+from rlhfuse.training.clock import clock_of
+from rlhfuse.training.executor import Executor, StepFailed, publish_failure
+from rlhfuse.training.records import (
+    MiniBatchPlan,
+    NonFiniteLoss,
+    RolePlacement,
+    SampleData,
+    TrainingPlacement,
+)
+from rlhfuse.training.trained_stage import TrainedStage, model_config
+
+__all__ = [
+    "MiniBatchPlan",
+    "NonFiniteLoss",
+    "RankTrainer",
+    "RolePlacement",
+    "SampleData",
+    "TrainingPlacement",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class RankTrainer:
+    """The stages of one rank, of every trained role.
+
+    All ranks make one at the same time and call the collective methods alike. When one of them
+    raises, the others end within the time limit of `trainer.wait_timeout_s`, usually at once, and
+    the trainer is of no more use; after `NonFiniteLoss` it can go on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        placement: TrainingPlacement,
+        device: torch.device,
+        dtype: torch.dtype,
+        total_steps: int,
+    ) -> None:
+        """Collective. `total_steps`: optimizer steps of each role over the whole run.
+
+        Raises:
+            ValueError: a model folder does not fit the configuration.
+        """
+        self._config = config
+        self._rank = rank
+        self._lane = f"rank{rank}"
+        self._placement = placement
+        self._device = device
+        self._truncate = uses_truncation(config, dtype)
+        timeout = timedelta(seconds=config.trainer.wait_timeout_s)
+        self._store = _get_default_store()
+        self._hidden = {
+            role: load_config(model_config(config, role).path).hidden_size
+            for role in placement.roles
+        }
+        self._stages = [
+            TrainedStage(
+                config, role, s, place, device=device, dtype=dtype, total_steps=total_steps
+            )
+            for role, place in sorted(placement.roles.items())
+            for s, home in enumerate(place.ranks)
+            if home == rank
+        ]
+        # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
+        self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
+        self._tied = _tied_groups(placement, timeout)
+        self._channels = Channels(
+            rank,
+            {role: place.ranks for role, place in placement.roles.items()},
+            device=device,
+            dtype=dtype,
+            timeout=timeout,
+        )
+        self._executor = Executor(
+            rank,
+            self._channels,
+            {(s.role, s.pp_stage): s.runner for s in self._stages},
+            clock_of(device),
+            self._store,
+        )
+
+    def update(
+        self,
+        step: int,
+        samples: Sequence[SampleData],
+        minibatches: Sequence[MiniBatchPlan],
+        kl_coef: float,
+        spans: list[Span],
+    ) -> dict[str, float]:
+        """Every mini-batch in order: schedules, then one optimizer step per role. Collective.
+
+        Returns the metrics that this rank knows (ranks that hold a loss know some). Appends what
+        was measured to `spans`.
+
+        Raises:
+            NonFiniteLoss: on all ranks, before any parameter of that mini-batch has changed.
+            StepFailed: this rank or another one failed.
+        """
+        with self._failing_together(f"step {step}"):
+            tallies: list[Tally] = []
+            data = None
+            if any(stage.stage.last for stage in self._stages):
+                with self._span(spans, Kind.ADVANTAGE, "advantages"):
+                    data = loss_data(self._config, samples, kl_coef, truncate=self._truncate)
+                if self._knows_batch():
+                    tallies += [stats.tally() for stats in data.stats]
+            by_id = {sample.sample_id: sample for sample in samples}
+            for index, plan in enumerate(minibatches):
+                for schedule in plan.rounds:
+                    check_channels(schedule)
+                self._begin(plan, by_id, data)
+                self._run_rounds(plan, spans)
+                tallies += self._finish(step, index, plan, spans)
+            return named(merge(tallies))
+
+    def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
+        """The parameters of this rank's stages of `role`, by Hugging Face name."""
+        return {
+            name: parameter.detach()
+            for stage in self._of(role)
+            for name, parameter in stage.stage.named_hf_parameters()
+        }
+
+    def digest(self, role: str) -> dict[str, str]:
+        """sha256 of every tensor of `named_tensors`."""
+        return {name: checkpoint.tensor_digest(t) for name, t in self.named_tensors(role).items()}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint into `folder`. Collective: returns when the
+        parts of all ranks are there. Raises StepFailed on all ranks where one fails, such as for
+        a full disk."""
+        with self._failing_together("writing a checkpoint"):
+            for stage in self._stages:
+                checkpoint.save_stage(folder, stage, self._placement.roles[stage.role])
+            checkpoint.save_rng(folder, self._rank, self._device)
+            dist.barrier(self._control)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, also with other pipeline stages than these.
+
+        Raises:
+            ValueError: a part is missing, damaged, or of another model.
+        """
+        for stage in self._stages:
+            checkpoint.load_stage_state(folder, stage)
+        checkpoint.load_rng(folder, self._rank, self._device)
+
+    def export_hf(self, folder: Path, role: str) -> None:
+        """Write `role` as a Hugging Face model folder, one file per stage. Collective; `folder`
+        must be the same place for all ranks."""
+        with self._failing_together(f"exporting the {role}"):
+            for stage in self._of(role):
+                checkpoint.export_stage(folder, stage, len(self._placement.roles[role].ranks))
+            dist.barrier(self._control)
+            if self._placement.roles[role].ranks[0] == self._rank:
+                config = self._of(role)[0].stage.config
+                source = model_config(self._config, role).path
+                checkpoint.complete_export(folder, config, source)
+            dist.barrier(self._control)
+
+    def close(self) -> None:
+        """Leave the process groups that this trainer made."""
+        self._channels.close()
+
+    def _of(self, role: str) -> list[TrainedStage]:
+        return [stage for stage in self._stages if stage.role == role]
+
+    def _knows_batch(self) -> bool:
+        """One rank reports the metrics of the whole batch: the actor's last."""
+        return self._placement.roles["actor"].ranks[-1] == self._rank
+
+    def _begin(
+        self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], data: LossData | None
+    ) -> None:
+        for stage in self._stages:
+            if stage.role in plan.microbatches:
+                mine = data if stage.stage.last else None
+                stage.begin(
+                    [
+                        make_microbatch([by_id[i] for i in ids], mine, self._device)
+                        for ids in plan.microbatches[stage.role]
+                    ]
+                )
+        self._shapes: dict[str, list[Shape]] = {
+            role: [
+                (padded_rows(sum(_num_tokens(by_id[i]) for i in ids)), self._hidden[role])
+                for ids in microbatches
+            ]
+            for role, microbatches in plan.microbatches.items()
+        }
+
+    def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span]) -> None:
+        for number, schedule in enumerate(plan.rounds):
+            if number:
+                with self._span(spans, Kind.WAIT, "barrier between models"):
+                    dist.barrier(self._control)
+            self._executor.run(schedule, self._shapes, spans)
+
+    def _finish(self, step: int, index: int, plan: MiniBatchPlan, spans: list[Span]) -> list[Tally]:
+        """Exchange norms and losses, stop on what is not finite, clip, and step."""
+        mine = [stage for stage in self._stages if stage.role in plan.microbatches]
+        for role in sorted(plan.microbatches):
+            self._sum_tied(role)
+        with self._span(spans, Kind.WAIT, "norms and losses of all ranks"):
+            norms = self._norms(step, index, plan)
+        tallies = []
+        with self._span(spans, Kind.OPTIMIZER, "optimizer step"):
+            for stage in mine:
+                norm, clip = (
+                    norms[stage.role],
+                    model_config(self._config, stage.role).optim.clip_grad,
+                )
+                if stage.stage.last:
+                    own = {"grad_norm": norm, "lr": stage.optimizer.lr}
+                    means = {f"{stage.role}/{key}": (value, 1.0) for key, value in own.items()}
+                    tallies += [s.tally() for s in stage.stats()]
+                    tallies.append(Tally(means, {}, {}))
+                stage.optimizer.step(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+        return tallies
+
+    def _norms(self, step: int, index: int, plan: MiniBatchPlan) -> dict[str, float]:
+        """Global gradient norm of each role: squares summed in float64, in stage order."""
+        roles = sorted(plan.microbatches)
+        slots: dict[tuple[str, int], int] = {}
+        for role in roles:
+            for s in range(len(self._placement.roles[role].ranks) + 1):
+                slots[role, s] = len(slots)
+        numbers = torch.zeros(len(slots), dtype=torch.float64)
+        for stage in self._stages:
+            if stage.role in plan.microbatches:
+                copied = stage.stage.tied_parameter if stage.stage.last else None
+                numbers[slots[stage.role, stage.pp_stage]] = stage.optimizer.square_sum(copied)
+                if stage.stage.last:
+                    numbers[slots[stage.role, stage.pp_stage + 1]] = stage.loss()
+        dist.all_reduce(numbers, group=self._control)
+        norms = {}
+        for role in roles:
+            *squares, loss = [float(numbers[at]) for (r, _), at in slots.items() if r == role]
+            norms[role] = math.sqrt(sum(squares))
+            for what, number in (("loss", loss), ("gradient norm", norms[role])):
+                if not math.isfinite(number):
+                    for stage in self._stages:
+                        stage.clear()
+                    raise NonFiniteLoss(step, index, role, f"the {what} is {number}")
+        return norms
+
+    def _sum_tied(self, role: str) -> None:
+        """Embedding and head of a tied model on two ranks: both get the sum of both gradients."""
+        group = self._tied.get(role)
+        for stage in self._of(role):
+            tied = stage.stage.tied_parameter
+            if tied is None:
+                continue
+            assert group is not None, f"{role}: tied embeddings on stages of one rank"
+            gradient = stage.sums.of(tied)
+            assert gradient is not None, f"{role} stage {stage.pp_stage}: no gradient"
+            dist.all_reduce(gradient, group=group)
+
+    @contextmanager
+    def _failing_together(self, place: str) -> Iterator[None]:
+        try:
+            yield
+        except (StepFailed, NonFiniteLoss) as error:
+            if isinstance(error, StepFailed):
+                self._leave()
+            raise
+        except Exception as error:
+            word = f"rank {self._rank} failed in {place}: {type(error).__name__}: {error}"
+            first = publish_failure(self._store, word)
+            self._leave()
+            if first != word:
+                word = f"rank {self._rank} stopped in {place}, because {first}"
+            raise StepFailed(word) from error
+
+    def _leave(self) -> None:
+        self._channels.close()
+        dist.destroy_process_group(self._control)
+
+    @contextmanager
+    def _span(self, spans: list[Span], kind: Kind, name: str) -> Iterator[None]:
+        start_s = time.monotonic()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        spans.append(Span(self._lane, start_s, time.monotonic(), kind, name, {}))
+
+
+def uses_truncation(config: Config, dtype: torch.dtype) -> bool:
+    """Whether truncated importance sampling applies: `auto` means off in float32, where the
+    engine's tokens are the trainer's policy exactly, and on otherwise."""
+    if config.algorithm.tis == "auto":
+        return dtype not in (torch.float32, torch.float64)
+    return config.algorithm.tis == "on"
+
+
+def _num_tokens(sample: SampleData) -> int:
+    return len(sample.prompt) + len(sample.response)
+
+
+def _tied_groups(placement: TrainingPlacement, timeout: timedelta) -> dict[str, dist.ProcessGroup]:
+    """First and last rank of each role with several stages. Collective."""
+    groups = {}
+    for role, place in sorted(placement.roles.items()):
+        ends = sorted({place.ranks[0], place.ranks[-1]})
+        if len(ends) == 2:
+            groups[role] = dist.new_group(ends, timeout=timeout)
+    return groups
