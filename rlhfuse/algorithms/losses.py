@@ -6,15 +6,16 @@ mini-batch, over all data-parallel ranks), so the losses of micro-batches add up
 mini-batch's loss, and a token's gradient does not depend on how the mini-batch is cut.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlhfuse.algorithms.tally import Stats
+from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.packed import check_packed, expand, lengths
-from rlhfuse.kernels.policy_loss import kl_terms, policy_terms, value_terms
+from rlhfuse.kernels.policy_loss import PolicyTerms, kl_terms, policy_terms, value_terms
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -118,39 +119,73 @@ def policy_loss(inputs: PolicyInputs, settings: PolicyLossSettings, *, normalize
     coefficients = token_coefficients(
         inputs.cu_seqlens, settings.aggregation, normalizer, num_tokens
     )
-    terms = policy_terms(
-        inputs.logprobs,
-        inputs.old_logprobs,
-        inputs.advantages,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        weights=inputs.weights,
-    )
-    per_token = terms.loss
+    terms = _token_terms(inputs, settings)
     count = coefficients.new_tensor(float(num_tokens))
     share = _share(inputs.cu_seqlens, settings.aggregation, normalizer)
     means = {
-        "actor/pg_loss": (_weighted(coefficients, terms.loss), share),
-        "actor/pg_clipfrac": (terms.clipped.sum(), count),
-        "actor/pg_clipfrac_lower": (terms.clipped_lower.sum(), count),
+        "actor/pg_loss": (_weighted(coefficients, terms.policy.loss), share),
+        "actor/pg_clipfrac": (terms.policy.clipped.sum(), count),
+        "actor/pg_clipfrac_lower": (terms.policy.clipped_lower.sum(), count),
         "actor/ppo_kl": (_total(inputs.old_logprobs - inputs.logprobs), count),
-        "actor/ratio_mean": (_total(terms.ratio), count),
+        "actor/ratio_mean": (_total(terms.policy.ratio), count),
     }
     if inputs.entropy is not None:
         means["actor/entropy"] = (_total(inputs.entropy), count)
-    if settings.entropy_coef:
-        if inputs.entropy is None:
-            raise ValueError(f"entropy_coeff {settings.entropy_coef} needs the entropies")
-        per_token = per_token - inputs.entropy * settings.entropy_coef
-    if inputs.ref_logprobs is not None:
-        kl = _kl(inputs.logprobs, inputs.ref_logprobs, settings)
-        means["actor/kl_loss"] = (_weighted(coefficients, kl), share)
-        per_token = per_token + kl * settings.kl_coef
-    elif settings.kl_coef:
-        raise ValueError(f"kl_loss_coef {settings.kl_coef} needs the reference log-probabilities")
-    maxima = {"actor/ratio_max": terms.ratio.double().max()} if num_tokens else {}
-    return Loss((coefficients * per_token).sum(), Stats(means, {}, maxima))
+    if terms.kl is not None:
+        means["actor/kl_loss"] = (_weighted(coefficients, terms.kl), share)
+    maxima = {"actor/ratio_max": terms.policy.ratio.double().max()} if num_tokens else {}
+    return Loss((coefficients * terms.loss).sum(), Stats(means, {}, maxima))
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    inputs: PolicyInputs,
+    settings: PolicyLossSettings,
+    *,
+    normalizer: float,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+) -> Loss:
+    """`policy_loss` of `linear_logprob`, with three matrix products in place of four.
+
+    Same gradients, bit for bit, as the two apart; see `kernels.linear_loss`.
+
+    Args:
+        hidden: [T, H]. weight: [V, H]. labels: [T], the response tokens. inputs: its `logprobs`
+            and `entropy` are not read (they are computed here) and may be empty.
+        entropy: compute the entropies, also where they are a metric only.
+    """
+    coefficients = token_coefficients(
+        inputs.cu_seqlens, settings.aggregation, normalizer, labels.numel()
+    )
+    wanted = entropy or settings.entropy_coef != 0.0
+
+    def token_loss(rows: slice, logprobs: Tensor, spread: Tensor) -> Tensor:
+        chunk = replace(
+            inputs,
+            logprobs=logprobs,
+            old_logprobs=inputs.old_logprobs[rows],
+            advantages=inputs.advantages[rows],
+            entropy=spread if wanted else None,
+            ref_logprobs=None if inputs.ref_logprobs is None else inputs.ref_logprobs[rows],
+            weights=None if inputs.weights is None else inputs.weights[rows],
+        )
+        return (coefficients[rows] * _token_terms(chunk, settings).loss).sum()
+
+    fused = linear_loss(
+        hidden, weight, labels, token_loss, bias=bias, temperature=temperature, entropy=wanted
+    )
+    with torch.no_grad():
+        seen = replace(
+            inputs,
+            logprobs=fused.logprob.detach(),
+            entropy=None if fused.entropy is None else fused.entropy.detach(),
+        )
+        stats = policy_loss(seen, settings, normalizer=normalizer).stats
+    return Loss(fused.loss, stats)
 
 
 def value_loss(
@@ -192,6 +227,38 @@ def value_loss(
         "vf/error_sq": error.square().sum(),
     }
     return Loss((coefficients * terms.loss).sum(), Stats(means, sums, {}))
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenTerms:
+    """A token's loss before its coefficient, and the parts that metrics show; [T] each."""
+
+    loss: Tensor
+    policy: PolicyTerms
+    kl: Tensor | None
+
+
+def _token_terms(inputs: PolicyInputs, settings: PolicyLossSettings) -> _TokenTerms:
+    policy = policy_terms(
+        inputs.logprobs,
+        inputs.old_logprobs,
+        inputs.advantages,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+        weights=inputs.weights,
+    )
+    loss, kl = policy.loss, None
+    if settings.entropy_coef:
+        if inputs.entropy is None:
+            raise ValueError(f"entropy_coeff {settings.entropy_coef} needs the entropies")
+        loss = loss - inputs.entropy * settings.entropy_coef
+    if inputs.ref_logprobs is not None:
+        kl = _kl(inputs.logprobs, inputs.ref_logprobs, settings)
+        loss = loss + kl * settings.kl_coef
+    elif settings.kl_coef:
+        raise ValueError(f"kl_loss_coef {settings.kl_coef} needs the reference log-probabilities")
+    return _TokenTerms(loss, policy, kl)
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, settings: PolicyLossSettings) -> Tensor:

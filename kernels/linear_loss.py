@@ -1,0 +1,141 @@
+"""A loss on token log-probabilities fused with the LM head: three matrix products, not four.
+
+Where a token's loss is known as soon as its log-probability is (PPO with token-level ratios),
+the gradient of its logits can be formed in the forward pass, chunk by chunk: logits, gradient by
+hidden, gradient by weight. Nothing of size [T, V] exists, and nothing is computed twice. The
+method is that of the fused linear cross-entropy losses (Liger-Kernel, arXiv 2410.10989), with
+the policy's coefficient in place of cross-entropy's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhfuse.kernels.linear_logprob import chunks, head_logits, linear_logprob
+from rlhfuse.kernels.logprob import check_rows, split_temperature
+from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
+from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
+
+# The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
+# log-probabilities and entropies.
+TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLoss:
+    """The scalar loss with its gradient; logprob and entropy [T] without."""
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor | None
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> LinearLoss:
+    """`token_loss` of `linear_logprob`, with gradients formed in the forward pass.
+
+    Costs a float32 gradient of the weight and of the hidden states from here to the backward
+    pass. Without gradients to compute it is `linear_logprob` and the loss.
+
+    Args:
+        hidden: [T, H]. weight: [V, H]. labels: [T] or `ignore_index`. temperature: a number, or
+            one per token.
+        token_loss: called per chunk, under autograd, with the range of tokens and their
+            log-probabilities and entropies (zeros unless `entropy`).
+    """
+    check_rows(hidden, labels, temperature)
+    needed = hidden.requires_grad or weight.requires_grad
+    needed = needed or (bias is not None and bias.requires_grad)
+    if not (needed and torch.is_grad_enabled()):
+        out = linear_logprob(
+            hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+        spread = torch.zeros_like(out.logprob) if out.entropy is None else out.entropy
+        total = out.logprob.new_zeros(())
+        for rows in chunks(labels.numel(), weight.shape[0]):
+            total += token_loss(rows, out.logprob[rows], spread[rows])
+        return LinearLoss(total, out.logprob, out.entropy)
+    marked = torch.where(labels == ignore_index, -1, labels.long())
+    loss, logprob, spread = _LinearLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, marked, *split_temperature(temperature), entropy, token_loss
+    )
+    return LinearLoss(loss, logprob, spread if entropy else None)
+
+
+def _loss_slopes(
+    token_loss: TokenLoss, rows: slice, logprob: Tensor, spread: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a chunk and its derivatives by log-probability and entropy."""
+    with torch.enable_grad():
+        leaves = (logprob.detach().requires_grad_(), spread.detach().requires_grad_())
+        loss = token_loss(rows, *leaves)
+        slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return loss.detach(), slopes[0], slopes[1]
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        entropy: bool,
+        token_loss: TokenLoss,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(hidden)
+        wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
+        by_hidden = torch.empty_like(hidden, dtype=dtype)
+        by_weight = torch.zeros_like(wide)
+        by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
+        total = out.new_zeros(())
+        for rows in chunks(hidden.shape[0], weight.shape[0]):
+            own = hidden[rows].to(dtype)
+            scaled = scale_rows_(head_logits(own, wide, wide_bias), temperature, rows, temperatures)
+            fold = fold_rows_(scaled.clone(), labels[rows], entropy=entropy)
+            loss, by_logprob, by_entropy = _loss_slopes(
+                token_loss, rows, fold.logprob, fold.entropy
+            )
+            by_logits = row_gradient_(
+                scaled, labels[rows], fold.top, fold.log_total, fold.entropy, by_logprob,
+                by_entropy if entropy else None,
+            )  # fmt: skip
+            by_logits = scale_rows_(by_logits, temperature, rows, temperatures)
+            by_hidden[rows] = head_logits(by_logits, wide.T, None)
+            by_weight.addmm_(by_logits.T, own)
+            if by_bias is not None:
+                by_bias += by_logits.sum(0)
+            out[0, rows], out[1, rows] = fold.logprob, fold.entropy
+            total += loss
+        ctx.gradients = (
+            by_hidden.to(hidden.dtype),
+            by_weight.to(weight.dtype),
+            None if by_bias is None or bias is None else by_bias.to(bias.dtype),
+        )
+        logprob, spread = out[0].clone(), out[1].clone()
+        ctx.mark_non_differentiable(logprob, spread)
+        return total, logprob, spread
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        scaled = [None if part is None else part * grad.to(part.dtype) for part in ctx.gradients]
+        return (*scaled, *(None,) * 5)
