@@ -220,9 +220,10 @@ def _fit_decode(spans: list[Span], cost: CostModel, basis: dict[str, str]) -> Co
     ratio = float(np.median(seconds / at_seen))
     prior = np.append(before * ratio, cost.decode_context_s * ratio)
     design = np.column_stack([_hats(batches, knots), context])
-    # A knot counts as about one span of prior belief; the context slope likewise at its scale.
-    strength = np.append(np.full(len(knots), 0.5), 0.5 * float(np.mean(context**2)) + 1e-9)
-    solution = _huber(design, seconds, prior, strength)
+    # Relative errors count. A number is believed beforehand as if a fraction of a span said so.
+    scale = 1.0 / (at_seen * ratio)
+    strength = 0.1 * np.mean((design * scale[:, None]) ** 2, axis=0) + 1e-12
+    solution = _huber(design * scale[:, None], seconds * scale, prior, strength)
     slope = max(0.0, float(solution[-1]))
     values = np.maximum.accumulate(np.maximum(solution[:-1], 1e-9))
     beyond = [(b, cost.step_s(b) * ratio) for b in cost.decode_batch if b > 1.01 * top]
@@ -242,9 +243,9 @@ def _line(spans: list[Span], prior: tuple[float, float]) -> tuple[float, float, 
     """(per call, per token, measured, predicted) of duration = call + tokens x rate."""
     tokens = np.array([_number(s, "tokens") for s in spans])
     seconds = np.array([s.duration_s for s in spans])
-    design = np.column_stack([np.ones(len(spans)), tokens])
-    strength = np.array([0.1, 0.1 * float(np.mean(tokens**2)) + 1e-9])
-    call_s, token_s = _huber(design, seconds, np.array(prior), strength)
+    design = np.column_stack([np.ones(len(spans)), tokens]) / np.maximum(seconds, 1e-9)[:, None]
+    strength = 0.01 * np.mean(design**2, axis=0) + 1e-12
+    call_s, token_s = _huber(design, np.ones(len(spans)), np.array(prior), strength)
     if call_s < 0 or token_s < 0:  # one line through the origin, or a constant
         rate = float(np.median(seconds / np.maximum(tokens, 1.0)))
         call_s, token_s = (0.0, rate) if call_s < 0 else (float(np.median(seconds)), 0.0)

@@ -11,7 +11,7 @@ from rlhfuse.rollout.forecast import Bools, Floats, Ints, end_s
 from rlhfuse.rollout.lengths import LengthModel, stratified
 from rlhfuse.rollout.policy import Policy
 
-LATER = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.06)  # moments to wait for, by part remaining
+LATER = (0.9, 0.75, 0.55, 0.35, 0.2, 0.1)  # moments to wait for, by part remaining
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Move:
 def decide(tail: Tail, lengths: LengthModel, cost: CostModel, policy: Policy) -> Move | None:
     """The move to make now, or None: nothing pays by the margin, or a later move pays more."""
     num = len(tail.sample_ids)
-    scenarios = max(2, min(24, 4096 // num))
+    scenarios = max(2, min(12, 4096 // num))
     quantiles = stratified(scenarios, tail.sample_ids)
     remaining = lengths.remaining(tail.tokens, quantiles)
     ask = _Forecast(tail, remaining, cost, policy)

@@ -11,8 +11,8 @@ from rlhfuse.rollout.migration import Move, Tail, decide, decide_by_threshold, d
 from rlhfuse.rollout.policy import Migration, Policy
 from rlhfuse.sample import Sample
 
-LOOK_AGAIN = 0.03  # part of the running samples that must finish before the tail is weighed again
-LOOK_AGAIN_S = 0.1  # or this much time must pass
+LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
+LOOK_AGAIN_S = 0.2  # or this much time must pass
 
 
 class TailWatch:
