@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from rlhfuse.engines.base import Output, Request, Running, TokenIds
+from rlhfuse.engines.cache_attention import DecodeAttention, PrefillAttention
 from rlhfuse.engines.canonical import decide
 from rlhfuse.engines.kv_cache import CacheShape, KVCache
 from rlhfuse.engines.sampling import RowParams, draw, forbid_early_stop
-from rlhfuse.models.attention import PackedAttention
-from rlhfuse.models.packed import PackedBatch, pack
+from rlhfuse.models.packed import pack
 from rlhfuse.models.stage import Head, ModelStage
 
 log = logging.getLogger(__name__)
@@ -254,7 +253,7 @@ class TorchEngine:
     def _prefill(self, sequences: list[_Sequence], *, first_row: int) -> torch.Tensor:
         """Fill the rows from `first_row` on; returns the last hidden state of each, [n, H]."""
         batch = pack([sequence.prefix for sequence in sequences], self._device)
-        attend = _PrefillAttention(self._cache, batch, first_row)
+        attend = PrefillAttention(self._cache, batch, first_row)
         hidden = self._model.embed(batch.token_ids)
         hidden = self._model.transform(hidden, batch.position_ids, attend)
         return hidden[batch.cu_seqlens[1:].long() - 1]
@@ -264,7 +263,7 @@ class TorchEngine:
         rows = self._rows[:num_rows]
         tokens = torch.tensor([s.tokens[s.cached] for s in rows], device=self._device).long()
         positions = torch.tensor([s.cached for s in rows], device=self._device)
-        attend = _DecodeAttention(
+        attend = DecodeAttention(
             self._cache, positions, longest=max(s.length for s in rows), dtype=self._dtype
         )
         return self._model.transform(self._model.embed(tokens), positions, attend)
@@ -331,67 +330,3 @@ def _advance(sequence: _Sequence, token: int, logprob: float) -> Output:
     elif sequence.response_tokens >= params.max_tokens:
         reason = "length"
     return Output(sequence.request.sample_id, (token,), (logprob,), bool(reason), reason)
-
-
-class _PrefillAttention:
-    """Packed attention that also leaves keys and values in consecutive cache rows."""
-
-    def __init__(self, cache: KVCache, batch: PackedBatch, first_row: int) -> None:
-        self._cache = cache
-        self._lengths = batch.lengths
-        self._first_row = first_row
-        self._attend = PackedAttention(batch.lengths, batch.cu_seqlens)
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        keys, values = self._cache.keys(layer), self._cache.values(layer)
-        start = 0
-        for row, length in enumerate(self._lengths, start=self._first_row):
-            keys[row, :, :length] = key[0, :, start : start + length]
-            values[row, :, :length] = value[0, :, start : start + length]
-            start += length
-        return self._attend(layer, query, key, value, scaling)
-
-
-class _DecodeAttention:
-    """One new token per cache row against that row's past; what is beyond a row's own length is
-    masked out. Query heads of one key-value head are attended together."""
-
-    def __init__(
-        self, cache: KVCache, positions: torch.Tensor, *, longest: int, dtype: torch.dtype
-    ) -> None:
-        self._cache = cache
-        self._positions = positions
-        self._longest = longest
-        self._rows = torch.arange(len(positions), device=positions.device)
-        beyond = torch.arange(longest, device=positions.device) > positions[:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype, device=positions.device)
-        self._mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        keys, values = self._cache.keys(layer), self._cache.values(layer)
-        keys[self._rows, :, self._positions] = key[0].transpose(0, 1)
-        values[self._rows, :, self._positions] = value[0].transpose(0, 1)
-        num_rows, kv_heads, head_dim = len(self._rows), keys.shape[1], keys.shape[3]
-        grouped = query[0].transpose(0, 1).reshape(num_rows, kv_heads, -1, head_dim)
-        output = functional.scaled_dot_product_attention(
-            grouped,
-            keys[:num_rows, :, : self._longest],
-            values[:num_rows, :, : self._longest],
-            attn_mask=self._mask,
-            scale=scaling,
-        )
-        return output.reshape(1, num_rows, -1, head_dim)
