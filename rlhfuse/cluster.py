@@ -6,9 +6,10 @@ start all control goes over ZMQ; Ray is asked only whether a worker still lives.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import msgspec
 import ray
@@ -27,8 +28,6 @@ class Cluster:
         """Raises ValueError where an address is given and no cluster answers there."""
         # The driver's own Python path must reach the workers: a checkout needs no install.
         environment = {**_THREADS, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        # An empty runtime environment agent would be started for nothing: pass variables only.
-        self._environment = environment
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             ray.init(
@@ -41,14 +40,18 @@ class Cluster:
             )
         except ConnectionError as error:
             raise ValueError(f"placement.ray_address={address!r}: {error}") from error
-        self._actors: dict[str, ray.actor.ActorHandle] = {}
-        self._lives: dict[str, ray.ObjectRef] = {}
+        self._actors: dict[str, ray.actor.ActorHandle[Any]] = {}
+        self._lives: dict[str, ray.ObjectRef[None]] = {}
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         """Start one process per spec; each connects to the controller by itself."""
+        resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        # Two workers share a device.
+        gpus = 0.5 if resources.get("GPU", 0) > 0 else 0
         for spec in specs:
-            gpus = 0.5 if ray.cluster_resources().get("GPU", 0) > 0 else 0
-            actor = ray.remote(_Worker).options(num_cpus=0, num_gpus=gpus, name=spec.name).remote()
+            # Ray makes `remote` methods at run time: its own types do not know them.
+            make: Any = ray.remote(_Worker).options(num_cpus=0, num_gpus=gpus, name=spec.name)
+            actor = make.remote()
             self._actors[spec.name] = actor
             self._lives[spec.name] = actor.live.remote(msgspec.msgpack.encode(spec))
 
@@ -87,7 +90,7 @@ class Cluster:
         self.close()
 
 
-def _reason(ref: "ray.ObjectRef") -> str:
+def _reason(ref: "ray.ObjectRef[None]") -> str:
     try:
         ray.get(ref)
     except ray.exceptions.RayError as error:

@@ -102,9 +102,10 @@ class Fleet:
         deadline = time.monotonic() + self._timeout_s
         while missing:
             for worker, event in self.receive():
-                assert isinstance(event, kind) and worker in missing, (
+                assert isinstance(event, kind), (
                     f"{worker} said {type(event).__name__} while waiting for {what}"
                 )
+                assert worker in missing, f"{worker} answered twice while waiting for {what}"
                 found[worker] = event
                 missing.discard(worker)
                 deadline = time.monotonic() + self._timeout_s

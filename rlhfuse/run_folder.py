@@ -16,6 +16,7 @@ import msgspec
 import psutil
 
 from rlhfuse.config import TrainerConfig
+from rlhfuse.data import StreamState
 from rlhfuse.placement import StagePlacement
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -27,8 +28,7 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller must remember to go on: written with every checkpoint."""
 
     step: int  # steps completed
-    epoch: int
-    position: int  # rows of this epoch already drawn
+    data: StreamState  # the place in the training prompts
     kl_coef: float
     pipelines: dict[str, StagePlacement]  # chosen once per run
     best_metric: str = ""
@@ -112,10 +112,9 @@ class RunFolder:
         Raises:
             ValueError: one is named as the latest but is missing or damaged.
         """
-        marker = self.checkpoints / _LATEST
-        if not marker.is_file():
+        if not (self.checkpoints / _LATEST).is_file():
             return None
-        folder = self.checkpoints / f"global_step_{marker.read_text().strip()}"
+        folder = self.checkpoints / latest_name(self.checkpoints)
         check_manifest(folder)
         return folder
 
@@ -129,6 +128,14 @@ class RunFolder:
         for folder in found:
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def latest_name(checkpoints: Path) -> str:
+    """The name of the newest checkpoint folder, as its marker says."""
+    marker = checkpoints / _LATEST
+    if not marker.is_file():
+        raise ValueError(f"{checkpoints} holds no checkpoint: no {_LATEST} there")
+    return f"global_step_{marker.read_text().strip()}"
 
 
 def load_state(folder: Path) -> TrainerState:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhfuse.config import TrainerConfig
+from rlhfuse.data import StreamState
 from rlhfuse.placement import StagePlacement
 from rlhfuse.run_folder import RunFolder, TrainerState, load_state
 
@@ -12,7 +13,11 @@ from rlhfuse.run_folder import RunFolder, TrainerState, load_state
 def _state(step: int, best_step: int = 0) -> TrainerState:
     pipelines = {"actor": StagePlacement((0, 1), ((0, 2), (2, 4)))}
     return TrainerState(
-        step=step, epoch=1, position=3, kl_coef=0.1, pipelines=pipelines, best_step=best_step
+        step=step,
+        data=StreamState(epoch=1, index=3, num_rows=9, seed=1, shuffle=True),
+        kl_coef=0.1,
+        pipelines=pipelines,
+        best_step=best_step,
     )
 
 

@@ -20,7 +20,7 @@ from rlhfuse.engines.base import Engine, Output, Request, SamplingParams
 from rlhfuse.engines.torch_engine import TorchEngine
 from rlhfuse.models.loading import load_model
 from rlhfuse.models.stage import Head, ModelStage
-from rlhfuse.payloads import ROLLOUT, Departed, PayloadStore, fetch_departed
+from rlhfuse.payloads import ROLLOUT, Departed, FloatArray, PayloadStore, fetch_departed
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.transport import Link, PeerClient, PeerServer
@@ -48,12 +48,13 @@ class RolloutWorker:
         self._device = device_of(spec.config.placement, spec.index)
         dtype = dtype_of(spec.config.placement, self._device)
         self._models = _load_models(spec.config, self._device, dtype)
-        self._engine = _make_engine(spec.config, self._models["actor"], self._device)
+        self._engine = _make_engine(spec.config, self._models["actor"])
         self._store = PayloadStore()
         self._server = PeerServer(self._store.answer)
         self._client = PeerClient(spec.config.trainer.wait_timeout_s)
         self._growths: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
+        self._contexts: dict[int, int] = {}  # prompt tokens
         self._logprobs: dict[int, list[float]] = {}
         self._spans: list[Span] = []
         self._burst = _Burst()
@@ -115,6 +116,7 @@ class RolloutWorker:
         self._store.clear()
         self._growths.clear()
         self._lengths.clear()
+        self._contexts.clear()
         self._logprobs.clear()
 
     def _generate(self, command: m.Generate) -> None:
@@ -131,6 +133,7 @@ class RolloutWorker:
                 # Its maker died: what it measured is lost, and marked as such.
                 self._logprobs[sample_id] = [math.nan] * len(response)
             self._lengths[sample_id] = len(response)
+            self._contexts[sample_id] = len(item.tokens.prompt) // 4
             self._engine.add(
                 Request(
                     sample_id=sample_id,
@@ -154,12 +157,15 @@ class RolloutWorker:
             left.append(self._growth(request.sample_id, ""))
         self._report()
         self._link.send(m.Exported(growths=tuple(left), requested=command.sample_ids))
-        self._span(Kind.MIGRATE, "export", start_s, samples=len(left))
+        tokens = sum(self._contexts[g.sample_id] + g.length for g in left)
+        self._span(Kind.MIGRATE, "export", start_s, samples=len(left), tokens=tokens)
 
     def _score(self, command: m.Score) -> None:
         start_s = time.monotonic()
         samples = [
-            (np.frombuffer(s.prompt, dtype=np.int32), np.frombuffer(s.response, dtype=np.int32))
+            scoring.Tokens(
+                np.frombuffer(s.prompt, dtype=np.int32), np.frombuffer(s.response, dtype=np.int32)
+            )
             for s in command.samples
         ]
         ids = tuple(s.sample_id for s in command.samples)
@@ -182,7 +188,7 @@ class RolloutWorker:
         self._link.send(m.Scored(role=command.role, sample_ids=ids, scores=tuple(scores)))
 
     def _keep(
-        self, role: m.Role, ids: Sequence[int], per_token: Sequence[scoring.FloatArray]
+        self, role: m.Role, ids: Sequence[int], per_token: Sequence[FloatArray]
     ) -> list[float]:
         for sample_id, values in zip(ids, per_token, strict=True):
             self._store.put(role, sample_id, values)
@@ -210,10 +216,11 @@ class RolloutWorker:
 
     def _step(self) -> None:
         start_s = time.monotonic()
-        batch = self._engine.num_running
         outputs = self._engine.step()
-        self._burst.add(start_s, time.monotonic(), batch)
+        end_s = time.monotonic()
         finished = self._absorb(outputs)
+        context = sum(self._contexts[o.sample_id] + self._lengths[o.sample_id] for o in outputs)
+        self._burst.add(start_s, end_s, len(outputs), context)
         if finished or self._burst.steps >= _REPORT_EVERY_STEPS:
             self._report(finished)
 
@@ -241,8 +248,7 @@ class RolloutWorker:
             growths = tuple(self._growth(i, reasons.get(i, "")) for i in ids)
             self._link.send(m.Grown(growths=growths))
         if self._burst.steps:
-            context = sum(self._lengths[i] for i in ids) / max(1, len(ids))
-            self._spans.append(self._burst.span(self._lane, context))
+            self._spans.append(self._burst.span(self._lane))
             self._burst = _Burst()
 
     # --- spans -----------------------------------------------------------------------------
@@ -263,22 +269,24 @@ class _Burst:
     def __init__(self) -> None:
         self.steps = 0
         self._rows = 0
+        self._context_tokens = 0
         self._start_s = 0.0
         self._end_s = 0.0
 
-    def add(self, start_s: float, end_s: float, batch: int) -> None:
+    def add(self, start_s: float, end_s: float, batch: int, context_tokens: int) -> None:
         if not self.steps:
             self._start_s = start_s
         self._end_s = end_s
         self._rows += batch
+        self._context_tokens += context_tokens
         self.steps += 1
 
-    def span(self, lane: str, context_tokens: float) -> Span:
+    def span(self, lane: str) -> Span:
         batch = self._rows / self.steps
         args: dict[str, int | float | str] = {
             "steps": self.steps,
             "batch": round(batch, 2),
-            "context_tokens": round(context_tokens, 1),
+            "context_tokens": round(self._context_tokens / self.steps, 1),
         }
         return Span(lane, self._start_s, self._end_s, Kind.GENERATE, f"generate x{batch:.0f}", args)
 
@@ -311,15 +319,15 @@ def _load_models(
     return models
 
 
-def _make_engine(config: Config, model: ModelStage, device: torch.device) -> Engine:
+def _make_engine(config: Config, model: ModelStage) -> Engine:
     rollout = config.rollout
     max_len = config.data.max_prompt_length + rollout.response_length
     return TorchEngine(
         model,
         max_num_seqs=rollout.max_num_seqs,
         max_model_len=max_len,
-        cache_tokens=rollout.cache_tokens or rollout.max_num_seqs * max_len,
-        device=device,
+        cache_tokens=rollout.cache_tokens or None,
+        exact=None if rollout.exactness == "auto" else rollout.exactness == "token",
     )
 
 

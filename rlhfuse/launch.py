@@ -1,0 +1,177 @@
+"""Runs from start to end: train, verify, eval. What the command line calls."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from rlhfuse.config import Config
+from rlhfuse.config_file import load
+from rlhfuse.report.page import write_report
+from rlhfuse.resolve import Resolved, resolve
+from rlhfuse.run_folder import check_manifest, latest_name
+from rlhfuse.session import open_session
+from rlhfuse.trainer import StepResult, Trainer
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended."""
+
+    run: str
+    steps: int
+    seconds: float
+    start_s: float  # until the first step began
+    score_before: float | None
+    score_after: float | None
+    best_metric: str
+    best_step: int
+    idle_fraction: float | None
+    measured_speedup: float | None
+    report: str
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{self.steps} steps in {self.seconds:.0f} s: {self.run}"]
+        if self.score_before is not None and self.score_after is not None:
+            lines.append(
+                f"  {self.best_metric}: {self.score_before:.3f} before, "
+                f"{self.score_after:.3f} after"
+            )
+        if self.measured_speedup is not None:
+            lines.append(f"  fused steps ran {self.measured_speedup:.2f} times as fast as serial")
+        if self.idle_fraction is not None:
+            lines.append(f"  devices idle in the last step: {self.idle_fraction:.0%}")
+        if self.report:
+            lines.append(f"  report: {self.report}")
+        return "\n".join(lines)
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """Fused against serial, step by step, on the same configuration and machine."""
+
+    steps: int
+    tokens_equal: bool
+    rewards_equal: bool
+    weights_equal: bool
+    first_difference: str | None
+    serial_s: float
+    fused_s: float
+    speedup: float
+
+    @property
+    def equal(self) -> bool:
+        return self.tokens_equal and self.rewards_equal and self.weights_equal
+
+
+def train_run(run: Resolved, *, resume: bool) -> Summary:
+    """Train to the end and write the report."""
+    started = time.monotonic()
+    with open_session(run, resume=resume) as session:
+        trainer = Trainer(session)
+        start_s = time.monotonic() - started
+        trainer.fit()
+        state = session.state
+        history = trainer.history
+        values = [v[state.best_metric] for v in trainer.validations if state.best_metric in v]
+        folder = session.folder.path
+    report = str(write_report(folder)) if run.config.trainer.report else ""
+    steps = [h.metrics for h in history]
+    speedups = [m["fusion/measured_speedup"] for m in steps if "fusion/measured_speedup" in m]
+    return Summary(
+        run=str(folder),
+        steps=state.step,
+        seconds=time.monotonic() - started,
+        start_s=start_s,
+        score_before=values[0] if values else None,
+        score_after=values[-1] if values else None,
+        best_metric=state.best_metric,
+        best_step=state.best_step,
+        idle_fraction=steps[-1].get("perf/idle_fraction") if steps else None,
+        measured_speedup=sorted(speedups)[len(speedups) // 2] if speedups else None,
+        report=report,
+    )
+
+
+def verify_run(config: Config, steps: int, folder: Path) -> Verification:
+    """Run the same steps serially and fused from the same start, and compare all they made.
+
+    Writes two runs below `folder`. Needs as many steps of data as it is asked for.
+    """
+    serial = _steps(_variant(config, folder, "serial", "off", steps), steps)
+    fused = _steps(_variant(config, folder, "fused", "on", steps), steps)
+    pairs = list(zip(serial, fused, strict=True))
+    first = next(
+        (
+            f"step {a.step}: {what} differ"
+            for a, b in pairs
+            for what in ("tokens", "rewards", "weights")
+            if getattr(a, what) != getattr(b, what)
+        ),
+        None,
+    )
+    serial_s, fused_s = sum(a.seconds for a in serial), sum(b.seconds for b in fused)
+    return Verification(
+        steps=steps,
+        tokens_equal=all(a.tokens == b.tokens for a, b in pairs),
+        rewards_equal=all(a.rewards == b.rewards for a, b in pairs),
+        weights_equal=all(a.weights == b.weights for a, b in pairs),
+        first_difference=first,
+        serial_s=serial_s,
+        fused_s=fused_s,
+        speedup=serial_s / fused_s,
+    )
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, overrides: Sequence[str], folder: Path
+) -> dict[str, float]:
+    """The validation metrics of a checkpoint's actor; writes its own run below `folder`.
+
+    Raises:
+        ValueError: `checkpoint` is neither a run's folder nor one of its checkpoints.
+    """
+    if (checkpoint / "checkpoints").is_dir():
+        name = latest_name(checkpoint / "checkpoints")
+        checkpoint = checkpoint / "checkpoints" / name
+    check_manifest(checkpoint)
+    run = checkpoint.parents[1]
+    config = load(run / "config.yaml", overrides)
+    replace = msgspec.structs.replace
+    trainer = replace(config.trainer, default_local_dir=str(folder), logger=("jsonl",))
+    actor = replace(config.actor, path=str(checkpoint / "actor" / "huggingface"))
+    critic = config.critic
+    if config.uses_critic:
+        critic = replace(critic, path=str(checkpoint / "critic" / "huggingface"))
+    config = replace(config, trainer=trainer, actor=actor, critic=critic)
+    with open_session(resolve(config), resume=False) as session:
+        evaluator = Trainer(session)
+        evaluator.sync_weights()
+        evaluator.validate()
+        return evaluator.validations[-1]
+
+
+def _variant(config: Config, folder: Path, name: str, switch: str, steps: int) -> Config:
+    replace = msgspec.structs.replace
+    assert switch in ("on", "off")
+    fusion = replace(
+        config.fusion,
+        inter_stage="on" if switch == "on" else "off",
+        intra_stage="on" if switch == "on" else "off",
+        audit_every=0,
+    )
+    trainer = replace(
+        config.trainer,
+        default_local_dir=str(folder),
+        experiment_name=name,
+        total_training_steps=steps,
+        logger=("jsonl",),
+    )
+    return replace(config, fusion=fusion, trainer=trainer)
+
+
+def _steps(config: Config, steps: int) -> list[StepResult]:
+    with open_session(resolve(config), resume=False) as session:
+        trainer = Trainer(session)
+        trainer.sync_weights()
+        return [trainer.step() for _ in range(steps)]

@@ -1,0 +1,230 @@
+"""The algorithm, read top to bottom: one controller decides, the workers compute.
+
+Fusion changes when things run, never what is computed: this page reads the same with both fusions
+on as with both off.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from rlhfuse import messages as m
+from rlhfuse.algorithms.kl import KlControl, next_control
+from rlhfuse.batches import training_records
+from rlhfuse.cost import CostModel, fit
+from rlhfuse.rollout.loop import Record, RolloutResult
+from rlhfuse.rollout.stage import generate_and_score, training_sampling
+from rlhfuse.session import Session
+from rlhfuse.step_metrics import StepTimes, digest_of, step_metrics
+from rlhfuse.timeline import Timeline, save_chrome
+from rlhfuse.update_plan import TrainedSample, UpdatePlan, measured_costs, plan_update
+from rlhfuse.validation import validate
+from rlhfuse.weight_sync import sync_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """Which fusions a step uses; both off is the serial baseline."""
+
+    inter_stage: bool
+    intra_stage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did, for those who compare runs: digests of all tokens, scores, weights."""
+
+    step: int
+    tokens: str
+    rewards: str
+    weights: str
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """PPO and its critic-free relatives: synchronous, on-policy, exact."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.config = session.run.config
+        self.costs = session.run.costs
+        self.cost_model = CostModel.default()
+        self.fused_s_per_token: list[float] = []
+        self.history: list[StepResult] = []
+        self.validations: list[dict[str, float]] = []
+
+    def fit(self) -> None:
+        """Train to the end, with validation and checkpoints on the way."""
+        trainer = self.config.trainer
+        self.sync_weights()
+        if trainer.val_before_train and self.session.state.step == 0:
+            self.validate()
+        while self.session.state.step < self.session.run.total_steps:
+            self.step()
+            step, last = self.session.state.step, self.session.run.total_steps
+            if step == last or (trainer.test_freq and step % trainer.test_freq == 0):
+                self.validate()
+            if step == last or (trainer.save_freq and step % trainer.save_freq == 0):
+                self.save()
+
+    def step(self) -> StepResult:
+        """One iteration: draw prompts, generate and score, update, send the weights."""
+        step = self.session.state.step + 1
+        fusions = self.fusions(step)
+        self.session.fleet.take_spans()  # of what came before the step
+        times = StepTimes(start_s=time.monotonic())
+        records = training_records(self.session.run, self.session.stream, step)
+        rollout = generate_and_score(
+            self.session,
+            records,
+            training_sampling(self.config, self.session.run.stop_token_ids),
+            roles=self.config.scored_roles,
+            cost=self.cost_model,
+            overlap=fusions.inter_stage,
+        )
+        times.rollout_done_s = time.monotonic()
+        plan, metrics, weights = self.update(rollout.records, step, fused=fusions.intra_stage)
+        times.update_done_s = time.monotonic()
+        self.advance(step, metrics)
+        self.sync_weights()
+        times.end_s = time.monotonic()
+        return self.record(step, rollout, plan, metrics, weights, times, fusions)
+
+    def update(
+        self, records: Sequence[Record], step: int, *, fused: bool
+    ) -> tuple[UpdatePlan, dict[str, float], str]:
+        """Advantages and every mini-batch of actor and critic; returns the merged metrics and a
+        digest of all weights."""
+        fleet = self.session.fleet
+        state = self.session.state
+        warming_up = self.config.uses_critic and step <= self.config.algorithm.critic_warmup
+        roles = ("critic",) if warming_up else self.session.roles
+        samples = [
+            TrainedSample(r.sample_id, r.group, len(r.prompt) + len(r.response_ids))
+            for r in records
+        ]
+        plan = plan_update(
+            self.config, samples, state.pipelines, self.costs, roles=roles, fused=fused, step=step
+        )
+        command = m.Train(
+            step=step,
+            samples=tuple(_train_sample(record) for record in records),
+            minibatches=plan.minibatches,
+            kl_coef=state.kl_coef,
+            policy_version=state.step,
+        )
+        self.session.progress.training(0, len(plan.minibatches), what="mini-batches")
+        fleet.broadcast(fleet.training, command)
+        trained = fleet.gather(m.Trained, fleet.training, f"the update of step {step}")
+        metrics: dict[str, float] = {}
+        for _worker, event in trained:
+            metrics.update(event.metrics)
+        return plan, metrics, digest_of([event.digest for _worker, event in trained])
+
+    def advance(self, step: int, metrics: dict[str, float]) -> None:
+        """The state after a step: what a checkpoint holds."""
+        state = self.session.state
+        kl_ctrl = self.config.algorithm.kl_ctrl
+        target = kl_ctrl.target_kl if kl_ctrl.type == "adaptive" else None
+        control = KlControl(state.kl_coef, target, kl_ctrl.horizon)
+        if "critic/kl" in metrics:
+            samples = self.config.data.train_batch_size * self.config.rollout.n
+            control = next_control(control, kl=metrics["critic/kl"], num_samples=samples)
+        self.session.state = msgspec.structs.replace(
+            state,
+            step=step,
+            data=self.session.stream.state,
+            kl_coef=control.coef,
+        )
+
+    def sync_weights(self) -> None:
+        """Engines and scorers get the weights of this step, and nothing older can generate."""
+        sync_weights(self.session.fleet, self.session.roles, self.session.state.step)
+
+    def fusions(self, step: int) -> Fusions:
+        """What this step uses: as configured, but none in an audited step."""
+        fusion = self.config.fusion
+        audited = bool(fusion.audit_every) and step % fusion.audit_every == 0
+        return Fusions(
+            inter_stage=fusion.inter_stage != "off" and not audited,
+            intra_stage=fusion.intra_stage != "off" and not audited,
+        )
+
+    def validate(self) -> None:
+        """Every validation set; the best checkpoint is known by one of its metrics."""
+        metrics = validate(self.session, self.cost_model)
+        self.validations.append(metrics)
+
+    def save(self) -> Path:
+        """A checkpoint that is whole or not there."""
+        fleet = self.session.fleet
+        step = self.session.state.step
+
+        def write(folder: Path) -> None:
+            fleet.broadcast(
+                fleet.training, m.SaveCheckpoint(folder=str(folder.resolve()), step=step)
+            )
+            fleet.gather(m.Ack, fleet.training, f"checkpoint of step {step} to be written")
+
+        return self.session.folder.save(self.session.state, write)
+
+    def record(
+        self,
+        step: int,
+        rollout: RolloutResult,
+        plan: UpdatePlan,
+        trained: dict[str, float],
+        weights: str,
+        times: StepTimes,
+        fusions: Fusions,
+    ) -> StepResult:
+        """Measured spans become the report, the metrics and better costs for the next step."""
+        timeline = Timeline(tuple(self.session.fleet.take_spans()))
+        save_chrome(timeline.shifted(-times.start_s), self.session.folder.timeline(step))
+        self.learn_costs(timeline, rollout.records)
+        metrics = step_metrics(
+            self.config, rollout, plan, timeline, times, kl_coef=self.session.state.kl_coef
+        )
+        metrics.update(trained)
+        metrics.update(self.audit(metrics, fusions))
+        self.session.loggers.log(step, metrics)
+        result = StepResult(
+            step=step,
+            tokens=digest_of([r.tokens.response for r in rollout.records]),
+            rewards=digest_of([repr(r.score) for r in rollout.records]),
+            weights=weights,
+            seconds=times.end_s - times.start_s,
+            metrics=metrics,
+        )
+        self.history.append(result)
+        return result
+
+    def learn_costs(self, timeline: Timeline, records: Sequence[Record]) -> None:
+        """Better predictions for the next step; they decide when things run, nothing else."""
+        tokens = sum(len(r.prompt) + len(r.response_ids) for r in records)
+        trained = {"actor": tokens * self.config.actor.ppo_epochs}
+        if self.config.uses_critic:
+            trained["critic"] = tokens * self.config.critic.ppo_epochs
+        self.costs = measured_costs(timeline.spans, trained, self.costs)
+        self.cost_model = fit(timeline, self.cost_model)
+
+    def audit(self, metrics: dict[str, float], fusions: Fusions) -> dict[str, float]:
+        """The speed-up of fused over serial steps, per token, where a step ran serially."""
+        per_token = metrics["timing_s/step"] / metrics["perf/total_num_tokens"]
+        if fusions.inter_stage or fusions.intra_stage:
+            self.fused_s_per_token.append(per_token)
+            return {}
+        if not self.fused_s_per_token or not self.config.fusion.audit_every:
+            return {}
+        recent = sorted(self.fused_s_per_token[-5:])
+        return {"fusion/measured_speedup": per_token / recent[len(recent) // 2]}
+
+
+def _train_sample(record: Record) -> m.TrainSample:
+    return m.TrainSample(
+        record.tokens, record.group, record.score, record.endpoints, record.rollout_endpoint
+    )

@@ -1,0 +1,175 @@
+"""What a PPO update runs and in which order: mini-batches, micro-batches, schedules. Pure.
+
+Which samples form a micro-batch depends on their ids and lengths alone. Measured costs shape only
+the schedule, and no schedule changes what is computed: gradients accumulate in micro-batch order.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import msgspec
+
+from rlhfuse import packing
+from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.messages import MiniBatch, SampleIds
+from rlhfuse.placement import StagePlacement
+from rlhfuse.schedules.fused import fuse
+from rlhfuse.schedules.ir import Pipeline, Problem, Task
+from rlhfuse.schedules.standard import one_f_one_b
+from rlhfuse.schedules.timing import makespan
+from rlhfuse.timeline import Kind, Span
+
+# The search must give the same answer in every run, so it is bounded by work and not by time.
+SEARCH_ITERATIONS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedSample:
+    """`group`: index of its prompt; `tokens`: prompt and response."""
+
+    id: int
+    group: int
+    tokens: int
+
+
+class StageCosts(msgspec.Struct, frozen=True):
+    """Seconds per token of each pp_stage of one role, forward and backward; `weight` is the part
+    of backward that may be split off."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weight: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePlan:
+    """`predicted_s` by the schedules' own timing; `serial_s`: the same work model after model."""
+
+    minibatches: tuple[MiniBatch, ...]
+    predicted_s: float
+    serial_s: float
+
+
+def plan_update(
+    config: Config,
+    samples: Sequence[TrainedSample],
+    pipelines: Mapping[str, StagePlacement],
+    costs: Mapping[str, StageCosts],
+    *,
+    roles: Sequence[str],
+    fused: bool,
+    step: int,
+) -> UpdatePlan:
+    """Every sample once per role and epoch; mini-batch k of the actor runs with mini-batch k of
+    the critic, and what one of them has more runs alone."""
+    tokens = {sample.id: sample.tokens for sample in samples}
+    cut = {role: _cut(_model(config, role), samples, tokens, step) for role in roles}
+    minibatches: list[MiniBatch] = []
+    predicted_s = serial_s = 0.0
+    for parts in zip_longest(*cut.values()):
+        mine = {role: part for role, part in zip(cut, parts, strict=True) if part is not None}
+        problem = make_problem(mine, tokens, pipelines, costs, config.placement.num_devices)
+        serial = tuple(one_f_one_b(_alone(problem, name)) for name in mine)
+        rounds = serial
+        serial_time = sum(makespan(schedule) for schedule in serial)
+        if fused and len(mine) > 1:
+            rounds = (
+                fuse(
+                    problem,
+                    iterations=SEARCH_ITERATIONS,
+                    split_weight=config.fusion.split_weight,
+                ),
+            )
+        minibatches.append(MiniBatch(mine, rounds))
+        serial_s += serial_time
+        predicted_s += sum(makespan(schedule) for schedule in rounds)
+    return UpdatePlan(tuple(minibatches), predicted_s, serial_s)
+
+
+def make_problem(
+    microbatches: Mapping[str, tuple[SampleIds, ...]],
+    tokens: Mapping[int, int],
+    pipelines: Mapping[str, StagePlacement],
+    costs: Mapping[str, StageCosts],
+    num_ranks: int,
+) -> Problem:
+    """The pipelines of one mini-batch; a micro-batch weighs as many tokens as it has."""
+    made = []
+    for role, batches in microbatches.items():
+        sizes = [sum(tokens[i] for i in batch) for batch in batches]
+        mean = sum(sizes) / len(sizes)
+        cost = costs[role]
+        made.append(
+            Pipeline.make(
+                role,
+                pipelines[role].ranks,
+                len(batches),
+                [c * mean for c in cost.forward],
+                [c * mean for c in cost.backward],
+                weight=[c * mean for c in cost.weight],
+                activation=mean,
+                microbatch_weights=[size / mean for size in sizes],
+            )
+        )
+    return Problem(num_ranks, tuple(made))
+
+
+def measured_costs(
+    spans: Sequence[Span], tokens: Mapping[str, int], previous: Mapping[str, StageCosts]
+) -> dict[str, StageCosts]:
+    """Seconds per token from the task spans of one update; `tokens`: trained per role, every
+    epoch counted. A stage or operation that did not run keeps its previous cost."""
+    seconds: dict[tuple[str, int, Kind], float] = defaultdict(float)
+    for span in spans:
+        if span.kind in (Kind.F, Kind.B, Kind.I, Kind.W):
+            task = Task.parse(span.name)
+            seconds[task.pipeline, task.pp_stage, span.kind] += span.duration_s
+    costs = dict(previous)
+    for role, old in previous.items():
+        if not tokens.get(role):
+            continue
+
+        def per_token(stage: int, *kinds: Kind, role: str = role) -> float:
+            return sum(seconds[role, stage, kind] for kind in kinds) / tokens[role]
+
+        stages = range(len(old.forward))
+        costs[role] = StageCosts(
+            forward=tuple(per_token(s, Kind.F) or old.forward[s] for s in stages),
+            backward=tuple(per_token(s, Kind.B, Kind.I, Kind.W) or old.backward[s] for s in stages),
+            weight=tuple(per_token(s, Kind.W) or old.weight[s] for s in stages),
+        )
+    return costs
+
+
+def _cut(
+    model: TrainedModelConfig,
+    samples: Sequence[TrainedSample],
+    tokens: Mapping[int, int],
+    step: int,
+) -> list[tuple[SampleIds, ...]]:
+    """Micro-batches of every mini-batch of every epoch of one role."""
+    cut = []
+    for epoch in range(model.ppo_epochs):
+        for ids in packing.minibatches(
+            [(s.id, s.group) for s in samples],
+            prompts_per_minibatch=model.ppo_mini_batch_size,
+            seed=step * 1000 + epoch,
+        ):
+            members = [(i, tokens[i]) for i in ids]
+            if model.num_microbatches:
+                cut.append(packing.microbatches(members, num_microbatches=model.num_microbatches))
+            else:
+                cut.append(
+                    packing.microbatches(members, token_budget=model.ppo_max_token_len_per_gpu)
+                )
+    return cut
+
+
+def _model(config: Config, role: str) -> TrainedModelConfig:
+    return config.actor if role == "actor" else config.critic
+
+
+def _alone(problem: Problem, name: str) -> Problem:
+    return Problem(problem.num_ranks, (problem.pipeline(name),), problem.memory_cap)
