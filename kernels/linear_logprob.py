@@ -104,7 +104,14 @@ class _LinearLogprob(torch.autograd.Function):
         entropy: bool,
         keep_logits_bytes: int,
     ) -> tuple[Tensor, Tensor]:
+        ctx.temperature, ctx.entropy = temperature, entropy
         dtype = accumulation_dtype(hidden)
+        if dtype == torch.float32 and choose(hidden.device) is Path.TRITON:
+            from rlhfuse.kernels import triton_linear  # triton is optional
+
+            out = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
+            ctx.save_for_backward(hidden, weight, bias, labels, temperatures, out)
+            return out[0].clone(), out[1].clone()
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
         kept: list[Tensor] = []
@@ -120,7 +127,6 @@ class _LinearLogprob(torch.autograd.Function):
             out[0, rows], out[1, rows] = fold.logprob, fold.entropy
             out[2, rows], out[3, rows] = fold.top, fold.log_total
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, out, *kept)
-        ctx.temperature, ctx.entropy = temperature, entropy
         return out[0].clone(), out[1].clone()
 
     @staticmethod

@@ -29,7 +29,7 @@ def token_logprob(
         labels: [T], in [0, V) or `ignore_index`, where both results are 0.
         temperature: a number, or one per token [T]. No gradient flows to it.
         inplace_backward: the backward pass writes the gradient over `logits` (nothing else may
-            need them then).
+            need them then; not under torch.compile).
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -41,7 +41,9 @@ def token_logprob(
             logits, labels, temperature=temperature, entropy=entropy, ignore_index=ignore_index
         )
     number, per_token = split_temperature(temperature)
-    logprob, spread, _ = _forward(logits, marked, number, per_token, entropy, inplace_backward)
+    logprob, spread, _ = token_logprob_op(
+        logits, marked, number, per_token, entropy, inplace_backward
+    )
     return TokenLogprob(logprob, spread if entropy else None)
 
 
@@ -75,7 +77,7 @@ def _copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("rlhfuse::token_logprob", mutates_args=())
-def _forward(
+def token_logprob_op(
     logits: Tensor,
     labels: Tensor,
     temperature: float,
@@ -102,7 +104,7 @@ def _forward(
     return logprob, spread, saved
 
 
-@_forward.register_fake
+@token_logprob_op.register_fake
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -206,4 +208,4 @@ def _autograd_backward(
     return gradient, None, None, None, None, None
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+token_logprob_op.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.linear_logprob import linear_logprob
-from rlhfuse.kernels.logprob import token_logprob
+from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -185,3 +185,22 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         token_logprob(torch.zeros(3, 4), torch.zeros(3).long(), temperature=torch.ones(2))
     with pytest.raises(ValueError, match="weight"):
         linear_logprob(torch.zeros(3, 4), torch.zeros(9, 5), torch.zeros(3).long())
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_operator_passes_opcheck_and_torch_compile(per_token: bool) -> None:
+    logits, labels = make_logits(5, 7, "plain", seed=1)
+    logits.requires_grad_()
+    temperatures = torch.rand(5) + 0.5 if per_token else None
+    torch.library.opcheck(token_logprob_op, (logits, labels, 0.7, temperatures, True, False))
+
+    def loss(rows: Tensor) -> Tensor:
+        temperature = 0.7 if temperatures is None else temperatures
+        out = token_logprob(rows * 2, labels, temperature=temperature, entropy=True)
+        assert out.entropy is not None
+        return (out.logprob + out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (plain,) = torch.autograd.grad(loss(logits), logits)
+    (traced,) = torch.autograd.grad(compiled(logits), logits)
+    assert torch.equal(plain, traced)

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from rlhfuse.kernels import reference, triton_gae
 from rlhfuse.kernels.gae import discounted_returns, gae
+from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.logprob import token_logprob
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# Triton 3.6's interpreter multiplies bf16 matrices as the integers that hold them.
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -123,3 +128,54 @@ def test_gae_and_moments_equal_float64(
             spread = float((own - own.mean()).square().sum())
             assert abs(row[1] - float(own.mean())) <= 1e-6 * float(own.abs().max())
             assert abs(row[2] - spread) <= 1e-5 * spread + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "vocab", "dtype"),
+    [
+        (1, 16, 1, torch.float32),
+        (5, 40, 257, torch.float32),
+        (33, 32, 2176, torch.float32),
+        (3, 64, 4200, HALF),
+        (0, 16, 32, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_linear_logprob_equals_float64(
+    num_tokens: int, hidden_size: int, vocab: int, dtype: torch.dtype, per_token: bool
+) -> None:
+    rng = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(num_tokens, hidden_size, generator=rng).to(dtype)
+    weight = (torch.randn(vocab, hidden_size, generator=rng) * 0.5).to(dtype)
+    bias = (torch.randn(vocab, generator=rng) - 20).to(dtype)  # every logit negative
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    labels[:1], labels[1:2] = vocab - 1, -100
+    temperature = torch.rand(num_tokens, generator=rng) + 0.5 if per_token else 0.7
+    grads = torch.randn(2, num_tokens, generator=rng)
+    wide = [tensor.double().requires_grad_() for tensor in (hidden, weight, bias)]
+    truth = reference.linear_logprob(
+        wide[0], wide[1], labels, bias=wide[2], temperature=temperature, entropy=True
+    )
+    assert truth.entropy is not None
+    true_grads = torch.autograd.grad(
+        (truth.logprob * grads[0] + truth.entropy * grads[1]).sum(), wide
+    )
+    near = [tensor.to(DEVICE).requires_grad_() for tensor in (hidden, weight, bias)]
+    poison()
+    found = linear_logprob(
+        near[0],
+        near[1],
+        labels.to(DEVICE),
+        bias=near[2],
+        temperature=temperature.to(DEVICE) if isinstance(temperature, Tensor) else temperature,
+        entropy=True,
+    )
+    assert found.entropy is not None
+    on_device = grads.to(DEVICE)
+    near_grads = torch.autograd.grad(
+        (found.logprob * on_device[0] + found.entropy * on_device[1]).sum(), near
+    )
+    assert relative(found.logprob, truth.logprob.detach()) < 1e-6 or vocab == 1
+    assert relative(found.entropy, truth.entropy.detach()) < 2e-6 or vocab == 1
+    for ours, true in zip(near_grads, true_grads, strict=True):
+        assert relative(ours, true) < (5e-6 if dtype == torch.float32 else 4e-3) or vocab == 1
