@@ -120,11 +120,9 @@ def load_stage(
     assert 0 <= layers.start < layers.stop <= config.num_hidden_layers, f"{layers=}"
     with torch.device("meta"):
         stage = ModelStage(config, head=head, layers=layers, first=first, last=last)
-    stage = stage.to(dtype)
-    stage.model.to_empty(device=device)
-    for child in ("lm_head", "score"):
-        if hasattr(stage, child):
-            stage.get_submodule(child).to_empty(device=device)
+    for name, child in stage.named_children():
+        if name != "rotary":  # its frequencies are computed, and stay in float32
+            child.to(dtype).to_empty(device=device)
     stage.rotary.to(device=device)
     _fill(stage, path, new_head_seed)
     return stage

@@ -116,6 +116,10 @@ def test_gradients_equal_transformers(tmp_path: Path, num_stages: int, tied: boo
 def test_half_precision_follows_transformers(tmp_path: Path) -> None:
     model = save_tiny(tmp_path, "llama").bfloat16()
     stage = load_model(tmp_path, head=Head.LM, dtype=torch.bfloat16)
+    frequencies = stage.rotary.get_buffer("inv_freq")
+    assert torch.equal(
+        frequencies, load_model(tmp_path, head=Head.LM).rotary.get_buffer("inv_freq")
+    )
     sample = random_samples([30])
     with torch.no_grad():
         theirs = model(torch.from_numpy(sample[0].astype(np.int64))[None]).logits[0].float()
