@@ -228,7 +228,7 @@ class RolloutScheduler:
             self._weigh_tail(out)
         if self._fused or not self._num_generating:
             self._ask_rewards(out)
-            if self._board.pending_s > 0 or self._board.num_pending:
+            if self._board.num_pending:
                 self._give_scores(out)
 
     @property
