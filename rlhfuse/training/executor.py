@@ -66,6 +66,7 @@ class Executor:
         self._runners = runners
         self._clock = clock
         self._store = store
+        self._round = 0
 
     def run(self, schedule: Schedule, shapes: Shapes, spans: list[Span]) -> None:
         """Run this rank's row and append what was measured to `spans`.
@@ -75,6 +76,7 @@ class Executor:
                 run.
         """
         plan = plan_row(schedule, self._rank)
+        self._round += 1
         measured: list[_Measured] = []
         self._clock.start()
         at: Step | None = None
@@ -86,7 +88,7 @@ class Executor:
             self._channels.drain()
         except Exception as error:
             raise self._failed(schedule, at, error) from error
-        spans.extend(self._spans(measured))
+        spans.extend(self._spans(measured, shapes))
 
     def _run_step(self, step: Step, measured: list["_Measured"]) -> None:
         start = self._clock.mark()
@@ -116,7 +118,7 @@ class Executor:
         runner.weight_gradient(task.microbatch)
         return None
 
-    def _spans(self, measured: list["_Measured"]) -> Iterator[Span]:
+    def _spans(self, measured: list["_Measured"], shapes: Shapes) -> Iterator[Span]:
         lane = f"rank{self._rank}"
         for item in measured:
             start, end = self._clock.seconds(item.start), self._clock.seconds(item.end)
@@ -124,6 +126,8 @@ class Executor:
                 "pipeline": item.task.pipeline,
                 "pp_stage": item.task.pp_stage,
                 "microbatch": item.task.microbatch,
+                "rows": shapes[item.task.pipeline][item.task.microbatch][0],
+                "round": self._round,
             }
             if item.message is None:
                 kind = Kind(item.task.op.value)
@@ -132,9 +136,9 @@ class Executor:
             else:
                 kind = Kind.WAIT
                 way = item.message.channel
-                args["peer"] = way.source if way.target == self._rank else way.target
-                args["direction"] = "receive" if way.target == self._rank else "send"
-                args["flow"] = way.flow.value
+                incoming = way.target == self._rank
+                args["peer"] = f"rank{way.source if incoming else way.target}"
+                args["what"] = f"{'receive' if incoming else 'send'} {way.flow.value}"
             yield Span(lane, start, end, kind, str(item.task), args)
 
     def _failed(self, schedule: Schedule, at: Step | None, error: Exception) -> StepFailed:

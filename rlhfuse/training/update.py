@@ -17,7 +17,7 @@ from rlhfuse.config import Config
 from rlhfuse.models.loading import load_config
 from rlhfuse.models.packed import padded_rows
 from rlhfuse.schedules.timing import check_channels
-from rlhfuse.timeline import Kind, Span
+from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training import checkpoint
 from rlhfuse.training.batch import LossData, loss_data, make_microbatch
 from rlhfuse.training.channels import Channels, Shape
@@ -309,7 +309,8 @@ class RankTrainer:
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        spans.append(Span(self._lane, start_s, time.monotonic(), kind, name, {}))
+        args: dict[str, ArgValue] = {"what": "barrier"} if kind is Kind.WAIT else {}
+        spans.append(Span(self._lane, start_s, time.monotonic(), kind, name, args))
 
 
 def uses_truncation(config: Config, dtype: torch.dtype) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfuse.config import (
@@ -22,8 +23,11 @@ from rlhfuse.models.partition import partition
 from rlhfuse.models.stage import Head
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import one_f_one_b
+from rlhfuse.timeline import Span
 from rlhfuse.training.records import MiniBatchPlan, RolePlacement, SampleData, TrainingPlacement
+from rlhfuse.training.update import RankTrainer
 from tests.models.tiny import save_tiny
+from tests.training.ranks import run_ranks
 
 VOCABULARY = 211
 KL_COEF = 0.1
@@ -199,3 +203,70 @@ def _targets(
         (((a - mean) / (std + 1e-8)).float(), a + torch.from_numpy(s.values))
         for a, s in zip(unwhitened, samples, strict=True)
     ]
+
+
+Digests = dict[str, str]
+
+
+def make_trainer(config: Config, rank: int, num_ranks: int) -> RankTrainer:
+    return RankTrainer(
+        config,
+        rank=rank,
+        world_size=num_ranks,
+        placement=make_placement(num_ranks),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        total_steps=10,
+    )
+
+
+def digests(trainer: RankTrainer) -> Digests:
+    return {
+        f"{role}/{name}": digest
+        for role in ("actor", "critic")
+        for name, digest in trainer.digest(role).items()
+    }
+
+
+def two_updates(
+    config: Config, num_ranks: int, rounds: tuple[Schedule, ...], num_microbatches: int = 2
+) -> tuple[Digests, dict[str, float], list[Span]]:
+    """All ranks' digests and metrics after two updates of two mini-batches."""
+    batches = [make_samples(8, seed) for seed in (0, 1)]
+
+    def run(rank: int) -> tuple[Digests, dict[str, float], list[Span]]:
+        trainer = make_trainer(config, rank, num_ranks)
+        spans: list[Span] = []
+        metrics: dict[str, float] = {}
+        for step, samples in enumerate(batches):
+            plans = make_plans(cut(samples, 2, num_microbatches), rounds)
+            metrics = trainer.update(step, samples, plans, KL_COEF, spans)
+        return digests(trainer), metrics, spans
+
+    results = run_ranks(num_ranks, run)
+    together = {k: v for result in results for k, v in result[0].items()}
+    metrics = {k: v for result in results for k, v in result[1].items()}
+    return together, metrics, [span for result in results for span in result[2]]
+
+
+def one_update(config: Config, num_ranks: int, folder: Path) -> dict[str, float]:
+    """One mini-batch, and a checkpoint of what it did. Returns all metrics."""
+    samples = make_samples(8)
+    plans = make_plans(cut(samples, 1, 2), serial_rounds(make_problem(num_ranks, 2)))
+
+    def run(rank: int) -> dict[str, float]:
+        trainer = make_trainer(config, rank, num_ranks)
+        metrics = trainer.update(0, samples, plans, KL_COEF, [])
+        trainer.save(folder)
+        return metrics
+
+    return {k: v for metrics in run_ranks(num_ranks, run) for k, v in metrics.items()}
+
+
+def first_moments(folder: Path, role: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("exp_avg/"): tensor
+        for path in sorted((folder / role).glob("stage_*.safetensors"))
+        for name, tensor in load_file(path).items()
+        if name.startswith("exp_avg/")
+    }
