@@ -34,6 +34,7 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"
     TRANSFER = "transfer"  # point-to-point or collective communication
     WAIT = "wait"  # blocked on a named peer or event
+    COMPUTE = "compute"  # of unknown purpose: kernels of foreign traces
     OTHER = "other"
 
 

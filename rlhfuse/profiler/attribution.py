@@ -151,6 +151,7 @@ class _Context:
     syncing: Union
     saving: Union
     staging: Union  # scoring, optimizer or training of others: a stage is not over
+    kernels_s: dict[str, tuple[float, float]]  # of traces of kernels: first start, last end
 
     @staticmethod
     def of(timeline: Timeline, lanes: Sequence[str]) -> "_Context":
@@ -180,17 +181,27 @@ class _Context:
             syncing=Union(_covered(timeline.spans, {Kind.WEIGHTS, Kind.SWAP})),
             saving=Union(_covered(timeline.spans, {Kind.CHECKPOINT})),
             staging=Union([*staging, *((r.start_s, r.end_s) for r in rounds)]),
+            kernels_s=_extents(span for span in on_devices if span.kind is Kind.COMPUTE),
         )
 
     def cuts(self, lane: str, start_s: float, end_s: float) -> list[float]:
         """Moments inside a gap at which its explanation may change."""
         moments = [*self.generation, self.last_generated_s.get(lane, start_s)]
+        moments += self.kernels_s.get(lane, ())
         for training in self.rounds:
             moments += training.edges(lane)
         inside = {moment for moment in moments if start_s < moment < end_s}
         for union in (self.rewarding, self.syncing, self.saving, self.staging):
             inside.update(union.edges(start_s, end_s))
         return sorted(inside)
+
+
+def _extents(spans: Iterable[Span]) -> dict[str, tuple[float, float]]:
+    found: dict[str, tuple[float, float]] = {}
+    for span in spans:
+        start_s, end_s = found.get(span.lane, (span.start_s, span.end_s))
+        found[span.lane] = (min(start_s, span.start_s), max(end_s, span.end_s))
+    return found
 
 
 def _covered(spans: Iterable[Span], kinds: set[Kind]) -> list[tuple[float, float]]:
@@ -253,7 +264,10 @@ def _outside_training(lane: str, time_s: float, wait: Span | None, context: _Con
         return Cause.WEIGHT_SYNC
     if context.saving.covers(time_s):
         return Cause.CHECKPOINT_WAIT
-    return Cause.STAGE_WAIT if context.staging.covers(time_s) else Cause.CONTROLLER
+    if context.staging.covers(time_s):
+        return Cause.STAGE_WAIT
+    first_s, last_s = context.kernels_s.get(lane, (0.0, 0.0))
+    return Cause.HOST_GAP if first_s <= time_s < last_s else Cause.CONTROLLER
 
 
 # What a wait span may say in ``args["what"]`` to name its cause outside of training rounds.

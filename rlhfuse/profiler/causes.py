@@ -23,6 +23,7 @@ class Cause(StrEnum):
     INPUT_GRADIENT = "input_gradient"
     WEIGHT_GRADIENT = "weight_gradient"
     OPTIMIZER = "optimizer"
+    COMPUTE = "compute"  # of unknown purpose
     # movement
     TRANSFER = "transfer"  # exposed: nothing was computed meanwhile
     MIGRATE = "migrate"
@@ -55,6 +56,7 @@ WORK = (
     Cause.INPUT_GRADIENT,
     Cause.WEIGHT_GRADIENT,
     Cause.OPTIMIZER,
+    Cause.COMPUTE,
 )
 MOVEMENT = (
     Cause.TRANSFER,
@@ -82,5 +84,6 @@ CAUSE_OF_KIND = {
     Kind.OPTIMIZER: Cause.OPTIMIZER,
     Kind.CHECKPOINT: Cause.CHECKPOINT,
     Kind.TRANSFER: Cause.TRANSFER,
+    Kind.COMPUTE: Cause.COMPUTE,
     Kind.OTHER: Cause.OTHER,
 }

@@ -125,20 +125,21 @@ def histogram(groups: Sequence[tuple[str, str, Sequence[int]]], x_label: str) ->
     )
 
 
-def bars(rows: Sequence[Bar]) -> str:
-    """Horizontal bars from zero, longest to the right edge."""
+def bars(rows: Sequence[Bar], label_width: float = 150) -> str:
+    """Horizontal bars from zero; `label_width` is the room for their names."""
     if not rows:
         return ""
     most = max(max(row.value for row in rows), 1e-12)
     parts = []
     for i, row in enumerate(rows):
         y = 6 + i * 26
-        long = max(1.0, row.value / most * 640)
-        parts.append(_text(150, y + 13, row.label, "end", small=False))
+        long = max(1.0, row.value / most * (_WHOLE - label_width - 200))
+        parts.append(_text(label_width, y + 13, row.label, "end", small=False))
         parts.append(
-            f'<rect x="160" y="{y}" width="{long:.1f}" height="18" rx="2" fill="{row.color}"/>'
+            f'<rect x="{label_width + 10:.0f}" y="{y}" width="{long:.1f}" height="18" rx="2" '
+            f'fill="{row.color}"/>'
         )
-        parts.append(_text(168 + long, y + 13, row.note, "start", small=False))
+        parts.append(_text(label_width + 18 + long, y + 13, row.note, "start", small=False))
     return _svg(parts, _WHOLE, len(rows) * 26 + 10)
 
 

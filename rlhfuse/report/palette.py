@@ -30,6 +30,7 @@ CAUSES: dict[Cause, Style] = {
     Cause.INPUT_GRADIENT: Style("input gradient", "#e07b39"),
     Cause.WEIGHT_GRADIENT: Style("weight gradient", "#a34700"),
     Cause.OPTIMIZER: Style("optimizer", "#5b6770"),
+    Cause.COMPUTE: Style("compute", "#4a7fb5"),
     Cause.TRANSFER: Style("exposed transfer", "#9aa5ad"),
     Cause.MIGRATE: Style("migration", "#3b3bb3"),
     Cause.WEIGHTS: Style("weight transfer", "#7c8894"),

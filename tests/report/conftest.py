@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from rlhfuse.profiler.attribution import attribute
+from rlhfuse.schedules.fused import fuse
+from rlhfuse.schedules.ir import Pipeline, Problem
+from rlhfuse.schedules.standard import one_f_one_b
+from rlhfuse.schedules.timing import simulate
 from rlhfuse.timeline import Kind, Span, Timeline, save_chrome
 
 MakeRun = Callable[..., Path]
@@ -25,7 +29,8 @@ def synthetic_step(num_ranks: int, fused: bool, seed: int, decode_steps: int = 1
 
     def work(rank: int, seconds: float, kind: Kind, name: str) -> None:
         start = clock[rank]
-        clock[rank] = start + seconds * rng.uniform(0.95, 1.05)
+        # Never longer than planned: what follows in a simulated schedule stays possible.
+        clock[rank] = start + seconds * rng.uniform(0.93, 1.0)
         spans.append(Span(f"rank{rank}", start, clock[rank], kind, name))
 
     longest = 1.0 if fused else 1.12
@@ -42,8 +47,8 @@ def synthetic_step(num_ranks: int, fused: bool, seed: int, decode_steps: int = 1
             work(rank, 0.14, Kind.SCORE, f"score {role}")
     clock = [max(clock) + 0.02] * num_ranks
     spans.append(Span("controller", clock[0] - 0.015, clock[0], Kind.ADVANTAGE, "advantages"))
-    for minibatch in range(2):
-        _train(work, clock, num_ranks, fused, minibatch)
+    for _ in range(2):
+        _train(work, clock, num_ranks, fused)
         for rank in range(num_ranks):
             work(rank, 0.03, Kind.OPTIMIZER, "step")
         clock[:] = [max(clock)] * num_ranks
@@ -53,28 +58,22 @@ def synthetic_step(num_ranks: int, fused: bool, seed: int, decode_steps: int = 1
 
 
 def _train(
-    work: Callable[[int, float, Kind, str], None],
-    clock: list[float],
-    num_ranks: int,
-    fused: bool,
-    minibatch: int,
+    work: Callable[[int, float, Kind, str], None], clock: list[float], num_ranks: int, fused: bool
 ) -> None:
-    """Actor down, critic up the ranks; serially with a barrier, or each in the other's gaps."""
-    for role in ("actor", "critic"):
-        if role == "critic" and not fused:
-            clock[:] = [max(clock)] * num_ranks
-        order = range(num_ranks) if role == "actor" else range(num_ranks - 1, -1, -1)
-        done: dict[tuple[int, int], float] = {}
-        began = clock.copy()
-        for kind, seconds in ((Kind.F, 0.06), (Kind.B, 0.12)):
-            stages = list(enumerate(order))
-            for mb in range(4):
-                for stage, rank in stages if kind is Kind.F else reversed(stages):
-                    before = stage - 1 if kind is Kind.F else stage + 1
-                    ready = done.get((before, mb), began[rank])
-                    clock[rank] = max(clock[rank], ready if not fused else began[rank])
-                    work(rank, seconds, kind, f"{role}:{stage}{kind.value}{mb}")
-                    done[(stage, mb)] = clock[rank]
+    """Actor down, critic up the ranks: one fused schedule, or each alone with a barrier between."""
+    down = tuple(range(num_ranks))
+    pipes = [Pipeline.make("actor", down, 4, 0.06, 0.12)]
+    pipes.append(Pipeline.make("critic", down[::-1], 4, 0.06, 0.12))
+    groups = [tuple(pipes)] if fused else [(pipe,) for pipe in pipes]
+    for group in groups:
+        problem = Problem(num_ranks, group)
+        began = max(clock)
+        schedule = fuse(problem, iterations=2) if fused else one_f_one_b(problem)
+        for span in simulate(schedule).spans:
+            rank = int(span.lane.removeprefix("rank"))
+            clock[rank] = began + span.start_s
+            work(rank, span.duration_s, span.kind, span.name)
+        clock[:] = [max(clock)] * num_ranks
 
 
 @pytest.fixture

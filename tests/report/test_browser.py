@@ -7,7 +7,11 @@ from typing import Protocol
 
 import pytest
 
+from rlhfuse.profiler.readers.detect import open_trace
+from rlhfuse.profiler.summary import summarize
+from rlhfuse.profiler.trace import Loaded
 from rlhfuse.report.page import write_report
+from rlhfuse.report.profile_page import render_profile
 from rlhfuse.timeline import Kind, Span, Timeline, load_chrome, save_chrome
 
 pytestmark = pytest.mark.browser
@@ -30,19 +34,23 @@ def _window(browser: Browser, view: int = 0) -> tuple[float, float]:
     return float(start), float(end)
 
 
-def _color_at(browser: Browser, x: float, lane: int) -> str:
-    """The colour on the canvas at a share of the drawn width, in the middle of a lane."""
-    return str(
-        browser.evaluate(
-            f"""(() => {{
-              const v = rlhfuseViews[0], r = v.ratio;
-              const px = Math.round((92 + {x} * (v.width - 92)) * r);
-              const py = Math.round((v.top({lane}) + v.rowHeight / 2) * r);
-              const d = v.canvas.getContext("2d").getImageData(px, py, 1, 1).data;
-              return "#" + [d[0], d[1], d[2]].map(n => n.toString(16).padStart(2, "0")).join("");
-            }})()"""
-        )
+def _painted(browser: Browser, x: float, lane: int, color: str) -> bool:
+    """Whether `color` is on the canvas near a share of the drawn width, in a lane's middle.
+
+    A few pixels are looked at (a piece's edge is lighter), with some room for blending.
+    """
+    pixels = browser.evaluate(
+        f"""(() => {{
+          const v = rlhfuseViews[0], r = v.ratio;
+          const px = Math.round((92 + {x} * (v.width - 92)) * r);
+          const py = Math.round((v.top({lane}) + v.rowHeight / 2) * r);
+          return [...v.canvas.getContext("2d").getImageData(px, py, 8, 1).data];
+        }})()"""
     )
+    assert isinstance(pixels, list)
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    found = [pixels[i : i + 3] for i in range(0, len(pixels), 4)]
+    return any(max(abs(a - b) for a, b in zip(f, wanted, strict=True)) <= 4 for f in found)
 
 
 def test_draws_and_zooms(browser: Browser, make_run: MakeRun) -> None:
@@ -51,7 +59,8 @@ def test_draws_and_zooms(browser: Browser, make_run: MakeRun) -> None:
     whole = _window(browser)
     assert whole[0] == 0
     assert whole[1] > 4
-    assert _color_at(browser, 0.1, 0) in ("#0072b2", "#ffffff")  # decode steps and their edges
+    assert _painted(browser, 0.1, 0, "#0072b2")  # decode steps
+    assert not _painted(browser, 0.1, 0, "#d55e00")
     box = browser.evaluate(
         "(() => { const b = rlhfuseViews[0].canvas.getBoundingClientRect();"
         " return [b.left, b.top, b.width]; })()"
@@ -123,3 +132,19 @@ def test_half_a_million_pieces_are_drawn_fast(browser: Browser, tmp_path: Path) 
     )
     assert isinstance(median_ms, float)
     assert median_ms < 250  # about 20 on one core without a graphics card
+
+
+def test_a_profile_page_draws(browser: Browser, tmp_path: Path) -> None:
+    data = Path(__file__).parents[1] / "profiler/data/primus_pp8"
+    trace = open_trace([data])
+    timeline = trace.load(2).timeline
+    hostile = Timeline((*timeline.spans, Span(HOSTILE, 0, 1, Kind.OTHER, HOSTILE)))
+    summary = summarize(trace, 2, Loaded(hostile, warnings=(HOSTILE,)))
+    page = tmp_path / "profile.html"
+    page.write_text(render_profile(summary, hostile, HOSTILE))
+    browser.open(page)
+    assert browser.errors == []
+    assert browser.evaluate("window.hacked === undefined && document.images.length === 0") is True
+    start, end = _window(browser)
+    assert end - start == pytest.approx(hostile.wall_s, rel=1e-3)
+    assert _painted(browser, 0.005, 0, "#f0b73f")  # rank 0 begins with a forward pass

@@ -1,0 +1,102 @@
+"""Which format files have, by their content, never by their names."""
+
+import gzip
+import zlib
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from rlhfuse.profiler.readers.kineto import open_kineto
+from rlhfuse.profiler.readers.ours import open_files, open_run
+from rlhfuse.profiler.readers.primus import open_primus
+from rlhfuse.profiler.trace import Trace
+
+_HEAD = 1 << 16
+_SKIPPED = ("config.json", "environment.json", "report.html")
+
+
+class Format(StrEnum):
+    """What a single file can be."""
+
+    OURS = "rlhfuse timeline"
+    PRIMUS = "primus"
+    KINETO = "kineto"
+
+
+def open_trace(paths: Sequence[Path]) -> Trace:
+    """The trace in these files and folders.
+
+    Raises:
+        ValueError: nothing there can be read, or files are of different formats.
+    """
+    if len(paths) == 1 and _is_run(paths[0]):
+        return open_run(paths[0])
+    files = [file for path in paths for file in _files(path)]
+    if not files:
+        raise ValueError(f"{_names(paths)}: no files to profile there")
+    kinds = {file: sniff(file) for file in files}
+    known = sorted({kind for kind in kinds.values() if kind is not None})
+    if not known:
+        raise ValueError(
+            f"{_names(paths)}: no trace of a known format (rlhfuse runs and timelines, PyTorch "
+            "profiler JSON, Primus pp_rank JSON)"
+        )
+    if len(known) > 1:
+        raise ValueError(f"{_names(paths)}: files of different formats ({', '.join(known)})")
+    mine = [file for file, kind in kinds.items() if kind is known[0]]
+    openers: dict[Format, Callable[[list[Path]], Trace]] = {
+        Format.OURS: open_files,
+        Format.PRIMUS: open_primus,
+        Format.KINETO: open_kineto,
+    }
+    return openers[known[0]](mine)
+
+
+def sniff(path: Path) -> Format | None:
+    """The format of one file, from its first 64 KiB."""
+    head = read_head(path)
+    if b'"traceEvents"' in head:
+        foreign = (b'"schemaVersion"', b'"deviceProperties"', b'"distributedInfo"', b'"cat": "')
+        return Format.KINETO if any(mark in head for mark in foreign) else Format.OURS
+    return Format.PRIMUS if b'"fwd_start"' in head and b'"bwd_end"' in head else None
+
+
+def read_head(path: Path) -> bytes:
+    """The first bytes of a file, unpacked where it is gzipped.
+
+    Raises:
+        ValueError: the file cannot be read or is broken from its start.
+    """
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        if not packed:
+            with path.open("rb") as file:
+                return file.read(_HEAD)
+        with gzip.open(path) as file:
+            return file.read(_HEAD)
+    except EOFError:
+        raise ValueError(f"{path}: the gzip file is cut short") from None
+    except (OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and ((path / "timeline").is_dir() or (path / "metrics.jsonl").is_file())
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    inside = sorted(file for file in path.iterdir() if file.is_file())
+    return [
+        file
+        for file in inside
+        if file.name.endswith((".json", ".json.gz")) and file.name not in _SKIPPED
+    ]
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(str(path) for path in paths)

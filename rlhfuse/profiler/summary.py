@@ -1,0 +1,96 @@
+"""The summary that ``rlhfuse profile`` prints: one object, its field names are a contract."""
+
+import msgspec
+
+from rlhfuse.profiler.attribution import StepAttribution, attribute
+from rlhfuse.profiler.trace import Loaded, Trace
+
+
+class RankSummary(msgspec.Struct, frozen=True):
+    """One rank; `causes` (seconds) add up to `wall_s`."""
+
+    rank: str
+    wall_s: float
+    compute_s: float
+    idle_s: float
+    bubble_fraction: float | None
+    causes: dict[str, float]
+
+
+class ScheduleSummary(msgspec.Struct, frozen=True):
+    """The schedule that ran, as far as it was recovered; makespans in seconds, over its rounds."""
+
+    name: str
+    rounds: int
+    pipelines: list[str]
+    stages: list[int]
+    microbatches: list[int]
+    split_weight: bool
+    makespan_s: float
+    ideal_makespan_s: float
+    stragglers: list[str]
+
+
+class WhatIf(msgspec.Struct, frozen=True):
+    """The step under another condition; `saving_fraction` of the wall time it is compared with."""
+
+    name: str
+    makespan_s: float
+    saving_fraction: float
+
+
+class ProfileSummary(msgspec.Struct, frozen=True):
+    """What ``rlhfuse profile --json`` prints. `bubble_fraction` is null where pipeline work could
+    not be told from other work."""
+
+    format: str
+    num_ranks: int
+    steps: list[int]
+    step: int | None
+    wall_s: float
+    bubble_fraction: float | None
+    causes: dict[str, float]
+    per_rank: list[RankSummary]
+    schedule: ScheduleSummary | None = None
+    what_if: list[WhatIf] = []
+    warnings: list[str] = []
+
+
+def summarize(
+    trace: Trace,
+    step: int | None,
+    loaded: Loaded,
+    *,
+    schedule: ScheduleSummary | None = None,
+    what_if: list[WhatIf] | None = None,
+    warnings: tuple[str, ...] = (),
+) -> ProfileSummary:
+    """Attribute one loaded step and put everything in the contract's form."""
+    explained = attribute(loaded.timeline)
+    return ProfileSummary(
+        format=trace.format,
+        num_ranks=len(explained.lanes),
+        steps=list(trace.steps),
+        step=step,
+        wall_s=explained.wall_s,
+        bubble_fraction=explained.bubble_fraction if loaded.pipelines else None,
+        causes={cause.value: seconds for cause, seconds in explained.causes.items()},
+        per_rank=_ranks(explained, loaded.pipelines),
+        schedule=schedule,
+        what_if=what_if or [],
+        warnings=[*loaded.warnings, *warnings],
+    )
+
+
+def _ranks(explained: StepAttribution, pipelines: bool) -> list[RankSummary]:
+    return [
+        RankSummary(
+            rank=lane.lane.removeprefix("rank"),
+            wall_s=lane.wall_s,
+            compute_s=lane.compute_s,
+            idle_s=lane.idle_s,
+            bubble_fraction=lane.bubble_fraction if pipelines else None,
+            causes={cause.value: seconds for cause, seconds in lane.causes.items()},
+        )
+        for lane in explained.lanes
+    ]
