@@ -68,13 +68,12 @@ class StageOptimizer:
 
     def square_sum(self, leave_out: nn.Parameter | None) -> float:
         """Sum of squares of all gradients, float64. `leave_out`: counted on another stage."""
-        total = 0.0
-        for parameter in self._parameters.values():
-            gradient = self._sums.of(parameter)
-            if gradient is not None and parameter is not leave_out:
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                total += float(norm) ** 2
-        return total
+        norms = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            for parameter in self._parameters.values()
+            if parameter is not leave_out and (gradient := self._sums.of(parameter)) is not None
+        ]
+        return float(torch.stack(norms).square().sum()) if norms else 0.0
 
     @torch.no_grad()
     def step(self, scale: float) -> None:

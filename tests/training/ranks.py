@@ -53,13 +53,20 @@ def run_ranks(
         processes = [context.Process(target=child, args=(rank,)) for rank in range(world_size)]
         for process in processes:
             process.start()
+        for _, writing in ends:
+            writing.close()
         deadline = time.monotonic() + limit_s
         answers: list[tuple[bool, Any]] = []
         for rank, process in enumerate(processes):
-            if ends[rank][0].poll(max(0.0, deadline - time.monotonic())):
-                answers.append(pickle.loads(ends[rank][0].recv_bytes()))
-            else:
-                answers.append((False, "no answer in time"))
+            try:
+                in_time = ends[rank][0].poll(max(0.0, deadline - time.monotonic()))
+                answers.append(
+                    pickle.loads(ends[rank][0].recv_bytes())
+                    if in_time
+                    else (False, "no answer in time")
+                )
+            except EOFError:
+                answers.append((False, "died"))
             process.join(2.0)
             process.kill()
     errors = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(answers) if not fine]

@@ -1,5 +1,6 @@
 """Schedules run over gloo give what a plain loop gives; failures end all ranks and say where."""
 
+import os
 import time
 from datetime import timedelta
 
@@ -149,16 +150,18 @@ def test_several_stages_of_a_model_on_one_rank() -> None:
 
 
 class Failing(AutogradRunner):
-    """Raises, or hangs, at one task."""
+    """Raises, hangs or dies at one task."""
 
     hang_s = 0.0
 
     def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        time.sleep(self.hang_s)
+        time.sleep(max(0.0, self.hang_s))
+        if self.hang_s < 0:
+            os._exit(1)
         raise ValueError("the model broke")
 
 
-def fail_on(rank: int, hang_s: float, timeout_s: float) -> tuple[str, float]:
+def fail_on(rank: int, hang_s: float, timeout_s: float, *, catch: bool = True) -> tuple[str, float]:
     schedule = gpipe(problem(4))
     channels = Channels(
         rank,
@@ -180,6 +183,8 @@ def fail_on(rank: int, hang_s: float, timeout_s: float) -> tuple[str, float]:
     try:
         executor.run(schedule, shapes, [])
     except StepFailed as error:
+        if not catch:
+            raise
         return str(error), time.monotonic() - start
     return "", 0.0
 
@@ -199,6 +204,17 @@ def test_a_rank_that_hangs_ends_the_others_at_the_time_limit() -> None:
     message, seconds = results[1]
     assert "actor gradient of micro-batch 0 for stage 1 (rank 2 to rank 1)" in message
     assert 1.0 < seconds < 3.5
+
+
+def test_a_rank_that_dies_ends_the_others_at_once() -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(4, lambda rank: fail_on(rank, -1.0, 30.0, catch=False))
+    assert time.monotonic() - start < 10.0
+    message = str(caught.value)
+    assert "rank 2: died" in message
+    assert "(rank 2 to rank 1): " in message  # what rank 1 waited for
+    assert all(f"rank {rank}: Traceback" in message for rank in (0, 1, 3))
 
 
 def test_operations_of_the_hand_made_schedule_include_all_four() -> None:

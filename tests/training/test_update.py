@@ -13,9 +13,15 @@ import torch
 
 from rlhfuse.config import AlgorithmConfig
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Op, Schedule
+from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.timeline import Kind
-from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData, TrainingPlacement
+from rlhfuse.training.records import (
+    MiniBatchPlan,
+    NonFiniteLoss,
+    RolePlacement,
+    SampleData,
+    TrainingPlacement,
+)
 from rlhfuse.training.update import RankTrainer
 from tests.training.ranks import run_ranks
 from tests.training.tiny_update import (
@@ -73,6 +79,29 @@ def test_losses_and_gradients_are_those_of_a_plain_loop_over_unsplit_models(
             assert torch.allclose(
                 moments[name] / (0.1 * clip), gradient, rtol=1e-4, atol=2e-5 * largest + 1e-9
             ), name
+
+
+def test_models_may_have_different_numbers_of_stages(models: Models) -> None:
+    config = make_config(models)
+    samples = make_samples(8)
+    one = make_placement(1).roles["critic"].layers
+    placement = TrainingPlacement(
+        {"actor": make_placement(2).roles["actor"], "critic": RolePlacement((1,), one)}
+    )
+    problem = Problem(
+        2, (Pipeline.make("actor", (0, 1), 2, 1, 2), Pipeline.make("critic", (1,), 2, 2, 4))
+    )
+    plans = make_plans(cut(samples, 1, 2), (fuse(problem, iterations=5),))
+
+    def run(rank: int) -> dict[str, float]:
+        return make_trainer(config, rank, 2, placement).update(0, samples, plans, KL_COEF, [])
+
+    metrics = {k: v for result in run_ranks(2, run) for k, v in result.items()}
+    plain = plain_update(config, samples)
+    assert metrics["critic/vf_loss"] == pytest.approx(plain.loss["critic"], rel=1e-5)
+    for role in ("actor", "critic"):
+        squares = sum(float(g.double().square().sum()) for g in plain.gradients[role].values())
+        assert metrics[f"{role}/grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-5)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

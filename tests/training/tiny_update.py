@@ -208,12 +208,14 @@ def _targets(
 Digests = dict[str, str]
 
 
-def make_trainer(config: Config, rank: int, num_ranks: int) -> RankTrainer:
+def make_trainer(
+    config: Config, rank: int, num_ranks: int, placement: TrainingPlacement | None = None
+) -> RankTrainer:
     return RankTrainer(
         config,
         rank=rank,
         world_size=num_ranks,
-        placement=make_placement(num_ranks),
+        placement=placement or make_placement(num_ranks),
         device=torch.device("cpu"),
         dtype=torch.float32,
         total_steps=10,
