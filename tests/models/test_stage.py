@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhfuse.engines.base import TokenIds
 from rlhfuse.models.loading import load_model, load_stage
@@ -114,7 +115,9 @@ def test_gradients_equal_transformers(tmp_path: Path, num_stages: int, tied: boo
 
 
 def test_half_precision_follows_transformers(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path, "llama").bfloat16()
+    save_tiny(tmp_path, "llama")
+    # Not `model.bfloat16()`: that rounds the rotary frequencies too, loading does not.
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     stage = load_model(tmp_path, head=Head.LM, dtype=torch.bfloat16)
     frequencies = stage.rotary.get_buffer("inv_freq")
     assert torch.equal(
