@@ -13,7 +13,7 @@ from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
+from rlhfuse.kernels.rows import Temperatures, fold_rows_, prepare_rows_, row_gradient
 
 # Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
 # a token's result would depend on how many others are computed with it.
@@ -114,18 +114,19 @@ class _LinearLogprob(torch.autograd.Function):
             return out[0].clone(), out[1].clone()
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
+        given = Temperatures(temperature, temperatures)
         kept: list[Tensor] = []
         room = keep_logits_bytes if any(ctx.needs_input_grad[:3]) else 0
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-            scaled = scale_rows_(logits, temperature, rows, temperatures)
-            room -= scaled.numel() * scaled.element_size()
+            top = logits.amax(1)
+            block = given.divide_(logits.sub_(top[:, None]), rows)
+            fold = fold_rows_(block, labels[rows], entropy=entropy)
+            out[0, rows], out[1, rows], out[2, rows] = fold.logprob, fold.entropy, top
+            out[3, rows] = fold.total
+            room -= block.numel() * block.element_size()
             if room >= 0:
-                kept.append(scaled)
-                scaled = scaled.clone()
-            fold = fold_rows_(scaled, labels[rows], entropy=entropy)
-            out[0, rows], out[1, rows] = fold.logprob, fold.entropy
-            out[2, rows], out[3, rows] = fold.top, fold.log_total
+                kept.append(block)
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, out, *kept)
         return out[0].clone(), out[1].clone()
 
@@ -133,31 +134,29 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, labels, temperatures, out, *kept = ctx.saved_tensors
-        dtype, temperature = out.dtype, ctx.temperature
+        dtype, given = out.dtype, Temperatures(ctx.temperature, temperatures)
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         by_hidden = torch.empty_like(hidden, dtype=dtype)
         by_weight = torch.zeros_like(wide)
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
         for index, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
             if index < len(kept):
-                # A copy: a second backward pass through a retained graph needs them again.
-                scaled = kept[index].clone()
+                # Out of place: a second backward pass through a retained graph needs it again.
+                block, by_logits = kept[index], torch.empty_like(kept[index])
             else:
                 logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-                scaled = scale_rows_(logits, temperature, rows, temperatures)
-            by_logits = scale_rows_(
-                row_gradient_(
-                    scaled,
-                    labels[rows],
-                    out[2, rows],
-                    out[3, rows],
-                    out[1, rows],
-                    grad_logprob[rows],
-                    grad_entropy[rows] if ctx.entropy else None,
-                ),
-                temperature,
+                shifted = given.divide_(logits.sub_(out[2, rows, None]), rows)
+                block = by_logits = prepare_rows_(shifted, entropy=ctx.entropy)
+            row_gradient(
+                block,
+                labels[rows],
+                out[3, rows],
+                out[1, rows],
+                grad_logprob[rows],
+                grad_entropy[rows] if ctx.entropy else None,
                 rows,
-                temperatures,
+                given,
+                out=by_logits,
             )
             by_hidden[rows] = head_logits(by_logits, wide.T, None)
             by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))

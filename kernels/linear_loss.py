@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rlhfuse.kernels.linear_logprob import chunks, head_logits, linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
+from rlhfuse.kernels.rows import Temperatures, fold_rows_, row_gradient
 
 # The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
 # log-probabilities and entropies.
@@ -106,19 +106,26 @@ class _LinearLoss(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden, dtype=dtype)
         by_weight = torch.zeros_like(wide)
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
-        total = out.new_zeros(())
+        total, given = out.new_zeros(()), Temperatures(temperature, temperatures)
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             own = hidden[rows].to(dtype)
-            scaled = scale_rows_(head_logits(own, wide, wide_bias), temperature, rows, temperatures)
-            fold = fold_rows_(scaled.clone(), labels[rows], entropy=entropy)
+            logits = head_logits(own, wide, wide_bias)
+            block = given.divide_(logits.sub_(logits.amax(1, keepdim=True)), rows)
+            fold = fold_rows_(block, labels[rows], entropy=entropy)
             loss, by_logprob, by_entropy = _loss_slopes(
                 token_loss, rows, fold.logprob, fold.entropy
             )
-            by_logits = row_gradient_(
-                scaled, labels[rows], fold.top, fold.log_total, fold.entropy, by_logprob,
+            by_logits = row_gradient(
+                block,
+                labels[rows],
+                fold.total,
+                fold.entropy,
+                by_logprob,
                 by_entropy if entropy else None,
-            )  # fmt: skip
-            by_logits = scale_rows_(by_logits, temperature, rows, temperatures)
+                rows,
+                given,
+                out=block,
+            )
             by_hidden[rows] = head_logits(by_logits, wide.T, None)
             by_weight.addmm_(by_logits.T, own)
             if by_bias is not None:

@@ -8,9 +8,9 @@ from torch import Tensor
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import fold_rows_, row_gradient_, scale_rows_
+from rlhfuse.kernels.rows import Temperatures, fold_rows_, prepare_rows_, row_gradient
 
-_CHUNK_ELEMENTS = 1 << 18  # a chunk of float32 rows stays in a core's cache
+_CHUNK_ELEMENTS = 1 << 16  # a chunk of float32 rows stays in a core's cache
 
 
 def token_logprob(
@@ -71,9 +71,12 @@ def _row_chunks(num_rows: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
-def _copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _shifted(logits: Tensor, top: Tensor, temperatures: Temperatures, rows: slice) -> Tensor:
+    """(logits - top) / temperature of these rows, in a new contiguous block of top's type."""
+    block = torch.empty(top[rows].numel(), logits.shape[1], dtype=top.dtype, device=top.device)
     # Contiguous, because the order of a reduction follows the strides.
-    return rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    torch.sub(logits[rows], top[rows, None], out=block)
+    return temperatures.divide_(block, rows)
 
 
 @torch.library.custom_op("rlhfuse::token_logprob", mutates_args=())
@@ -85,7 +88,7 @@ def token_logprob_op(
     entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob [T], entropy [T], and [2, T] for the backward pass (see `RowFold`)."""
+    """Logprob [T], entropy [T], and maximum and sum [2, T] for the backward pass."""
     dtype = accumulation_dtype(logits)
     logprob, spread = torch.empty_like(labels, dtype=dtype), torch.empty_like(labels, dtype=dtype)
     saved = torch.empty(2, labels.numel(), dtype=dtype, device=logits.device)
@@ -96,11 +99,12 @@ def token_logprob_op(
             logits, labels, temperature, temperatures, entropy, logprob, spread, saved
         )
         return logprob, spread, saved
+    given = Temperatures(temperature, temperatures)
     for rows in _row_chunks(*logits.shape):
-        scaled = scale_rows_(_copy(logits[rows], dtype), temperature, rows, temperatures)
-        fold = fold_rows_(scaled, labels[rows], entropy=entropy)
-        logprob[rows], spread[rows] = fold.logprob, fold.entropy
-        saved[0, rows], saved[1, rows] = fold.top, fold.log_total
+        saved[0, rows] = logits[rows].amax(1)
+        block = _shifted(logits, saved[0], given, rows)
+        fold = fold_rows_(block, labels[rows], entropy=entropy)
+        logprob[rows], spread[rows], saved[1, rows] = fold.logprob, fold.entropy, fold.total
     return logprob, spread, saved
 
 
@@ -175,18 +179,23 @@ def _write_gradient(
             gradient,
         )  # fmt: skip
         return
+    given = Temperatures(temperature, temperatures)
     for rows in _row_chunks(*logits.shape):
-        scaled = scale_rows_(_copy(logits[rows], saved.dtype), temperature, rows, temperatures)
-        by_scaled = row_gradient_(
-            scaled,
+        block = _shifted(logits, saved[0], given, rows)
+        own = gradient[rows]
+        row_gradient(
+            prepare_rows_(block, entropy=grad_entropy is not None),
             labels[rows],
-            saved[0, rows],
             saved[1, rows],
             spread[rows],
             grad_logprob[rows],
             None if grad_entropy is None else grad_entropy[rows],
+            rows,
+            given,
+            out=own if own.dtype == block.dtype else block,
         )
-        gradient[rows] = scale_rows_(by_scaled, temperature, rows, temperatures)
+        if own.dtype != block.dtype:
+            own.copy_(block)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

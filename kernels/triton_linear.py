@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhfuse.kernels.rows import FLOOR, Temperatures
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 32
 
@@ -68,13 +70,13 @@ def _partials(
             bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
             logits += bias.to(tl.float32)[None, :]
         # Columns beyond the vocabulary must not count: a logit of 0 would.
-        logits = tl.where(inside[None, :], logits * inverse[:, None], -float("inf"))
+        logits = tl.where(inside[None, :], logits, -float("inf"))
         chosen += tl.sum(tl.where(columns[None, :] == labels[:, None], logits, 0.0), 1)
         new_top = tl.maximum(top, tl.max(logits, 1))
         anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
-        moved = tl.where(top == -float("inf"), 0.0, top - anchor)
+        moved = tl.where(top == -float("inf"), 0.0, (top - anchor) * inverse)
         factor = tl.exp2(moved * _LOG2_E)
-        shifted = logits - anchor[:, None]
+        shifted = (logits - anchor[:, None]) * inverse[:, None]
         weights = tl.exp2(shifted * _LOG2_E)
         moment = factor * (moment + total * moved)
         moment += tl.sum(tl.where(weights > 0.0, weights * shifted, 0.0), 1)
@@ -95,7 +97,7 @@ def fold(
     temperature: float,
     temperatures: Tensor | None,
 ) -> Tensor:
-    """[4, T] float32: logprob, entropy, largest scaled logit, log of the shifted sum."""
+    """[4, T] float32: logprob, entropy, largest logit, sum of the shifted exponentials."""
     num_tokens, hidden_size = hidden.shape
     vocab = weight.shape[0]
     hidden, weight = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
@@ -128,20 +130,23 @@ def fold(
             BLOCK_H=block_h,
             num_warps=4 if small else 8,
         )
-    return _merge(partials, labels)
+    return _merge(partials, labels, Temperatures(temperature, temperatures))
 
 
-def _merge(partials: Tensor, labels: Tensor) -> Tensor:
-    """Splits [S, 4, T] to the result; each row rescaled to the largest maximum."""
+def _merge(partials: Tensor, labels: Tensor, temperatures: Temperatures) -> Tensor:
+    """Splits [S, 4, T] to the result; each rescaled to the largest maximum."""
     tops, totals, moments, chosen = partials.unbind(1)
+    everything = slice(None)
     top = tops.amax(0)
-    moved = (tops - top).clamp_min(-1.0e4)  # an all -inf split weighs nothing
+    # An all -inf split weighs nothing.
+    moved = torch.stack([temperatures.divide_(own - top, everything) for own in tops])
+    moved.clamp_(min=FLOOR)
     factor = moved.exp()
     total = (totals * factor).sum(0)
     log_total = total.log()
-    logprob = chosen.sum(0) - top - log_total
+    logprob = temperatures.divide_(chosen.sum(0) - top, everything) - log_total
     spread = log_total - (factor * (moments + totals * moved)).sum(0) / total
     keep = labels >= 0
     return torch.stack(
-        [torch.where(keep, logprob, 0.0), torch.where(keep, spread, 0.0), top, log_total]
+        [torch.where(keep, logprob, 0.0), torch.where(keep, spread, 0.0), top, total]
     )

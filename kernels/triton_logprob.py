@@ -65,7 +65,7 @@ def _forward(
     tl.store(logprob_ptr + row, tl.where(keep, logprob, 0.0))
     tl.store(entropy_ptr + row, tl.where(keep, spread, 0.0))
     tl.store(saved_ptr + row, top)
-    tl.store(saved_ptr + num_rows + row, log_total)
+    tl.store(saved_ptr + num_rows + row, total_sum)
 
 
 @triton.jit(do_not_specialize=["temperature"])
@@ -92,7 +92,7 @@ def _backward(
     inverse = 1.0 / tl.load(temperatures_ptr + row) if PER_ROW else 1.0 / temperature
     entropy = tl.load(entropy_ptr + row)
     top = tl.load(saved_ptr + row)
-    log_total = tl.load(saved_ptr + num_rows + row)
+    log_total = tl.log2(tl.load(saved_ptr + num_rows + row)) * _LN_2
     by_logprob = tl.load(grad_logprob_ptr + row).to(tl.float32)
     by_entropy = tl.load(grad_entropy_ptr + row).to(tl.float32) if ENTROPY else 0.0
     logits_ptr += row * row_stride
@@ -126,7 +126,7 @@ def forward(
     spread: Tensor,
     saved: Tensor,
 ) -> None:
-    """Write logprob [T], entropy [T], and the maximum and the log of the scaled sum [2, T]."""
+    """Write logprob [T], entropy [T], and the maximum and the shifted sum [2, T]."""
     num_rows, vocab = logits.shape
     if num_rows == 0:
         return

@@ -1,0 +1,311 @@
+"""Are the kernels never slower than plain torch on this machine, and how accurate are they?
+
+    python bench/bench_kernels.py --threads 1 --json bench/results/kernels_cpu_1t.json
+
+Each pair runs alternately in one process: two warm-up calls, then medians. Errors are relative
+norms against float64. On a machine without a GPU the GPU goals stay marked as missing.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhfuse.algorithms.losses import (
+    PolicyInputs,
+    PolicyLossSettings,
+    linear_policy_loss,
+    policy_loss,
+)
+from rlhfuse.kernels import reference
+from rlhfuse.kernels.gae import gae
+from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.kernels.logprob import token_logprob
+from rlhfuse.kernels.whiten import whiten_batch
+
+Run = Callable[[], Tensor]
+GPU_GOALS = (
+    "token_logprob >= 85 % of copy bandwidth",
+    "linear_logprob forward >= 600 TFLOP/s, <= 64 MB extra",
+    "linear_policy_loss <= 1.2 x the three-product floor",
+    "gae one launch, <= 10 us device time up to 1M tokens in 512 sequences",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison: medians in milliseconds, floating-point operations where they count."""
+
+    name: str
+    shape: str
+    ours_ms: float
+    plain_ms: float
+    speedup: float
+    ours_error: float
+    plain_error: float
+    gflops: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    name: str
+    shape: str
+    ours: Run
+    plain: Run
+    truth: Tensor
+    flops: float | None = None
+
+
+def measure(pair: Pair, repeats: int) -> Row:
+    """Alternate the two, so that a slow moment of the machine meets both."""
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    errors = {}
+    for name, run in (("ours", pair.ours), ("plain", pair.plain)):
+        for _ in range(2):
+            result = run()
+        errors[name] = float(
+            (result.detach().double() - pair.truth).norm() / pair.truth.norm().clamp_min(1e-30)
+        )
+    for _ in range(repeats):
+        for name, run in (("ours", pair.ours), ("plain", pair.plain)):
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    ours, plain = (statistics.median(times[name]) * 1e3 for name in ("ours", "plain"))
+    rate = None if pair.flops is None else pair.flops / ours / 1e6
+    return Row(
+        pair.name, pair.shape, ours, plain, plain / ours, errors["ours"], errors["plain"], rate
+    )
+
+
+def plain_logprob(logits: Tensor, labels: Tensor, temperature: float, entropy: bool) -> Tensor:
+    """What people write: log_softmax, gather, and the entropy from both."""
+    log_probs = torch.log_softmax(logits / temperature, -1)
+    chosen = log_probs.gather(1, labels[:, None]).squeeze(1)
+    if not entropy:
+        return chosen
+    return torch.stack([chosen, -(log_probs.exp() * log_probs).sum(-1)])
+
+
+def both(logits: Tensor, labels: Tensor, entropy: bool) -> Tensor:
+    out = token_logprob(logits, labels, temperature=0.9, entropy=entropy)
+    return out.logprob if out.entropy is None else torch.stack([out.logprob, out.entropy])
+
+
+def logits_pairs(num_tokens: int, vocab: int) -> list[Pair]:
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_tokens, vocab, generator=rng) * 3
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    leaf = logits.clone().requires_grad_()
+    wide = logits.double().requires_grad_()
+    shape = f"T={num_tokens} V={vocab}"
+
+    def ours(rows: Tensor, entropy: bool) -> Tensor:
+        return both(rows, labels, entropy)
+
+    def plain(rows: Tensor, entropy: bool) -> Tensor:
+        return plain_logprob(rows, labels, 0.9, entropy)
+
+    def gradient(run: Callable[[Tensor, bool], Tensor], at: Tensor, entropy: bool) -> Tensor:
+        (grad,) = torch.autograd.grad(run(at, entropy).sum(), at)
+        return grad
+
+    pairs = []
+    for entropy in (False, True):
+        name = "token_logprob" + ("+entropy" if entropy else "")
+        forward = partial(ours, logits, entropy), partial(plain, logits, entropy)
+        pairs.append(Pair(f"{name} forward", shape, *forward, plain(wide.detach(), entropy)))
+        backward = partial(gradient, ours, leaf, entropy), partial(gradient, plain, leaf, entropy)
+        truth = gradient(plain, wide, entropy)
+        pairs.append(Pair(f"{name} forward+backward", shape, *backward, truth))
+    return pairs
+
+
+def linear_pairs(num_tokens: int, hidden_size: int, vocab: int) -> list[Pair]:
+    rng = torch.Generator().manual_seed(1)
+    hidden = torch.randn(num_tokens, hidden_size, generator=rng).requires_grad_()
+    weight = (torch.randn(vocab, hidden_size, generator=rng) * 0.1).requires_grad_()
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    shape = f"T={num_tokens} H={hidden_size} V={vocab}"
+    product = 2.0 * num_tokens * hidden_size * vocab
+    with torch.no_grad():
+        now = linear_logprob(hidden, weight, labels).logprob
+    inputs = PolicyInputs(
+        logprobs=torch.empty(0),
+        old_logprobs=now + 0.1 * torch.randn(num_tokens, generator=rng),
+        advantages=torch.randn(num_tokens, generator=rng),
+        cu_seqlens=torch.tensor([0, num_tokens]).int(),
+    )
+    settings = PolicyLossSettings()
+
+    def apart(h: Tensor, w: Tensor) -> Tensor:
+        logprobs = plain_logprob(h @ w.T, labels, 1.0, False)
+        full = PolicyInputs(
+            logprobs=logprobs,
+            old_logprobs=inputs.old_logprobs.to(h.dtype),
+            advantages=inputs.advantages.to(h.dtype),
+            cu_seqlens=inputs.cu_seqlens,
+        )
+        return policy_loss(full, settings, normalizer=float(num_tokens)).loss
+
+    def fused() -> Tensor:
+        return linear_policy_loss(
+            hidden, weight, labels, inputs, settings, normalizer=float(num_tokens)
+        ).loss
+
+    def head(h: Tensor, w: Tensor) -> Tensor:
+        return plain_logprob(h @ w.T, labels, 1.0, False)
+
+    def by_weight(loss: Tensor, w: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, [w, hidden] if w is weight else [w])[0]
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    with torch.no_grad():
+        truth = head(*wide)
+
+    @torch.no_grad()
+    def forward_ours() -> Tensor:
+        return linear_logprob(hidden, weight, labels).logprob
+
+    @torch.no_grad()
+    def forward_plain() -> Tensor:
+        return head(hidden, weight)
+
+    return [
+        Pair("linear_logprob forward", shape, forward_ours, forward_plain, truth, product),
+        Pair(
+            "linear_logprob forward+backward",
+            shape,
+            lambda: by_weight(linear_logprob(hidden, weight, labels).logprob.sum(), weight),
+            lambda: by_weight(head(hidden, weight).sum(), weight),
+            by_weight(head(*wide).sum(), wide[1]),
+            3 * product,
+        ),
+        Pair(
+            "linear_policy_loss forward+backward",
+            shape,
+            lambda: by_weight(fused(), weight),
+            lambda: by_weight(apart(hidden, weight), weight),
+            by_weight(apart(*wide), wide[1]),
+            3 * product,
+        ),
+    ]
+
+
+def gae_pairs(num_sequences: int, length: int) -> list[Pair]:
+    rng = torch.Generator().manual_seed(2)
+    rewards, values = torch.randn(2, num_sequences, length, generator=rng)
+    cu_seqlens = (torch.arange(num_sequences + 1) * length).int()
+    flat = rewards.flatten(), values.flatten()
+
+    def loop() -> Tensor:
+        advantage = following = torch.zeros(num_sequences)
+        columns = []
+        for t in range(length - 1, -1, -1):
+            delta = rewards[:, t] + 0.99 * following - values[:, t]
+            advantage = delta + 0.99 * 0.95 * advantage
+            following = values[:, t]
+            columns.append(advantage)
+        return torch.stack(columns[::-1], 1).flatten()
+
+    truth = gae(flat[0].double(), flat[1].double(), cu_seqlens, gamma=0.99, lam=0.95).advantages
+    head = slice(0, 2 * length)
+    check = reference.gae(
+        flat[0][head].double(), flat[1][head].double(), cu_seqlens[:3], gamma=0.99, lam=0.95
+    )
+    assert torch.allclose(truth[head], check.advantages, rtol=1e-12, atol=1e-12)
+    mean, variance = flat[0].double().mean(), flat[0].double().var()
+    shape = f"{num_sequences} x {length}"
+    return [
+        Pair(
+            "gae against a loop over time",
+            shape,
+            lambda: gae(*flat, cu_seqlens, gamma=0.99, lam=0.95).advantages,
+            loop,
+            truth,
+        ),
+        Pair(
+            "whiten",
+            shape,
+            lambda: whiten_batch(flat[0], cu_seqlens),
+            lambda: (flat[0] - flat[0].mean()) * torch.rsqrt(flat[0].var() + 1e-8),
+            (flat[0].double() - mean) * (variance + 1e-8).rsqrt(),
+        ),
+    ]
+
+
+def all_pairs(quick: bool) -> list[Pair]:
+    if quick:
+        return [*logits_pairs(64, 512), *linear_pairs(64, 32, 512), *gae_pairs(8, 128)]
+    return [
+        *logits_pairs(2048, 4096),
+        *logits_pairs(256, 32_000),
+        *linear_pairs(1024, 256, 4096),
+        *linear_pairs(512, 256, 32_000),
+        *gae_pairs(64, 256),
+        *gae_pairs(64, 4096),
+        *gae_pairs(512, 1024),
+    ]
+
+
+def machine(threads: int) -> dict[str, str | int]:
+    """What the numbers belong to."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    cpu = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "commit": commit.stdout.strip(),
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the program")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for pair in all_pairs(options.quick):
+        row = measure(pair, options.repeats)
+        rows.append(row)
+        print(
+            f"{row.name:38} {row.shape:22} {row.ours_ms:9.2f} ms  plain {row.plain_ms:9.2f} ms  "
+            f"x{row.speedup:6.2f}  error {row.ours_error:.1e} (plain {row.plain_error:.1e})"
+        )
+    missing = [] if torch.cuda.is_available() else list(GPU_GOALS)
+    result = {
+        "machine": machine(options.threads),
+        "command": " ".join(["python", *sys.argv]),
+        "rows": [asdict(row) for row in rows],
+        "not_measured_here": missing,
+    }
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
