@@ -5,8 +5,10 @@ start all control goes over ZMQ; Ray is asked only whether a worker still lives.
 """
 
 import logging
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,26 +36,22 @@ class Cluster:
                 address=address or "local",
                 include_dashboard=False if not address else None,
                 log_to_driver=True,
-                logging_level=logging.WARNING,
-                configure_logging=True,
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": environment},
             )
         except ConnectionError as error:
             raise ValueError(f"placement.ray_address={address!r}: {error}") from error
-        self._actors: dict[str, ray.actor.ActorHandle[Any]] = {}
-        self._lives: dict[str, ray.ObjectRef[None]] = {}
+        self._nodes: list[Any] = []
+        self._lives: dict[str, ray.ObjectRef[str]] = {}
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         """Start one process per spec; each connects to the controller by itself."""
-        resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        # Two workers share a device.
-        gpus = 0.5 if resources.get("GPU", 0) > 0 else 0
+        # Ray makes `remote` methods at run time: its own types do not know them.
+        make: Any = ray.remote(_Node).options(num_cpus=0, max_concurrency=len(specs) + 1)
+        node = make.remote()
+        self._nodes.append(node)
         for spec in specs:
-            # Ray makes `remote` methods at run time: its own types do not know them.
-            make: Any = ray.remote(_Worker).options(num_cpus=0, num_gpus=gpus, name=spec.name)
-            actor = make.remote()
-            self._actors[spec.name] = actor
-            self._lives[spec.name] = actor.live.remote(msgspec.msgpack.encode(spec))
+            self._lives[spec.name] = node.live.remote(msgspec.msgpack.encode(spec))
 
     def dead(self) -> dict[str, str]:
         """Workers whose process has ended, with the reason."""
@@ -63,18 +61,15 @@ class Cluster:
         ended, _ = ray.wait(list(names), num_returns=len(names), timeout=0)
         return {names[ref]: _reason(ref) for ref in ended}
 
-    def kill(self, name: str) -> None:
-        """End one worker at once."""
-        ray.kill(self._actors[name], no_restart=True)
-
     def close(self) -> None:
         """End every worker of this run, and the private cluster with them."""
-        for name, actor in self._actors.items():
+        for node in self._nodes:
             try:
-                ray.kill(actor, no_restart=True)
+                # Workers watch the process that started them, and end with it.
+                ray.kill(node, no_restart=True)
             except ray.exceptions.RayError as error:
-                logger.debug("worker %s was gone already: %s", name, error)
-        self._actors.clear()
+                logger.debug("a node was gone already: %s", error)
+        self._nodes.clear()
         self._lives.clear()
         ray.shutdown()
 
@@ -90,22 +85,46 @@ class Cluster:
         self.close()
 
 
-def _reason(ref: "ray.ObjectRef[None]") -> str:
+def _reason(ref: "ray.ObjectRef[str]") -> str:
     try:
-        ray.get(ref)
+        return str(ray.get(ref))
     except ray.exceptions.RayError as error:
         return str(error).strip().splitlines()[-1]
-    return "it ended"
 
 
-class _Worker:
-    """The Ray actor: turns into a rollout or a training worker for good."""
+class _Node:
+    """The Ray actor of a machine: its worker processes are forked from one that has imported
+    torch and transformers already, so that the machine pays for the imports once."""
 
-    def live(self, encoded_spec: bytes) -> None:
-        from rlhfuse.workers import rollout, training
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["rlhfuse.workers.rollout", "rlhfuse.workers.training"]
+        )
 
-        spec = msgspec.msgpack.decode(encoded_spec, type=WorkerSpec)
-        if spec.kind == "rollout":
-            rollout.main(spec)
-        else:
-            training.main(spec)
+    def live(self, encoded_spec: bytes) -> str:
+        """Start a worker and stay until its process ends; says how it ended."""
+        process = self._context.Process(target=live, args=(encoded_spec,), daemon=True)
+        process.start()
+        process.join()
+        code = process.exitcode or 0
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def live(encoded_spec: bytes) -> None:
+    """A worker process from start to end."""
+    from rlhfuse.workers import rollout, training
+
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    spec = msgspec.msgpack.decode(encoded_spec, type=WorkerSpec)
+    if spec.kind == "rollout":
+        rollout.main(spec)
+    else:
+        training.main(spec)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

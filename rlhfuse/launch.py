@@ -11,8 +11,8 @@ from rlhfuse.config_file import load
 from rlhfuse.report.page import write_report
 from rlhfuse.resolve import Resolved, resolve
 from rlhfuse.run_folder import check_manifest, latest_name
-from rlhfuse.session import open_session
-from rlhfuse.trainer import StepResult, Trainer
+from rlhfuse.session import Session, open_session
+from rlhfuse.trainer import Fusions, StepResult, Trainer
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,12 +94,31 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
 
 
 def verify_run(config: Config, steps: int, folder: Path) -> Verification:
-    """Run the same steps serially and fused from the same start, and compare all they made.
+    """Run the same steps serially and fused from the same start, on the same workers, and compare
+    all that they made. Writes a run below `folder`."""
+    replace = msgspec.structs.replace
+    trainer = replace(
+        config.trainer,
+        default_local_dir=str(folder),
+        total_training_steps=steps,
+        logger=("jsonl",),
+    )
+    config = replace(config, trainer=trainer, fusion=replace(config.fusion, audit_every=0))
+    with open_session(resolve(config), resume=False) as session:
+        start = Trainer(session).save()
+        serial = _steps(session, Fusions(inter_stage=False, intra_stage=False), steps)
+        session.load(start)
+        fused = _steps(session, Fusions(inter_stage=True, intra_stage=True), steps)
+    return _compared(serial, fused)
 
-    Writes two runs below `folder`. Needs as many steps of data as it is asked for.
-    """
-    serial = _steps(_variant(config, folder, "serial", "off", steps), steps)
-    fused = _steps(_variant(config, folder, "fused", "on", steps), steps)
+
+def _steps(session: Session, fusions: Fusions, steps: int) -> list[StepResult]:
+    trainer = Trainer(session, fusions)
+    trainer.sync_weights()
+    return [trainer.step() for _ in range(steps)]
+
+
+def _compared(serial: Sequence[StepResult], fused: Sequence[StepResult]) -> Verification:
     pairs = list(zip(serial, fused, strict=True))
     first = next(
         (
@@ -112,7 +131,7 @@ def verify_run(config: Config, steps: int, folder: Path) -> Verification:
     )
     serial_s, fused_s = sum(a.seconds for a in serial), sum(b.seconds for b in fused)
     return Verification(
-        steps=steps,
+        steps=len(pairs),
         tokens_equal=all(a.tokens == b.tokens for a, b in pairs),
         rewards_equal=all(a.rewards == b.rewards for a, b in pairs),
         weights_equal=all(a.weights == b.weights for a, b in pairs),
@@ -149,29 +168,3 @@ def evaluate_checkpoint(
         evaluator.sync_weights()
         evaluator.validate()
         return evaluator.validations[-1]
-
-
-def _variant(config: Config, folder: Path, name: str, switch: str, steps: int) -> Config:
-    replace = msgspec.structs.replace
-    assert switch in ("on", "off")
-    fusion = replace(
-        config.fusion,
-        inter_stage="on" if switch == "on" else "off",
-        intra_stage="on" if switch == "on" else "off",
-        audit_every=0,
-    )
-    trainer = replace(
-        config.trainer,
-        default_local_dir=str(folder),
-        experiment_name=name,
-        total_training_steps=steps,
-        logger=("jsonl",),
-    )
-    return replace(config, fusion=fusion, trainer=trainer)
-
-
-def _steps(config: Config, steps: int) -> list[StepResult]:
-    with open_session(resolve(config), resume=False) as session:
-        trainer = Trainer(session)
-        trainer.sync_weights()
-        return [trainer.step() for _ in range(steps)]

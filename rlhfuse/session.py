@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -42,6 +43,15 @@ class Session:
     lengths: LengthModel  # of the responses so far: predicts, decides nothing else
     roles: tuple[m.Role, ...] = field(default=("actor",))  # trained
 
+    def load(self, checkpoint: Path) -> None:
+        """Go to the state that a checkpoint of this run holds."""
+        self.state = load_state(checkpoint)
+        self.stream.restore(self.state.data)
+        self.fleet.broadcast(
+            self.fleet.training, m.LoadCheckpoint(folder=str(checkpoint.resolve()))
+        )
+        self.fleet.gather(m.Ack, self.fleet.training, f"checkpoint {checkpoint} to be loaded")
+
 
 @contextlib.contextmanager
 def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
@@ -60,8 +70,6 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             "or choose another trainer.experiment_name"
         )
     state = load_state(checkpoint) if checkpoint else fresh_state(run)
-    stream = run.stream()
-    stream.restore(state.data)
     with contextlib.ExitStack() as stack:
         folder.create(dump(config))
         progress = stack.enter_context(Progress(run.total_steps, done_steps=state.step))
@@ -84,7 +92,7 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             run=run,
             folder=folder,
             fleet=fleet,
-            stream=stream,
+            stream=run.stream(),
             state=state,
             loggers=loggers,
             progress=progress,
@@ -94,8 +102,7 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
         )
         if checkpoint is not None:
             progress.note(f"resuming after step {state.step} from {checkpoint}")
-            fleet.broadcast(fleet.training, m.LoadCheckpoint(folder=str(checkpoint.resolve())))
-            fleet.gather(m.Ack, fleet.training, f"checkpoint {checkpoint} to be loaded")
+            session.load(checkpoint)
         yield session
 
 

@@ -18,6 +18,8 @@ class StepTimes:
     """Marks on the controller's clock, seconds."""
 
     start_s: float
+    start_cpu_s: float = 0.0  # processor time of the controller
+    end_cpu_s: float = 0.0
     rollout_done_s: float = 0.0
     update_done_s: float = 0.0
     end_s: float = 0.0
@@ -47,6 +49,7 @@ def step_metrics(
         "timing_s/rollout": rollout.done_s,
         "timing_s/update": times.update_done_s - times.rollout_done_s,
         "timing_s/update_weights": times.end_s - times.update_done_s,
+        "perf/controller_share": (times.end_cpu_s - times.start_cpu_s) / step_s,
         "perf/total_num_tokens": float(tokens),
         "perf/throughput": tokens / step_s / config.placement.num_devices,
         "perf/samples_per_device_s": len(rollout.records) / step_s / config.placement.num_devices,

@@ -48,8 +48,10 @@ class StepResult:
 class Trainer:
     """PPO and its critic-free relatives: synchronous, on-policy, exact."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, fusions: Fusions | None = None) -> None:
+        """`fusions`: for every step, instead of what the configuration says."""
         self.session = session
+        self.forced = fusions
         self.config = session.run.config
         self.costs = session.run.costs
         self.cost_model = CostModel.default()
@@ -76,7 +78,7 @@ class Trainer:
         step = self.session.state.step + 1
         fusions = self.fusions(step)
         self.session.fleet.take_spans()  # of what came before the step
-        times = StepTimes(start_s=time.monotonic())
+        times = StepTimes(start_s=time.monotonic(), start_cpu_s=time.process_time())
         records = training_records(self.session.run, self.session.stream, step)
         rollout = generate_and_score(
             self.session,
@@ -91,7 +93,7 @@ class Trainer:
         times.update_done_s = time.monotonic()
         self.advance(step, metrics)
         self.sync_weights()
-        times.end_s = time.monotonic()
+        times.end_s, times.end_cpu_s = time.monotonic(), time.process_time()
         return self.record(step, rollout, plan, metrics, weights, times, fusions)
 
     def update(
@@ -147,6 +149,8 @@ class Trainer:
 
     def fusions(self, step: int) -> Fusions:
         """What this step uses: as configured, but none in an audited step."""
+        if self.forced is not None:
+            return self.forced
         fusion = self.config.fusion
         audited = bool(fusion.audit_every) and step % fusion.audit_every == 0
         return Fusions(

@@ -11,8 +11,11 @@ class TransformerShape(Protocol):
     hidden_size: int
     intermediate_size: int
     num_attention_heads: int
-    num_key_value_heads: int
     vocab_size: int
+
+    @property
+    def num_key_value_heads(self) -> int | None:
+        """None: as many as attention heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ def stage_costs(config: TransformerShape, *, head_rows: int, context_tokens: int
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     query_size = config.num_attention_heads * head_dim
-    kv_size = config.num_key_value_heads * head_dim
+    kv_size = (config.num_key_value_heads or config.num_attention_heads) * head_dim
     projections = config.hidden_size * (2 * query_size + 2 * kv_size)
     attention = 2 * query_size * context_tokens
     mlp = 3 * config.hidden_size * config.intermediate_size

@@ -22,6 +22,12 @@ from rlhfuse.sample import Sample
 
 TokenIds = npt.NDArray[np.int32]
 _POLL_S = 0.25
+_ROLES: dict[str, m.Role] = {
+    "actor": "actor",
+    "critic": "critic",
+    "reference": "reference",
+    "reward": "reward",
+}
 _TICK_S = 1.0
 _PROGRESS_S = 0.2
 
@@ -291,7 +297,7 @@ class RolloutLoop:
         self._fleet.send(
             self._fleet.rollout[command.worker],
             m.Score(
-                role=_role(command.role), samples=samples, temperature=self._sampling.temperature
+                role=_ROLES[command.role], samples=samples, temperature=self._sampling.temperature
             ),
         )
 
@@ -317,10 +323,3 @@ class RolloutLoop:
         self._progress.generation(self._finished, len(self._records), self._tokens, self._moved)
         if self._scored:
             self._progress.scoring(self._scored, self._scores_wanted)
-
-
-def _role(name: str) -> m.Role:
-    for role in ("actor", "critic", "reference", "reward"):
-        if role == name:
-            return role  # type: ignore[return-value]
-    raise AssertionError(f"no such role: {name}")

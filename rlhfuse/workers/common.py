@@ -44,7 +44,7 @@ def dtype_of(placement: PlacementConfig, device: torch.device) -> torch.dtype:
 def run_guarded(spec: WorkerSpec, body: Callable[[Link], None]) -> None:
     """Run a worker's life; whatever ends it early is reported to the controller first."""
     logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s {spec.name} %(levelname)s %(message)s"
+        level=logging.WARNING, format=f"%(asctime)s {spec.name} %(levelname)s %(message)s"
     )
     link = Link(spec.hub, spec.name)
     try:

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -38,15 +38,15 @@ def make_assets(folder: Path, *, hidden: int = 32, layers: int = 4) -> None:
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
-        num_labels=1,
         initializer_range=0.1,
     )
+    config.num_labels = 1
     torch.manual_seed(1)
     for name, kind in (
-        ("policy", AutoModelForCausalLM),
-        ("reward", AutoModelForSequenceClassification),
+        ("policy", LlamaForCausalLM),
+        ("reward", LlamaForSequenceClassification),
     ):
-        kind.from_config(config).save_pretrained(folder / name)
+        kind(config).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
     with (folder / "train.jsonl").open("w") as file:
         for i in range(40):
@@ -55,7 +55,7 @@ def make_assets(folder: Path, *, hidden: int = 32, layers: int = 4) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def tiny_config(assets: Path, runs: Path, **placement: int) -> Config:
+def tiny_config(assets: Path, runs: Path, *, num_devices: int) -> Config:
     """A PPO configuration over `make_assets`' files."""
     return Config(
         actor=c.ActorConfig(
@@ -88,5 +88,5 @@ def tiny_config(assets: Path, runs: Path, **placement: int) -> Config:
             logger=("jsonl",),
             wait_timeout_s=120.0,
         ),
-        placement=c.PlacementConfig(device="cpu", **placement),
+        placement=c.PlacementConfig(device="cpu", num_devices=num_devices),
     )
