@@ -10,7 +10,8 @@ from rlhfuse.cli.common import CONDITION, OK, emit_json, stdout_kept_clean, user
 
 if TYPE_CHECKING:
     from rlhfuse.profiler.summary import ProfileSummary
-    from rlhfuse.profiler.trace import Loaded, Trace
+    from rlhfuse.profiler.trace import Trace
+    from rlhfuse.timeline import Timeline
 
 _BAR = 30
 _TREND_STEPS = 100
@@ -41,16 +42,16 @@ def profile(
     rank, or Primus pp_rank JSON.
     """
     from rlhfuse.profiler.condition import holds
+    from rlhfuse.profiler.explain import explain
     from rlhfuse.profiler.readers.detect import open_trace
 
     with user_errors(), stdout_kept_clean(as_json):
         trace = open_trace([Path(path) for path in paths])
-        chosen = trace.pick(step)
-        loaded = trace.load(chosen)
-        summary = _explain(trace, chosen, loaded, None if no_what_if else critic_scale)
+        scale = None if no_what_if else critic_scale
+        timeline, summary = explain(trace, trace.pick(step), critic_scale=scale)
         failed = [expression for expression in fail_if if holds(expression, summary)]
         if html is not None:
-            _write_page(Path(html), trace, loaded, summary, title=_title(paths))
+            _write_page(Path(html), trace, timeline, summary, title=_title(paths))
         if csv is not None:
             Path(csv).write_text(_csv(summary))
     if as_json:
@@ -65,39 +66,14 @@ def profile(
     return CONDITION if failed else OK
 
 
-def _explain(
-    trace: "Trace", step: int | None, loaded: "Loaded", critic_scale: float | None
-) -> "ProfileSummary":
-    from rlhfuse.profiler.recovery import recover
-    from rlhfuse.profiler.summary import summarize
-    from rlhfuse.profiler.what_if import describe, what_ifs
-
-    rounds, warnings = recover(loaded.timeline)
-    if not rounds:
-        return summarize(trace, step, loaded, warnings=tuple(warnings))
-    found, told = (
-        what_ifs(rounds, loaded.timeline.wall_s, critic_scale=critic_scale)
-        if critic_scale is not None
-        else ([], [])
-    )
-    return summarize(
-        trace,
-        step,
-        loaded,
-        schedule=describe(rounds),
-        what_if=found,
-        warnings=(*warnings, *told),
-    )
-
-
 def _write_page(
-    path: Path, trace: "Trace", loaded: "Loaded", summary: "ProfileSummary", title: str
+    path: Path, trace: "Trace", timeline: "Timeline", summary: "ProfileSummary", title: str
 ) -> None:
     from rlhfuse.profiler.attribution import attribute
     from rlhfuse.report.profile_page import render_profile
 
     trend = [(n, attribute(trace.load(n).timeline)) for n in trace.steps[-_TREND_STEPS:]]
-    text = render_profile(summary, loaded.timeline, title, trend)
+    text = render_profile(summary, timeline, title, trend)
     path.write_text(text, encoding="utf-8")
 
 

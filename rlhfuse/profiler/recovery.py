@@ -1,16 +1,15 @@
 """Which schedule ran: stages, micro-batches, order and measured costs, from a timeline's tasks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from rlhfuse.profiler.rounds import Round, find_rounds, parse_task
+from rlhfuse.profiler.rounds import Round, find_rounds, parse_task, remote_inputs
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
 from rlhfuse.timeline import Timeline
 
 _STRAGGLES = 1.15  # this much slower than the median counts as straggling
-_IMPOSSIBLE = 0.05  # a task that begins this share of its time before its input is there
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class Recovered:
     lag_s: float  # between a result and its use on another rank: median
     start_s: float
     makespan_s: float
-    early: int  # tasks that began well before their input was there: clocks disagree
 
     @property
     def problem(self) -> Problem:
@@ -35,13 +33,7 @@ def recover(timeline: Timeline) -> tuple[list[Recovered], list[str]]:
     recovered, warnings = [], []
     for number, training in enumerate(find_rounds(timeline.spans)):
         try:
-            found = _recover(training)
-            recovered.append(found)
-            if found.early:
-                warnings.append(
-                    f"training round {number}: {found.early} of {len(found.durations)} tasks "
-                    "began before their input was computed: the ranks' clocks disagree"
-                )
+            recovered.append(_recover(training))
         except ValueError as error:
             warnings.append(f"training round {number}: schedule not recovered: {error}")
     return recovered, warnings
@@ -102,15 +94,14 @@ def _recover(training: Round) -> Recovered:
     problem = _problem(rows, durations)
     schedule = Schedule(problem, tuple(tuple(rows.get(r, ())) for r in range(problem.num_ranks)))
     schedule.validate()
-    delays = _delays(schedule, starts, durations)
+    gaps, lags = _delays(schedule, starts, durations)
     return Recovered(
         schedule,
         durations,
-        gap_s=_typical(delays.gaps),
-        lag_s=_typical(delays.lags),
+        gap_s=_typical(gaps),
+        lag_s=_typical(lags),
         start_s=training.start_s,
         makespan_s=training.end_s - training.start_s,
-        early=delays.early,
     )
 
 
@@ -150,40 +141,21 @@ def _pipeline(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Delays:
-    """Delays (s) after the rank was free, after the remote input was there; and impossible ones."""
-
-    gaps: list[float]
-    lags: list[float]
-    early: int
-
-
 def _delays(
     schedule: Schedule, starts: Mapping[Task, float], durations: Mapping[Task, float]
-) -> _Delays:
-    found = _Delays([], [], 0)
-    early = 0
+) -> tuple[list[float], list[float]]:
+    """Delays (s) of tasks after their rank was free, and after their remote input was there."""
+    gaps: list[float] = []
+    lags: list[float] = []
     for row in schedule.rows:
         free = float("-inf")
         for task in row:
-            inputs = [x for x in _inputs(task) if x in starts]
+            inputs = [x for x in remote_inputs(task) if x in starts]
             ready = max((starts[x] + durations[x] for x in inputs), default=float("-inf"))
             if max(free, ready) > float("-inf"):
-                late = starts[task] - max(free, ready)
-                (found.lags if ready > free else found.gaps).append(late)
-            early += starts[task] < ready - _IMPOSSIBLE * durations[task]
+                (lags if ready > free else gaps).append(starts[task] - max(free, ready))
             free = starts[task] + durations[task]
-    return replace(found, early=early)
-
-
-def _inputs(task: Task) -> list[Task]:
-    if task.op is Op.F:
-        return [Task(task.pipeline, Op.F, task.pp_stage - 1, task.microbatch)]
-    if task.op is Op.W:
-        return []
-    stage = task.pp_stage + 1
-    return [Task(task.pipeline, op, stage, task.microbatch) for op in (Op.B, Op.I)]
+    return gaps, lags
 
 
 def _typical(values: Sequence[float]) -> float:

@@ -58,7 +58,7 @@ class Round:
         task = parse_task(following.name)
         if task is None:  # not our names: believe a recorded wait, and gaps where none can wait
             return start_s if following.kind is Kind.W and wait is None else end_s
-        moments = [self.ready_s[needed] for needed in _inputs(task) if needed in self.ready_s]
+        moments = [self.ready_s[needed] for needed in remote_inputs(task) if needed in self.ready_s]
         return min(max(start_s, *moments), end_s) if moments else start_s
 
 
@@ -97,11 +97,15 @@ def _group(span: Span, steps: dict[str, list[float]]) -> tuple[str, int, str]:
 
 
 def _joined(groups: list[list[Span]]) -> list[list[Span]]:
-    """Groups that overlap for more than a hundredth of the shorter one, as one."""
+    """Groups that overlap for more than a hundredth of the shorter one, as one.
+
+    Those that name their round stay apart: a fast rank may begin a round before a slow one ends
+    the last.
+    """
     groups.sort(key=lambda group: min(span.start_s for span in group))
     joined: list[list[Span]] = []
     for group in groups:
-        if joined and _overlap(joined[-1], group):
+        if joined and "round" not in group[0].args and _overlap(joined[-1], group):
             joined[-1] = joined[-1] + group
         else:
             joined.append(group)
@@ -139,8 +143,8 @@ def _direction(following: Span) -> Cause:
     return Cause.DOWNSTREAM if following.kind in _BACKWARD else Cause.UPSTREAM
 
 
-def _inputs(task: Task) -> tuple[Task, ...]:
-    """Tasks of other pipeline stages whose result `task` needs."""
+def remote_inputs(task: Task) -> tuple[Task, ...]:
+    """Tasks of other pipeline stages whose result `task` needs (B or I, whichever ran)."""
     match task.op:
         case Op.F:
             return (_at(task, Op.F, task.pp_stage - 1),)

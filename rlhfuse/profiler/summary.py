@@ -1,9 +1,11 @@
 """The summary that ``rlhfuse profile`` prints: one object, its field names are a contract."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from rlhfuse.profiler.attribution import StepAttribution, attribute
-from rlhfuse.profiler.trace import Loaded, Trace
+from rlhfuse.timeline import Timeline
 
 
 class RankSummary(msgspec.Struct, frozen=True):
@@ -57,28 +59,33 @@ class ProfileSummary(msgspec.Struct, frozen=True):
 
 
 def summarize(
-    trace: Trace,
+    format_name: str,
+    steps: Sequence[int],
     step: int | None,
-    loaded: Loaded,
+    timeline: Timeline,
     *,
+    pipelines: bool = True,
     schedule: ScheduleSummary | None = None,
-    what_if: list[WhatIf] | None = None,
-    warnings: tuple[str, ...] = (),
+    what_if: Sequence[WhatIf] = (),
+    warnings: Sequence[str] = (),
 ) -> ProfileSummary:
-    """Attribute one loaded step and put everything in the contract's form."""
-    explained = attribute(loaded.timeline)
+    """Attribute a step's timeline and put everything in the contract's form.
+
+    `pipelines`: whether its spans tell pipeline work from other work.
+    """
+    explained = attribute(timeline)
     return ProfileSummary(
-        format=trace.format,
+        format=format_name,
         num_ranks=len(explained.lanes),
-        steps=list(trace.steps),
+        steps=list(steps),
         step=step,
         wall_s=explained.wall_s,
-        bubble_fraction=explained.bubble_fraction if loaded.pipelines else None,
+        bubble_fraction=explained.bubble_fraction if pipelines else None,
         causes={cause.value: seconds for cause, seconds in explained.causes.items()},
-        per_rank=_ranks(explained, loaded.pipelines),
+        per_rank=_ranks(explained, pipelines),
         schedule=schedule,
-        what_if=what_if or [],
-        warnings=[*loaded.warnings, *warnings],
+        what_if=list(what_if),
+        warnings=list(warnings),
     )
 
 

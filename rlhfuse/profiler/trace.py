@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlhfuse.profiler.summary import WhatIf
 from rlhfuse.timeline import Timeline
 
 
@@ -17,6 +18,7 @@ class Loaded:
     timeline: Timeline
     pipelines: bool = True
     warnings: tuple[str, ...] = ()
+    what_if: tuple[WhatIf, ...] = ()  # what the reader itself can predict
 
 
 @dataclass(frozen=True, slots=True)

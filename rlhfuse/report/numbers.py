@@ -9,8 +9,9 @@ from rlhfuse.report.sources import RunFolder, SampleRow, StepValues
 
 STAGES = (
     ("timing_s/step", "whole step"),
+    ("timing_s/rollout", "generation and scoring"),
     ("timing_s/gen", "generation"),
-    ("timing_s/score", "scoring"),
+    ("timing_s/score", "scoring after it"),
     ("timing_s/update", "training"),
 )
 

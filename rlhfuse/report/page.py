@@ -170,10 +170,10 @@ def _fusion_section(run: RunFolder) -> str:
         rows = []
         for stage in stages:
             note = f"{stage.serial_s:.3g} s"
-            rows.append(charts.Bar(f"{stage.label}, serial", stage.serial_s, _SERIAL, note))
+            rows.append(charts.Bar(f"{stage.label}: serial", stage.serial_s, _SERIAL, note))
             note = f"{stage.fused_s:.3g} s  ({stage.speedup:.2f}\u00d7)"
             rows.append(charts.Bar("fused", stage.fused_s, _FUSED, note))
-        parts.append(charts.bars(rows))
+        parts.append(charts.bars(rows, label_width=210))
     check = run.verification
     if check is not None:
         verdicts = (check.tokens_equal, check.rewards_equal, check.weights_equal)
@@ -226,6 +226,12 @@ def _length_section(run: RunFolder) -> str:
     mean, low, high = (run.series(f"response_length/{name}") for name in ("mean", "min", "max"))
     bands = [charts.Band("shortest to longest", _TRAIN, low, high)] if low and high else []
     lines = [charts.Line("mean", _TRAIN, mean)] if mean else []
+    for name, label, color in (
+        ("p99", "99th percentile", "#d55e00"),
+        ("median", "median", "#009e73"),
+    ):
+        if points := run.series(f"response_length/{name}"):
+            lines.append(charts.Line(label, color, points))
     chosen = run.lengths[:1] + run.lengths[-1:] if len(run.lengths) > 1 else run.lengths
     colors = (_SERIAL, _TRAIN)[-len(chosen) :] if chosen else ()
     groups = [

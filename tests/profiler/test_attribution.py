@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlhfuse.profiler.attribution import StepAttribution, attribute, segments_by_lane
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, WORK, Cause
+from rlhfuse.profiler.rounds import find_rounds
 from rlhfuse.timeline import Kind, Span, Timeline
 
 
@@ -218,3 +219,15 @@ def test_an_empty_timeline_is_no_time() -> None:
     step = attribute(Timeline(()))
     assert step.lanes == ()
     assert step.wall_s == step.bubble_fraction == step.idle_fraction == 0
+
+
+def test_rounds_that_are_named_stay_apart() -> None:
+    """Rank 0 begins the second round while rank 1 still works on the first."""
+    spans = tuple(
+        Span(f"rank{rank}", start, start + 2, Kind.F, f"a:{rank}F0", {"round": number})
+        for rank, number, start in ((0, 1, 0), (1, 1, 2), (0, 2, 2.5), (1, 2, 4.5))
+    )
+    step = attribute(Timeline(spans))
+    assert len(find_rounds(spans)) == 2
+    assert _causes(step, 0)[Cause.COOL_DOWN] == 2.5  # 0.5 of the first round, 2 of the second
+    assert _causes(step, 1) == {Cause.FORWARD: 4, Cause.WARM_UP: 2.5}

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from rlhfuse.profiler.attribution import attribute
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, WORK
+from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.profiler.readers.stream import TraceStream
-from rlhfuse.profiler.summary import summarize
 from rlhfuse.timeline import Kind, Span, Timeline, save_chrome
 
 DATA = Path(__file__).parent / "data"
@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 def test_primus_agrees_with_a_plain_recomputation(step: int) -> None:
     trace = open_trace([DATA / "primus_pp8"])
     assert (trace.format, trace.steps) == ("primus", tuple(range(1, 21)))
-    summary = summarize(trace, step, trace.load(step))
+    _, summary = explain(trace, step, critic_scale=None)
     files = [json.loads((DATA / f"primus_pp8/pp_rank_{r}.json").read_text()) for r in range(8)]
     rows = [file[str(step)] for file in files]
     first = min(row["fwd_start"][0] for row in rows)
@@ -60,7 +60,7 @@ def test_kineto_agrees_with_a_plain_recomputation(step: int | None) -> None:
 
 def test_all_to_all_is_not_called_a_pipeline() -> None:
     trace = open_trace([DATA / "kineto_recsys"])
-    summary = summarize(trace, 552, trace.load(552))
+    _, summary = explain(trace, 552)
     assert summary.bubble_fraction is None
     assert all(rank.bubble_fraction is None for rank in summary.per_rank)
     assert any("nccl:all_to_all" in text for text in summary.warnings)
@@ -100,7 +100,7 @@ def test_labelled_pipeline_work_gives_a_bubble(tmp_path: Path) -> None:
         ]
         (tmp_path / f"r{rank}.json").write_text(json.dumps(_kineto(rank, events)))
     trace = open_trace([tmp_path])
-    summary = summarize(trace, None, trace.load(None))
+    _, summary = explain(trace, None, critic_scale=None)
     assert summary.bubble_fraction == pytest.approx(0.5)
     assert summary.per_rank[1].causes["warm_up"] == pytest.approx(1e-4)
 
@@ -202,8 +202,7 @@ def test_damaged_files_end_in_a_clear_line(tmp_path: Path, data: st.DataObject) 
     told = ""
     try:
         trace = open_trace([path])
-        step = trace.pick(None)
-        summarize(trace, step, trace.load(step))
+        explain(trace, trace.pick(None), critic_scale=None)
     except ValueError as error:
         told = str(error)
     assert "\n" not in told

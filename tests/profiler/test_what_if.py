@@ -86,12 +86,3 @@ def test_a_slow_stage_and_a_slow_micro_batch_are_named() -> None:
     by_name = {x.name: x for x in found}
     assert by_name["even stages"].saving_fraction > 0.05
     assert by_name["even micro-batches"].makespan_s < rounds[0].makespan_s
-
-
-def test_clocks_that_disagree_are_told() -> None:
-    timeline = simulate(one_f_one_b(Problem(2, (_model(2),))))
-    early = Timeline(timeline.spans[:0])
-    moved = [Timeline(timeline.of_lane(lane)) for lane in timeline.lanes]
-    skewed = Timeline.merged([early, moved[0], moved[1].shifted(-0.5)])
-    _, warnings = recover(skewed)
-    assert any("clocks disagree" in text for text in warnings)

@@ -9,7 +9,6 @@ import pytest
 
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.profiler.summary import summarize
-from rlhfuse.profiler.trace import Loaded
 from rlhfuse.report.page import write_report
 from rlhfuse.report.profile_page import render_profile
 from rlhfuse.timeline import Kind, Span, Timeline, load_chrome, save_chrome
@@ -139,7 +138,7 @@ def test_a_profile_page_draws(browser: Browser, tmp_path: Path) -> None:
     trace = open_trace([data])
     timeline = trace.load(2).timeline
     hostile = Timeline((*timeline.spans, Span(HOSTILE, 0, 1, Kind.OTHER, HOSTILE)))
-    summary = summarize(trace, 2, Loaded(hostile, warnings=(HOSTILE,)))
+    summary = summarize(HOSTILE, trace.steps, 2, hostile, warnings=[HOSTILE])
     page = tmp_path / "profile.html"
     page.write_text(render_profile(summary, hostile, HOSTILE))
     browser.open(page)

@@ -9,9 +9,11 @@ from pathlib import Path
 from rlhfuse.profiler.readers.kineto import open_kineto
 from rlhfuse.profiler.readers.ours import open_files, open_run
 from rlhfuse.profiler.readers.primus import open_primus
+from rlhfuse.profiler.readers.step_metrics import holds_step_metrics, open_step_metrics
 from rlhfuse.profiler.trace import Trace
 
 _HEAD = 1 << 16
+_ENDINGS = (".json", ".json.gz", ".jsonl", ".log", ".txt")
 _SKIPPED = ("config.json", "environment.json", "report.html")
 
 
@@ -21,6 +23,7 @@ class Format(StrEnum):
     OURS = "rlhfuse timeline"
     PRIMUS = "primus"
     KINETO = "kineto"
+    STEP_METRICS = "step metrics"
 
 
 def open_trace(paths: Sequence[Path]) -> Trace:
@@ -39,7 +42,7 @@ def open_trace(paths: Sequence[Path]) -> Trace:
     if not known:
         raise ValueError(
             f"{_names(paths)}: no trace of a known format (rlhfuse runs and timelines, PyTorch "
-            "profiler JSON, Primus pp_rank JSON)"
+            "profiler JSON, Primus pp_rank JSON, step metrics with timing_s/...)"
         )
     if len(known) > 1:
         raise ValueError(f"{_names(paths)}: files of different formats ({', '.join(known)})")
@@ -48,6 +51,7 @@ def open_trace(paths: Sequence[Path]) -> Trace:
         Format.OURS: open_files,
         Format.PRIMUS: open_primus,
         Format.KINETO: open_kineto,
+        Format.STEP_METRICS: open_step_metrics,
     }
     return openers[known[0]](mine)
 
@@ -58,7 +62,9 @@ def sniff(path: Path) -> Format | None:
     if b'"traceEvents"' in head:
         foreign = (b'"schemaVersion"', b'"deviceProperties"', b'"distributedInfo"', b'"cat": "')
         return Format.KINETO if any(mark in head for mark in foreign) else Format.OURS
-    return Format.PRIMUS if b'"fwd_start"' in head and b'"bwd_end"' in head else None
+    if b'"fwd_start"' in head and b'"bwd_end"' in head:
+        return Format.PRIMUS
+    return Format.STEP_METRICS if holds_step_metrics(head) else None
 
 
 def read_head(path: Path) -> bytes:
@@ -94,7 +100,8 @@ def _files(path: Path) -> list[Path]:
     return [
         file
         for file in inside
-        if file.name.endswith((".json", ".json.gz")) and file.name not in _SKIPPED
+        if file.name.endswith((".json", ".json.gz", ".jsonl", ".log", ".txt"))
+        and file.name not in _SKIPPED
     ]
 
 
