@@ -38,8 +38,8 @@ def sequence_moments(values: Tensor, cu_seqlens: Tensor) -> list[Moments]:
 def pool(parts: Iterable[Moments]) -> Moments:
     """Moments of the union (Chan et al. 1979), the same bits for every order of the parts.
 
-    Sequences that lie on other ranks are pooled from their `sequence_moments`: pooling pools
-    gives the mean to rounding, pooling all sequences at once gives the same bits everywhere.
+    For sequences that lie on several ranks: exchange their `sequence_moments` and pool all of
+    them at once, which gives the same bits everywhere (a pool of pools only to rounding).
     """
     kept = [part for part in parts if part.count]
     count = sum(part.count for part in kept)
@@ -67,8 +67,23 @@ def whiten(
     return white if shift_mean else white + moments.mean
 
 
+def batch_moments(values: Tensor, cu_seqlens: Tensor) -> Moments:
+    """Moments of a batch that is here as a whole, in two passes; [T] -> one.
+
+    Sums run inside each sequence and are then added exactly: same bits for every order of the
+    sequences. (To rounding, not to the bit, this is the pool of `sequence_moments`.)
+    """
+    check_packed(cu_seqlens, values.numel())
+    count = values.numel()
+    if count == 0:
+        return Moments(0, 0.0, 0.0)
+    mean = math.fsum(segment_sum(values, cu_seqlens).tolist()) / count
+    centred = values.double().sub_(mean)
+    return Moments(count, mean, math.fsum(segment_sum(centred.square_(), cu_seqlens).tolist()))
+
+
 def whiten_batch(values: Tensor, cu_seqlens: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Whiten over all tokens of a batch that is here as a whole; [T] -> [T]."""
     if values.numel() == 0:
         return torch.zeros_like(values)
-    return whiten(values, pool(sequence_moments(values, cu_seqlens)), shift_mean=shift_mean)
+    return whiten(values, batch_moments(values, cu_seqlens), shift_mean=shift_mean)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.gae import discounted_returns, gae
 from rlhfuse.kernels.packed import segment_sum
-from rlhfuse.kernels.whiten import pool, sequence_moments, whiten_batch
+from rlhfuse.kernels.whiten import batch_moments, pool, sequence_moments, whiten_batch
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -93,6 +93,9 @@ def test_moments_pool_to_the_same_bits_in_any_order_and_cut() -> None:
     assert whole.count == count
     assert math.isclose(whole.mean, mean, rel_tol=1e-12)
     assert math.isclose(whole.variance, variance, rel_tol=1e-9)
+    here = batch_moments(values, cu_seqlens)
+    assert math.isclose(here.mean, mean, rel_tol=1e-12)
+    assert math.isclose(here.variance, variance, rel_tol=1e-9)
     for seed in range(5):
         shuffled = parts.copy()
         random.Random(seed).shuffle(shuffled)
