@@ -42,6 +42,8 @@ class Coded(NamedTuple):
     chain: Ints  # [T]
     slot: Ints  # [T]
     microbatch: Ints  # [T]
+    kind: Ints  # [T] 3 * chain + slot: tasks of one kind run in order
+    needs: Ints  # [T] pred, and for W its I: what must come before on the same rank
     base: Ints  # [C]
     num_mb: Ints  # [C] micro-batches
     chain_rank: Ints  # [C]
@@ -100,6 +102,8 @@ def encode(problem: Problem, split: Sequence[bool]) -> Coded:
         ints["chain"],
         ints["slot"],
         ints["mb"],
+        3 * ints["chain"] + ints["slot"],
+        np.where(ints["slot"] == SLOT_W, np.arange(size) - counts[ints["chain"]], ints["pred"]),
         bases,
         counts,
         ranks,

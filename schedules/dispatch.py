@@ -34,8 +34,10 @@ class Desk(NamedTuple):
     chain_first: Ints  # [num_ranks + 1] chains of rank r: chain_list[first[r]:first[r + 1]]
     chain_list: Ints  # [C]
     largest: Floats  # [C] memory of the heaviest micro-batch
-    lookahead: Ints  # [C, 2] messages of (chain, slot) that may be unread; large: no bound
+    unread: Ints  # [C, 2] how many messages of (chain, slot) may be unread
     next: Ints  # [C, 3] next micro-batch of each slot
+    ready: Floats  # [C, 3] when the input of the next task is there
+    starts: Floats  # [C, 3] when the next task could start
     end: Floats  # [T]
     free: Floats  # [num_ranks]
     held: Floats  # [num_ranks]
@@ -66,8 +68,10 @@ def make_desk(coded: Coded) -> Desk:
         chain_first=first.astype(np.int64),
         chain_list=order.astype(np.int64),
         largest=largest,
-        lookahead=np.full((chains, 2), 2, np.int64),
+        unread=_unread_limits(coded),
         next=np.zeros((chains, 3), np.int64),
+        ready=np.zeros((chains, 3)),
+        starts=np.zeros((chains, 3)),
         end=np.zeros(coded.rank.shape[0]),
         free=np.zeros(ranks),
         held=np.zeros(ranks),
@@ -76,6 +80,15 @@ def make_desk(coded: Coded) -> Desk:
         tasks=np.zeros((ranks, int(work.max())), np.int64),
         length=np.zeros(ranks, np.int64),
     )
+
+
+def _unread_limits(coded: Coded) -> Ints:
+    """Two messages may be unread on a link (see `timing`); no bound on one rank."""
+    limits = np.full((coded.base.shape[0], 2), 1 << 40, np.int64)
+    target = coded.succ
+    crosses = (target >= 0) & (coded.rank[target] != coded.rank) & (coded.slot < SLOT_W)
+    limits[coded.chain[crosses], coded.slot[crosses]] = 2
+    return limits
 
 
 def rows_of(desk: Desk) -> Rows:
@@ -96,70 +109,149 @@ def dispatch_pipeline(problem: Problem, limits: Sequence[int]) -> Schedule:
 
 
 @compiled
-def _forward_fits(coded: Coded, desk: Desk, policy: Policy, chain: int, task: int) -> bool:
-    """Whether memory and the chain's limit let one more micro-batch in."""
-    flight = desk.next[chain, SLOT_F] - desk.next[chain, max(0, coded.chain_slots[chain] - 1)]
-    if coded.chain_slots[chain] > 1 and flight >= policy.limit[chain]:
-        return False
-    rank = coded.chain_rank[chain]
-    room = policy.cap - desk.held[rank] - coded.claim[task]
-    for i in range(desk.chain_first[rank], desk.chain_first[rank + 1]):
-        other = desk.chain_list[i]
-        begun = desk.next[other, SLOT_F]
-        ended = desk.next[other, coded.chain_slots[other] - 1]
-        if other != chain and begun == ended and begun < coded.num_mb[other]:
-            room -= desk.largest[other]
-    return bool(room >= 0.0)
+def _room(
+    rank: int,
+    chain: int,
+    free_memory: float,
+    next_mb: Ints,
+    num_mb: Ints,
+    slots: Ints,
+    chain_first: Ints,
+    chain_list: Ints,
+    largest: Floats,
+) -> float:
+    """Memory that `chain` may claim: what is free less one micro-batch of every idle chain."""
+    for i in range(chain_first[rank], chain_first[rank + 1]):
+        other = chain_list[i]
+        begun = next_mb[other, 0]
+        if other != chain and begun < num_mb[other] and begun == next_mb[other, slots[other] - 1]:
+            free_memory -= largest[other]
+    return free_memory
 
 
 @compiled
-def _start_of(coded: Coded, desk: Desk, policy: Policy, chain: int, slot: int) -> float:
-    """When the next task of (chain, slot) could start, NEVER if that is not known yet."""
-    mb = desk.next[chain, slot]
-    if mb >= coded.num_mb[chain]:
-        return NEVER
-    task = coded.base[chain] + slot * coded.num_mb[chain] + mb
-    ready = max(desk.free[coded.chain_rank[chain]], coded.release[task])
-    if slot == SLOT_W:
-        return ready if mb < desk.next[chain, SLOT_B] else NEVER
-    source = coded.pred[task]
+def _arrival(
+    task: int,
+    mb: int,
+    pred: Ints,
+    succ: Ints,
+    kind: Ints,
+    next_mb: Ints,
+    end: Floats,
+    release: Floats,
+    latency: Floats,
+    unread: int,
+) -> float:
+    """When the input of `task` is there, NEVER if not known or its output could not be sent."""
+    ready = float(release[task])
+    source = pred[task]
     if source >= 0:
-        sender = coded.chain[source]
-        if desk.next[sender, coded.slot[source]] <= mb:
+        if next_mb[kind[source] // 3, kind[source] % 3] <= mb:
             return NEVER
-        ready = max(ready, float(desk.end[source] + coded.latency[task]))
-    target = coded.succ[task]
-    if target >= 0 and coded.rank[target] != coded.rank[task]:
-        read = desk.next[coded.chain[target], coded.slot[target]]
-        if mb - read >= desk.lookahead[chain, slot]:
-            return NEVER
-    if slot == SLOT_F and not _forward_fits(coded, desk, policy, chain, task):
+        ready = max(ready, float(end[source] + latency[task]))
+    target = succ[task]
+    if target >= 0 and mb - next_mb[kind[target] // 3, kind[target] % 3] >= unread:
         return NEVER
-    return float(ready)
+    return ready
 
 
 @compiled
-def _choose(coded: Coded, desk: Desk, policy: Policy, rank: int) -> None:
-    """Put the rank's best next task into best_task and best_start."""
+def _refresh(coded: Coded, desk: Desk, task: int) -> None:
+    """Bring `ready` up to date after `task` for its chain and the chains it talks to."""
+    next_mb, ready, unread, end = desk.next, desk.ready, desk.unread, desk.end
+    base, num_mb, kind, slots = coded.base, coded.num_mb, coded.kind, coded.chain_slots
+    pred, succ, release, latency = coded.pred, coded.succ, coded.release, coded.latency
+    for which in range(4):
+        near = task
+        if which == 1:
+            near = succ[task]
+        elif which == 2:
+            near = pred[task]
+        if near < 0:
+            continue
+        chain, slot = kind[near] // 3, kind[near] % 3
+        if which == 3:
+            slot = slots[chain] - 1
+        mb = next_mb[chain, slot]
+        if mb >= num_mb[chain]:
+            ready[chain, slot] = NEVER
+        elif slot == SLOT_W:
+            ready[chain, slot] = 0.0 if mb < next_mb[chain, SLOT_B] else NEVER
+        else:
+            ready[chain, slot] = _arrival(
+                base[chain] + slot * num_mb[chain] + mb,
+                mb,
+                pred,
+                succ,
+                kind,
+                next_mb,
+                end,
+                release,
+                latency,
+                unread[chain, slot],
+            )
+
+
+@compiled
+def _starts(
+    chain: int,
+    free: float,
+    memory: float,
+    room: float,
+    next_mb: Ints,
+    ready: Floats,
+    slots: Ints,
+    limit: Ints,
+    need: float,
+    starts: Floats,
+) -> float:
+    """Fill `starts` of one chain; the earliest. `room` is `memory` less what others may need."""
     earliest = NEVER
-    for i in range(desk.chain_first[rank], desk.chain_first[rank + 1]):
-        chain = desk.chain_list[i]
-        for slot in range(coded.chain_slots[chain]):
-            earliest = min(earliest, _start_of(coded, desk, policy, chain, slot))
-    desk.best_start[rank] = NEVER
-    if earliest >= NEVER:
-        return
-    best = NEVER
-    for i in range(desk.chain_first[rank], desk.chain_first[rank + 1]):
-        chain = desk.chain_list[i]
-        for slot in range(coded.chain_slots[chain]):
-            start = _start_of(coded, desk, policy, chain, slot)
-            if start <= earliest + policy.window:
-                task = coded.base[chain] + slot * coded.num_mb[chain] + desk.next[chain, slot]
-                if policy.key[task] < best:
-                    best = policy.key[task]
-                    desk.best_task[rank] = task
-                    desk.best_start[rank] = start
+    for slot in range(slots[chain]):
+        start = max(free, ready[chain, slot])
+        if slot == SLOT_F:
+            flight = next_mb[chain, SLOT_F] - next_mb[chain, slots[chain] - 1]
+            if need > min(room, memory) or (slots[chain] > 1 and flight >= limit[chain]):
+                start = NEVER
+        starts[chain, slot] = start
+        earliest = min(earliest, start)
+    return earliest
+
+
+@compiled
+def _choose(coded: Coded, desk: Desk, policy: Policy, task: int) -> None:
+    """Put the best next task into best_task and best_start of the ranks that `task` touched."""
+    next_mb, ready, key, base = desk.next, desk.ready, policy.key, coded.base
+    num_mb, slots, claim = coded.num_mb, coded.chain_slots, coded.claim
+    chain_first, chain_list, largest = desk.chain_first, desk.chain_list, desk.largest
+    limit, starts = policy.limit, desk.starts
+    for near in (task, coded.succ[task], coded.pred[task]):
+        rank = coded.rank[near]
+        if near < 0 or (near != task and rank == coded.rank[task]):
+            continue
+        free, memory = desk.free[rank], policy.cap - desk.held[rank]
+        earliest = NEVER
+        for i in range(chain_first[rank], chain_first[rank + 1]):
+            chain = chain_list[i]
+            need, room = 0.0, memory
+            if next_mb[chain, SLOT_F] < num_mb[chain]:
+                need = claim[base[chain] + next_mb[chain, SLOT_F]]
+                room = _room(
+                    rank, chain, memory, next_mb, num_mb, slots, chain_first, chain_list, largest
+                )
+            first = _starts(chain, free, memory, room, next_mb, ready, slots, limit, need, starts)
+            earliest = min(earliest, first)
+        best, latest = NEVER, min(earliest + policy.window, 0.5 * NEVER)
+        desk.best_start[rank] = NEVER
+        for i in range(chain_first[rank], chain_first[rank + 1]):
+            chain = chain_list[i]
+            for slot in range(slots[chain]):
+                if starts[chain, slot] <= latest:
+                    option = base[chain] + slot * num_mb[chain] + next_mb[chain, slot]
+                    if key[option] < best:
+                        best = key[option]
+                        desk.best_task[rank] = option
+                        desk.best_start[rank] = starts[chain, slot]
 
 
 @compiled
@@ -177,27 +269,36 @@ def _commit(coded: Coded, desk: Desk, rank: int) -> int:
 
 
 @compiled
-def dispatch(coded: Coded, desk: Desk, policy: Policy) -> float:
-    """Makespan of the schedule left on the desk; infinite if tasks got stuck."""
+def _clear(coded: Coded, desk: Desk, policy: Policy) -> int:
+    """An empty desk; the number of tasks to run."""
     desk.next[:] = 0
     desk.free[:] = 0.0
     desk.held[:] = 0.0
     desk.length[:] = 0
-    for rank in range(coded.num_ranks):
-        _choose(coded, desk, policy, rank)
+    desk.best_start[:] = NEVER
     total = 0
     for chain in range(coded.base.shape[0]):
         total += coded.num_mb[chain] * coded.chain_slots[chain]
+        for slot in range(coded.chain_slots[chain]):
+            _refresh(coded, desk, coded.base[chain] + slot * coded.num_mb[chain])
+    for chain in range(coded.base.shape[0]):
+        _choose(coded, desk, policy, coded.base[chain])
+    return total
+
+
+@compiled
+def dispatch(coded: Coded, desk: Desk, policy: Policy) -> float:
+    """Makespan of the schedule left on the desk; infinite if tasks got stuck."""
+    best_start = desk.best_start
+    total = _clear(coded, desk, policy)
     for _ in range(total):
         rank = 0
         for other in range(1, coded.num_ranks):
-            if desk.best_start[other] < desk.best_start[rank]:
+            if best_start[other] < best_start[rank]:
                 rank = other
-        if desk.best_start[rank] >= NEVER:
+        if best_start[rank] >= NEVER:
             return np.inf
         task = _commit(coded, desk, rank)
-        _choose(coded, desk, policy, rank)
-        for near in (coded.succ[task], coded.pred[task]):
-            if near >= 0 and coded.rank[near] != rank:
-                _choose(coded, desk, policy, coded.rank[near])
+        _refresh(coded, desk, task)
+        _choose(coded, desk, policy, task)
     return float(desk.free.max())

@@ -15,17 +15,19 @@ from rlhfuse.schedules.compiled import (
     Rows,
     decode,
     encode,
+    encode_rows,
 )
 from rlhfuse.schedules.dispatch import NEVER, Policy, dispatch, make_desk, rows_of
-from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
+from rlhfuse.schedules.ir import REL_TOL, Op, Problem, Schedule
 from rlhfuse.schedules.local import Bench, anneal, make_bench, measure, safe, settle
 from rlhfuse.schedules.search import Ground, express, make_genes, trials
 from rlhfuse.schedules.standard import serial
-from rlhfuse.schedules.timing import channel_numbers, makespan
+from rlhfuse.schedules.timing import channel_numbers, check_channels, makespan
 
-DEFAULT_ROUNDS = 40
-TRIALS = 24  # list schedules per round
-MOVES = 4000  # local search moves per round
+DEFAULT_ROUNDS = 200
+FIRST_TRIALS, TRIALS = 12, 64  # list schedules at the start of a cycle
+FIRST_CYCLE, LONGEST_CYCLE = 8, 512  # rounds
+HOT, COLD = 0.5, 0.08  # temperatures, in mean task durations
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def fuse(
     """The best schedule found: valid, executable, and never slower than `serial`.
 
     The search runs for `iterations` rounds or `budget_s` seconds, whichever ends first (with
-    neither, 40 rounds), and stops early at the lower bound. Rounds are deterministic in `seed`, a
+    neither, 200 rounds), and stops early at the lower bound. Rounds are deterministic in `seed`, a
     time budget is not. `memory_cap` overrides the problem's. `split_weight` may use I and W.
     Ctrl-C returns the best so far.
 
@@ -66,7 +68,7 @@ def fuse(
         iterations = DEFAULT_ROUNDS
     start = time.monotonic()
     search = _Search(problem, split_weight, seed)
-    search.offer(serial(problem))
+    search.offer(serial(problem))  # raises where the cap holds nothing at all
     if warm_start is not None:
         search.offer(Schedule(problem, warm_start.rows))
     number = 0
@@ -78,7 +80,7 @@ def fuse(
             if budget_s is not None and spent >= budget_s:
                 break
             before = search.best
-            search.round(number)
+            search.round()
             number += 1
             if on_progress is not None and search.best < before:
                 spent = time.monotonic() - start
@@ -89,7 +91,12 @@ def fuse(
 
 
 class _Search:
-    """One search: the arrays it works on, and the best rows so far."""
+    """One search: the arrays it works on, and the best rows so far.
+
+    Rounds are short, so that budgets are kept. They form cycles of 8, 16, 32, ... rounds; each
+    cycle starts from a new list schedule, the best rows or where the last one stopped, in turn, and
+    cools down from `HOT` to `COLD`.
+    """
 
     def __init__(self, problem: Problem, split_weight: bool, seed: int) -> None:
         self.problem = problem
@@ -105,67 +112,87 @@ class _Search:
         self.policy = Policy(
             np.zeros(self.coded.rank.shape[0]), np.zeros(chains, np.int64), 0.0, self.cap
         )
-        self.channel = channel_numbers(problem, self.coded)
         self.late = _lateness(problem, self.coded, self.bound)
-        self.listed = np.inf  # best list schedule
+        self.listed = np.inf  # best list schedule of this cycle
         self.best = np.inf
+        self.found: Schedule | None = None  # the best, where it did not come from the search
         self.rows: Rows | None = None  # current point of the local search
         self.bench: Bench | None = None
-        self.found: Schedule | None = None
+        self.cycle, self.step, self.length = 0, 0, FIRST_CYCLE
 
     def offer(self, schedule: Schedule) -> None:
         """Take a schedule that exists already as a starting point, if it is legal."""
         try:
             schedule.validate()
+            check_channels(schedule)
         except ValueError:
             return
+        self._visit(_rows_with_split(schedule, self.coded))
         length = makespan(schedule)
-        if length < self.best:
+        if length < self.best * (1 - 1e-12):
             self.best, self.found = length, schedule
 
-    def round(self, number: int) -> None:
-        """A batch of list schedules, then a batch of local moves."""
-        self._list(1.0 if number == 0 else 0.25)
-        if self.rows is None:
-            return
-        self._improve(number)
+    def round(self) -> None:
+        """A few list schedules at the start of a cycle, then a batch of local moves."""
+        if self.step == 0 and (self.cycle % 3 == 0 or self.rows is None):
+            self._list()
+        elif self.step == 0 and self.cycle % 3 == 1 and self.rows is not None:
+            assert self.bench is not None
+            self.rows.tasks[:] = self.bench.best
+        if self.rows is not None:
+            self._improve()
+        self.step += 1
+        if self.step >= self.length:
+            self.cycle, self.step, self.length = self.cycle + 1, 0, 2 * self.length
+            self.length = min(self.length, LONGEST_CYCLE)
 
-    def _list(self, fresh: float) -> None:
+    def _list(self) -> None:
+        """Go to the best of some list schedules."""
         coded, policy = self.coded, self.policy
-        length = trials(
+        self.listed = trials(
             coded,
             self.desk,
             self.ground,
             policy,
             self.genes,
             self.trial_genes,
-            self.listed,
-            fresh,
-            TRIALS,
+            np.inf,
+            0.4,
+            FIRST_TRIALS if self.cycle == 0 else TRIALS,
             self.state,
         )
-        if length < self.listed:
-            self.listed = length
+        if self.listed < np.inf:
             express(coded, self.ground, self.genes, policy)
             told = policy._replace(window=float(self.genes.window[0]))
             dispatch(coded, self.desk, told)
-            rows = rows_of(self.desk)
-            if self.bench is None:
-                self.bench = make_bench(coded, rows, self.channel)
-            if safe(rows, coded, self.bench, 1):
-                settle(rows, coded, self.bench)
-                true = measure(rows, coded, self.bench, self.late)
-                if true < self.best:
-                    self.best = true
-                    self.bench.best[:] = rows.tasks
-                    self.found = None
-                self.rows = rows
+            self._visit(rows_of(self.desk))
 
-    def _improve(self, number: int) -> None:
+    def _visit(self, rows: Rows) -> None:
+        """Make `rows` the current point, and the best if they are, when they are executable."""
+        if self.bench is None:
+            channel = channel_numbers(self.problem, self.coded)
+            self.bench = make_bench(self.coded, rows, channel, self.late)
+        settle(rows, self.coded, self.bench)
+        length = measure(rows, self.coded, self.bench, self.late)
+        if length < 0.0 or not safe(rows, self.coded, self.bench, 1) or not self._fits(rows):
+            return
+        self.rows = rows
+        if length < self.best:
+            self.best, self.found = length, None
+            self.bench.best[:] = rows.tasks
+
+    def _fits(self, rows: Rows) -> bool:
+        assert self.bench is not None
+        during = self.bench.held + self.coded.claim[rows.tasks]
+        after = during + self.coded.change[rows.tasks]
+        return bool(np.all(during <= self.cap) and np.all(after <= self.cap))
+
+    def _improve(self) -> None:
         assert self.rows is not None
         assert self.bench is not None
-        unit = self.ground.unit
-        hot = unit * (0.6, 0.3, 0.15)[number % 3]
+        cooling = (COLD / HOT) ** (1 / self.length)
+        hot = self.ground.unit * HOT * cooling**self.step
+        size = self.rows.tasks.shape[0]
         best = anneal(
             self.rows,
             self.coded,
@@ -175,20 +202,42 @@ class _Search:
             self.bound,
             self.best,
             hot,
-            hot / 20,
-            MOVES,
+            hot * cooling,
+            max(200, min(4000, 2_000_000 // size)),
             self.state,
         )
         if best < self.best:
             self.best, self.found = best, None
 
     def answer(self) -> Schedule:
-        if self.found is None:
-            assert self.rows is not None
+        """The best schedule, validated."""
+        if self.found is None and self.rows is not None:
             assert self.bench is not None
             self.found = decode(self.problem, self.coded, Rows(self.bench.best, self.rows.first))
+        if self.found is None:
+            raise ValueError(
+                f"nothing found fits the memory cap {self.problem.memory_cap} and all deadlines; "
+                "raise the cap or a deadline"
+            )
         self.found.validate()
         return self.found
+
+
+def _rows_with_split(schedule: Schedule, coded: Coded) -> Rows:
+    """The rows of a schedule; where the search splits, B becomes I followed by W."""
+    base = encode_rows(schedule, coded)
+    first = [0]
+    ids: list[int] = []
+    tasks = iter(base.tasks.tolist())
+    for row in schedule.rows:
+        for task in row:
+            id_ = next(tasks)
+            ids.append(id_)
+            chain = int(coded.chain[id_])
+            if task.op is Op.B and coded.chain_slots[chain] > SLOT_W:
+                ids.append(id_ + int(coded.num_mb[chain]))
+        first.append(len(ids))
+    return Rows(np.asarray(ids, np.int64), np.asarray(first, np.int64))
 
 
 def _ground(problem: Problem, coded: Coded, split_weight: bool) -> Ground:

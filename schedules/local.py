@@ -2,26 +2,21 @@
 
 With the longest path to (`end`) and from (`tail`) every task at hand, the longest path through a
 swapped pair follows in constant time (Taillard 1994, for job shops), so only accepted moves cost a
-pass over the tasks. Memory depends on the order of a row alone, so the cap is checked in constant
-time too. Swapping a tight critical pair cannot close a circle (van Laarhoven 1992) except through
-tasks of no duration; such a swap is taken back.
+pass over the tasks, and that pass covers only what stands behind (for `end`) or before (for `tail`)
+the pair. Memory depends on the order of a row alone, so the cap is checked in constant time too.
+The search stays among schedules that pass the channel check: it is made after every few moves
+(more while it passes) and before anything counts as a result; a failure takes the moves back.
+Swapping a tight critical pair cannot close a circle (van Laarhoven 1992) except through tasks of no
+duration; such a swap is taken back too.
 """
+
+# Helpers take plain arrays, not tuples of arrays: passing a tuple costs a count per array.
 
 from typing import NamedTuple
 
 import numpy as np
 
-from rlhfuse.schedules.compiled import (
-    SLOT_B,
-    SLOT_W,
-    Bools,
-    Coded,
-    Floats,
-    Ints,
-    Rows,
-    compiled,
-    run_rows,
-)
+from rlhfuse.schedules.compiled import Bools, Coded, Floats, Ints, Rows, compiled, run_rows
 from rlhfuse.schedules.timing import run_channels
 
 EPS = 1e-9
@@ -33,13 +28,17 @@ class Bench(NamedTuple):
     place: Ints  # [T] position of each task in the rows
     end: Floats  # [T]
     tail: Floats  # [T] longest path from the end of the task to the end of all
-    order: Ints  # [N]
+    order: Ints  # [N] tasks, predecessors first
+    slot_of: Ints  # [T] position of each task in `order`
     held: Floats  # [N] memory before the task at this position
     waiter: Ints  # [T]
     at: Ints  # [num_ranks]
     todo: Ints  # [num_ranks + 1]
     pairs: Ints  # [N] positions p whose tasks p, p + 1 may be swapped
+    spare: Ints  # [N]
+    known: Ints  # [N] tasks of the latest rows that passed the channel check
     best: Ints  # [N] tasks of the best rows so far
+    due: Ints  # tasks behind which `late` counts
     channel: Ints  # [T]
     number: Ints  # [T]
     sent: Ints  # [channels]
@@ -47,7 +46,7 @@ class Bench(NamedTuple):
     done: Bools  # [T]
 
 
-def make_bench(coded: Coded, rows: Rows, channel: Ints) -> Bench:
+def make_bench(coded: Coded, rows: Rows, channel: Ints, late: Floats) -> Bench:
     """Working arrays for rows of this size."""
     size, n, ranks = coded.rank.shape[0], rows.tasks.shape[0], coded.num_ranks
     num_channels = int(channel.max(initial=-1)) + 1
@@ -56,12 +55,16 @@ def make_bench(coded: Coded, rows: Rows, channel: Ints) -> Bench:
         end=np.zeros(size),
         tail=np.zeros(size),
         order=np.zeros(n, np.int64),
+        slot_of=np.zeros(size, np.int64),
         held=np.zeros(n),
         waiter=np.zeros(size, np.int64),
         at=np.zeros(ranks, np.int64),
         todo=np.zeros(ranks + 1, np.int64),
         pairs=np.zeros(n, np.int64),
+        spare=np.zeros(n, np.int64),
+        known=np.zeros(n, np.int64),
         best=rows.tasks.copy(),
+        due=np.flatnonzero((late > 0) & (coded.slot < coded.chain_slots[coded.chain])),
         channel=channel,
         number=np.zeros(size, np.int64),
         sent=np.zeros(num_channels, np.int64),
@@ -72,7 +75,7 @@ def make_bench(coded: Coded, rows: Rows, channel: Ints) -> Bench:
 
 @compiled
 def draw(state: Ints) -> float:
-    """Uniform in [0, 1): a 31-bit linear congruential generator with its own state [1]."""
+    """Uniform in [0, 1): a 48-bit linear congruential generator with its own state [1]."""
     state[0] = (state[0] * 25214903917 + 11) & 281474976710655
     return float(state[0] >> 17) / 2147483648.0
 
@@ -100,129 +103,6 @@ def safe(rows: Rows, coded: Coded, bench: Bench, ahead: int) -> bool:
 
 
 @compiled
-def _tail_after(coded: Coded, bench: Bench, task: int) -> float:
-    """Longest path from the output of `task` (not through its row)."""
-    target = coded.succ[task]
-    if target < 0:
-        return 0.0
-    return float(coded.latency[target] + coded.duration[target] + bench.tail[target])
-
-
-@compiled
-def measure(rows: Rows, coded: Coded, bench: Bench, late: Floats) -> float:
-    """Fill `end` and `tail`; the makespan, or -1 if tasks wait in a circle.
-
-    `late` [T] is added behind each task: how much earlier than the makespan it must end.
-    """
-    n = rows.tasks.shape[0]
-    if run_rows(rows, coded, bench.end, bench.waiter, bench.at, bench.todo, bench.order) < n:
-        return -1.0
-    longest = 0.0
-    for i in range(n - 1, -1, -1):
-        task = bench.order[i]
-        tail = max(late[task], _tail_after(coded, bench, task))
-        position = bench.place[task] + 1
-        if position < rows.first[coded.rank[task] + 1]:
-            follower = rows.tasks[position]
-            tail = max(tail, coded.duration[follower] + bench.tail[follower])
-        bench.tail[task] = tail
-        longest = max(longest, bench.end[task] + tail)
-    return longest
-
-
-@compiled
-def _may_swap(rows: Rows, coded: Coded, bench: Bench, cap: float, p: int) -> bool:
-    """Whether order and memory allow the tasks at p and p + 1 to change places."""
-    u, v = rows.tasks[p], rows.tasks[p + 1]
-    if coded.chain[u] == coded.chain[v]:
-        if coded.slot[u] == coded.slot[v]:
-            return False
-        same = coded.microbatch[u] == coded.microbatch[v]
-        if same and coded.slot[v] == SLOT_W and coded.slot[u] == SLOT_B:
-            return False
-    if coded.pred[v] == u:
-        return False
-    level = bench.held[p] + coded.claim[v]
-    if level > cap:
-        return False
-    return bool(level + coded.change[v] + coded.claim[u] <= cap)
-
-
-@compiled
-def _last_critical(
-    rows: Rows, coded: Coded, bench: Bench, late: Floats, longest: float, state: Ints
-) -> int:
-    """A random last task of a critical path."""
-    task, count = -1, 0
-    for i in range(rows.tasks.shape[0]):
-        t = rows.tasks[i]
-        if bench.end[t] + late[t] >= longest - EPS:
-            count += 1
-            if draw(state) * count < 1.0:
-                task = t
-    return task
-
-
-@compiled
-def _collect(
-    rows: Rows, coded: Coded, bench: Bench, late: Floats, longest: float, cap: float, state: Ints
-) -> int:
-    """Swappable pairs on one random critical path; their number."""
-    task = _last_critical(rows, coded, bench, late, longest, state)
-    found = 0
-    while task >= 0:
-        start = bench.end[task] - coded.duration[task]
-        position = bench.place[task]
-        before = -1
-        if position > rows.first[coded.rank[task]]:
-            u = rows.tasks[position - 1]
-            if bench.end[u] >= start - EPS:
-                before = u
-                if _may_swap(rows, coded, bench, cap, position - 1):
-                    bench.pairs[found] = position - 1
-                    found += 1
-        source = coded.pred[task]
-        if source >= 0 and bench.end[source] + coded.latency[task] < start - EPS:
-            source = -1
-        by_row = before >= 0 and (source < 0 or draw(state) < 0.5)
-        task = before if by_row else source
-    return found
-
-
-@compiled
-def _ready(coded: Coded, bench: Bench, task: int) -> float:
-    source = coded.pred[task]
-    if source < 0:
-        return float(coded.release[task])
-    return float(max(coded.release[task], bench.end[source] + coded.latency[task]))
-
-
-@compiled
-def _path_after_swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
-    """Longest path through either task if the tasks at p and p + 1 changed places."""
-    u, v = rows.tasks[p], rows.tasks[p + 1]
-    rank = coded.rank[u]
-    free = bench.end[rows.tasks[p - 1]] if p > rows.first[rank] else 0.0
-    end_v = max(free, _ready(coded, bench, v)) + coded.duration[v]
-    end_u = max(end_v, _ready(coded, bench, u)) + coded.duration[u]
-    tail_u = max(late[u], _tail_after(coded, bench, u))
-    if p + 2 < rows.first[rank + 1]:
-        follower = rows.tasks[p + 2]
-        tail_u = max(tail_u, coded.duration[follower] + bench.tail[follower])
-    through_v = end_v + max(late[v], _tail_after(coded, bench, v))
-    return float(max(end_u + tail_u, through_v))
-
-
-@compiled
-def swap(rows: Rows, coded: Coded, bench: Bench, p: int) -> None:
-    """The tasks at p and p + 1 change places."""
-    u, v = rows.tasks[p], rows.tasks[p + 1]
-    rows.tasks[p], rows.tasks[p + 1] = v, u
-    bench.place[v], bench.place[u] = p, p + 1
-    bench.held[p + 1] = bench.held[p] + coded.claim[v] + coded.change[v]
-
-
-@compiled
 def settle(rows: Rows, coded: Coded, bench: Bench) -> None:
     """Fill `place` and `held` from the rows."""
     for rank in range(coded.num_ranks):
@@ -232,6 +112,159 @@ def settle(rows: Rows, coded: Coded, bench: Bench) -> None:
             bench.place[task] = p
             bench.held[p] = held
             held += coded.claim[task] + coded.change[task]
+
+
+@compiled
+def _forward(coded: Coded, rows: Rows, bench: Bench, begin: int) -> None:
+    """Recompute `end` for `order[begin:]`."""
+    tasks, first, order, place, end = rows.tasks, rows.first, bench.order, bench.place, bench.end
+    rank, pred, latency = coded.rank, coded.pred, coded.latency
+    release, duration = coded.release, coded.duration
+    for i in range(begin, order.shape[0]):
+        task = order[i]
+        start = release[task]
+        position = place[task]
+        if position > first[rank[task]]:
+            start = max(start, end[tasks[position - 1]])
+        source = pred[task]
+        if source >= 0:
+            start = max(start, end[source] + latency[task])
+        end[task] = start + duration[task]
+
+
+@compiled
+def _backward(coded: Coded, rows: Rows, bench: Bench, late: Floats, last: int) -> None:
+    """Recompute `tail` for `order[:last + 1]`."""
+    tasks, first, order, place, tail = rows.tasks, rows.first, bench.order, bench.place, bench.tail
+    rank, succ, latency, duration = coded.rank, coded.succ, coded.latency, coded.duration
+    for i in range(last, -1, -1):
+        task = order[i]
+        longest = late[task]
+        position = place[task] + 1
+        if position < first[rank[task] + 1]:
+            follower = tasks[position]
+            longest = max(longest, duration[follower] + tail[follower])
+        target = succ[task]
+        if target >= 0:
+            longest = max(longest, latency[target] + duration[target] + tail[target])
+        tail[task] = longest
+
+
+@compiled
+def _length(rows: Rows, bench: Bench, late: Floats) -> float:
+    """Makespan, or more where a deadline is missed."""
+    longest = 0.0
+    for rank in range(rows.first.shape[0] - 1):
+        if rows.first[rank + 1] > rows.first[rank]:
+            longest = max(longest, bench.end[rows.tasks[rows.first[rank + 1] - 1]])
+    for i in range(bench.due.shape[0]):
+        longest = max(longest, bench.end[bench.due[i]] + late[bench.due[i]])
+    return float(longest)
+
+
+@compiled
+def measure(rows: Rows, coded: Coded, bench: Bench, late: Floats) -> float:
+    """Fill `end`, `tail` and `order`; the makespan, or -1 if tasks wait in a circle.
+
+    `late` [T] is added behind each task: how much earlier than the makespan it must end.
+    """
+    n = rows.tasks.shape[0]
+    if run_rows(rows, coded, bench.end, bench.waiter, bench.at, bench.todo, bench.order) < n:
+        return -1.0
+    for i in range(n):
+        bench.slot_of[bench.order[i]] = i
+    _backward(coded, rows, bench, late, n - 1)
+    return _length(rows, bench, late)
+
+
+@compiled
+def _may_swap(
+    u: int, v: int, kind: Ints, needs: Ints, claim: Floats, change: Floats, held: float, cap: float
+) -> bool:
+    """Whether order and memory allow neighbours u, v to change places."""
+    if kind[u] == kind[v] or needs[v] == u:
+        return False
+    level = held + claim[v]
+    return bool(level <= cap and level + change[v] + claim[u] <= cap)
+
+
+@compiled
+def _last_critical(rows: Rows, bench: Bench, late: Floats, longest: float, state: Ints) -> int:
+    """A random last task of a critical path."""
+    task, count = -1, 0.0
+    for rank in range(rows.first.shape[0] - 1):
+        if rows.first[rank + 1] > rows.first[rank]:
+            t = rows.tasks[rows.first[rank + 1] - 1]
+            if bench.end[t] >= longest - EPS:
+                count += 1.0
+                if draw(state) * count < 1.0:
+                    task = t
+    for i in range(bench.due.shape[0]):
+        t = bench.due[i]
+        if bench.end[t] + late[t] >= longest - EPS:
+            count += 1.0
+            if draw(state) * count < 1.0:
+                task = t
+    return int(task)
+
+
+@compiled
+def _collect(rows: Rows, coded: Coded, bench: Bench, task: int, cap: float, state: Ints) -> int:
+    """Swappable pairs on a random critical path that ends in `task`; their number."""
+    tasks, first, place, end = rows.tasks, rows.first, bench.place, bench.end
+    held, pairs = bench.held, bench.pairs
+    rank, pred, latency, duration = coded.rank, coded.pred, coded.latency, coded.duration
+    kind, needs, claim, change = coded.kind, coded.needs, coded.claim, coded.change
+    found = 0
+    while task >= 0:
+        start = end[task] - duration[task]
+        position = place[task]
+        before = -1
+        if position > first[rank[task]] and end[tasks[position - 1]] >= start - EPS:
+            before = tasks[position - 1]
+            if _may_swap(before, task, kind, needs, claim, change, held[position - 1], cap):
+                pairs[found] = position - 1
+                found += 1
+        source = pred[task]
+        if source >= 0 and end[source] + latency[task] < start - EPS:
+            source = -1
+        by_row = before >= 0 and (source < 0 or draw(state) < 0.5)
+        task = before if by_row else source
+    return found
+
+
+@compiled
+def _arrival(task: int, pred: Ints, release: Floats, end: Floats, latency: Floats) -> float:
+    source = pred[task]
+    if source < 0:
+        return float(release[task])
+    return float(max(release[task], end[source] + latency[task]))
+
+
+@compiled
+def _way_out(task: int, succ: Ints, tail: Floats, latency: Floats, duration: Floats) -> float:
+    target = succ[task]
+    if target < 0:
+        return 0.0
+    return float(latency[target] + duration[target] + tail[target])
+
+
+@compiled
+def _path_after_swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
+    """Longest path through either task if the tasks at p and p + 1 changed places."""
+    tasks, first, end, tail = rows.tasks, rows.first, bench.end, bench.tail
+    pred, succ, latency = coded.pred, coded.succ, coded.latency
+    duration, release = coded.duration, coded.release
+    u, v = tasks[p], tasks[p + 1]
+    rank = coded.rank[u]
+    free = end[tasks[p - 1]] if p > first[rank] else 0.0
+    end_v = max(free, _arrival(v, pred, release, end, latency)) + duration[v]
+    end_u = max(end_v, _arrival(u, pred, release, end, latency)) + duration[u]
+    tail_u = max(late[u], _way_out(u, succ, tail, latency, duration))
+    if p + 2 < first[rank + 1]:
+        tail_u = max(tail_u, duration[tasks[p + 2]] + tail[tasks[p + 2]])
+    through_v = end_v + max(late[v], _way_out(v, succ, tail, latency, duration))
+    return float(max(end_u + tail_u, through_v))
 
 
 @compiled
@@ -246,15 +279,74 @@ def _pick(
     state: Ints,
 ) -> int:
     """Position of an accepted pair among the first `found`, or -1. Rejected pairs are dropped."""
+    pairs = bench.pairs
     while found > 0:
         i = int(draw(state) * found)
-        p = bench.pairs[i]
+        p = pairs[i]
         allowed = threshold - temperature * np.log(draw(state) + 1e-12)
         if _path_after_swap(rows, coded, bench, late, p) <= allowed + EPS:
             return int(p)
         found -= 1
-        bench.pairs[i] = bench.pairs[found]
+        pairs[i] = pairs[found]
     return -1
+
+
+@compiled
+def _exchange(rows: Rows, coded: Coded, bench: Bench, p: int) -> None:
+    """The tasks at p and p + 1 change places in their row."""
+    u, v = rows.tasks[p], rows.tasks[p + 1]
+    rows.tasks[p], rows.tasks[p + 1] = v, u
+    bench.place[v], bench.place[u] = p, p + 1
+    bench.held[p + 1] = bench.held[p] + coded.claim[v] + coded.change[v]
+
+
+@compiled
+def _reorder(
+    u: int,
+    v: int,
+    order: Ints,
+    index: Ints,
+    start: float,
+    spare: Ints,
+    end: Floats,
+    duration: Floats,
+) -> None:
+    """Repair `order` after v (which started at `start`, when u ended) went before u.
+
+    Between the two stand tasks that start before v (v may need them; none needs u) and tasks that
+    start no earlier (u may be needed; v needs none): the former go first, then v, u, the latter.
+    """
+    begin, stop = index[u], index[v]
+    count, at = 0, begin
+    for i in range(begin + 1, stop):
+        task = order[i]
+        if end[task] - duration[task] < start - EPS:
+            order[at] = task
+            index[task] = at
+            at += 1
+        else:
+            spare[count] = task
+            count += 1
+    order[at], order[at + 1] = v, u
+    index[v], index[u] = at, at + 1
+    for i in range(count):
+        order[at + 2 + i] = spare[i]
+        index[spare[i]] = at + 2 + i
+
+
+@compiled
+def swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
+    """Swap a tight critical pair and bring everything up to date; the makespan, -1 for a circle."""
+    u, v = rows.tasks[p], rows.tasks[p + 1]
+    begin, stop = bench.slot_of[u], bench.slot_of[v]
+    start = bench.end[v] - coded.duration[v]
+    _exchange(rows, coded, bench, p)
+    if coded.duration[u] <= EPS or coded.duration[v] <= EPS:
+        return measure(rows, coded, bench, late)
+    _reorder(u, v, bench.order, bench.slot_of, start, bench.spare, bench.end, coded.duration)
+    _forward(coded, rows, bench, begin)
+    _backward(coded, rows, bench, late, stop)
+    return _length(rows, bench, late)
 
 
 @compiled
@@ -278,22 +370,33 @@ def anneal(
     """
     settle(rows, coded, bench)
     longest = measure(rows, coded, bench, late)
+    bench.known[:] = rows.tasks
     cooling = (cold / hot) ** (1.0 / max(1, moves))
     temperature = hot
+    since, patience = 0, 1
     for _ in range(moves):
         if best <= target + EPS:
             return best
         temperature *= cooling
-        found = _collect(rows, coded, bench, late, longest, cap, state)
+        task = _last_critical(rows, bench, late, longest, state)
+        found = _collect(rows, coded, bench, task, cap, state)
         p = _pick(rows, coded, bench, late, found, longest, temperature, state)
         if p < 0:
             continue
-        swap(rows, coded, bench, p)
-        longest = measure(rows, coded, bench, late)
-        if longest < 0.0 or (longest < best - EPS and not safe(rows, coded, bench, 1)):
-            swap(rows, coded, bench, p)
+        longest = swap(rows, coded, bench, late, p)
+        since += 1
+        if longest >= 0.0 and since < patience and longest >= best - EPS:
+            continue
+        since = 0
+        if longest < 0.0 or not safe(rows, coded, bench, 1):
+            patience = max(1, patience // 2)
+            rows.tasks[:] = bench.known
+            settle(rows, coded, bench)
             longest = measure(rows, coded, bench, late)
-        elif longest < best - EPS:
+            continue
+        patience = min(2 * patience, 32)
+        bench.known[:] = rows.tasks
+        if longest < best - EPS:
             best = longest
             bench.best[:] = rows.tasks
     return best

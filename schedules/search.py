@@ -19,7 +19,7 @@ class Genes(NamedTuple):
     stretch: Floats  # [P] scale of a pipeline's own times
     shift: Floats  # [P] added to them
     lean: Floats  # [C, 3] added per chain and slot
-    extra: Ints  # [P] micro-batches in flight more (or fewer) than 1F1B has
+    limit: Ints  # [C] micro-batches in flight
     window: Floats  # [1]
 
 
@@ -38,7 +38,7 @@ def make_genes(num_pipelines: int, num_chains: int) -> Genes:
         np.ones(num_pipelines),
         np.zeros(num_pipelines),
         np.zeros((num_chains, 3)),
-        np.zeros(num_pipelines, np.int64),
+        np.zeros(num_chains, np.int64),
         np.zeros(1),
     )
 
@@ -50,9 +50,12 @@ def _random_genes(genes: Genes, ground: Ground, state: Ints) -> None:
     for p in range(genes.stretch.shape[0]):
         genes.stretch[p] = 0.6 + 1.4 * draw(state)
         genes.shift[p] = (draw(state) - 0.5) * 0.5 * ground.span * draw(state)
-        genes.extra[p] = int(draw(state) * 6.0) - 1
-        if draw(state) < 0.2:
-            genes.extra[p] = 1 << 30
+        scale, more = 0.4 + 1.2 * draw(state), int(draw(state) * 4.0)
+        open_end = draw(state) < 0.15
+        for chain in range(genes.limit.shape[0]):
+            if ground.pipeline[chain] == p:
+                limit = int(np.ceil(ground.depth[chain] * scale)) + more
+                genes.limit[chain] = 1 << 30 if open_end else limit
     by_slot = draw(state) < 0.5
     for chain in range(genes.lean.shape[0]):
         for slot in range(3):
@@ -73,11 +76,15 @@ def _mutate(genes: Genes, ground: Ground, state: Ints) -> None:
         genes.stretch[p] *= 0.8 + 0.4 * draw(state)
     elif what < 0.35:
         genes.shift[p] += (draw(state) - 0.5) * 8.0 * ground.unit
-    elif what < 0.45:
-        genes.extra[p] = max(-1, min(genes.extra[p], 64) + int(draw(state) * 3.0) - 1)
-    elif what < 0.5:
+    elif what < 0.4:
         genes.window[0] = ground.unit * draw(state) * draw(state)
-    share = draw(state) * 0.3
+    share = draw(state) * draw(state) * 0.5
+    for chain in range(genes.limit.shape[0]):
+        if draw(state) < share and what > 0.2:
+            limit = min(genes.limit[chain], 2 * ground.depth[chain] + 4)
+            genes.limit[chain] = max(1, limit + int(draw(state) * 3.0) - 1)
+    if what < 0.4:
+        return
     size = draw(state) * 4.0 * ground.unit
     for chain in range(genes.lean.shape[0]):
         for slot in range(3):
@@ -94,8 +101,7 @@ def express(coded: Coded, ground: Ground, genes: Genes, policy: Policy) -> None:
         key = ground.alone[task] * genes.stretch[p] + genes.shift[p]
         policy.key[task] = key + genes.lean[chain, coded.slot[task]]
     for chain in range(coded.base.shape[0]):
-        extra = genes.extra[ground.pipeline[chain]]
-        policy.limit[chain] = max(1, ground.depth[chain] + extra)
+        policy.limit[chain] = max(1, genes.limit[chain])
 
 
 @compiled
@@ -103,7 +109,7 @@ def _copy(source: Genes, target: Genes) -> None:
     target.stretch[:] = source.stretch
     target.shift[:] = source.shift
     target.lean[:] = source.lean
-    target.extra[:] = source.extra
+    target.limit[:] = source.limit
     target.window[:] = source.window
 
 

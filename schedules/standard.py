@@ -41,6 +41,34 @@ def gpipe(problem: Problem) -> Schedule:
     return schedule
 
 
+def zb_h1(problem: Problem) -> Schedule:
+    """ZB-H1 (arXiv 2401.10241): 1F1B with the weight gradients moved into the bubbles.
+
+    Bubble (p-1)(F+I-W) per pipeline where F = I = W, memory as 1F1B: stage s does its first W once
+    it is s backwards ahead, and what is left at the end. Pipelines without a weight part run 1F1B.
+    """
+    return _in_groups(problem, _zb_h1_stage)
+
+
+def _zb_h1_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]:
+    if not any(pipe.weight):
+        yield from one_f_one_b_stage(problem, pipe, stage)
+        return
+    m, limit = pipe.num_microbatches, in_flight_limits(problem, pipe)
+    warm_up = min(m, limit[stage])
+    lag = limit[0] - limit[stage]  # memory of the first stage is there for W that wait
+    for mb in range(warm_up):
+        yield Task(pipe.name, Op.F, stage, mb)
+    for mb in range(m):
+        yield Task(pipe.name, Op.I, stage, mb)
+        if mb >= lag:
+            yield Task(pipe.name, Op.W, stage, mb - lag)
+        if mb + warm_up < m:
+            yield Task(pipe.name, Op.F, stage, mb + warm_up)
+    for mb in range(max(0, m - lag), m):
+        yield Task(pipe.name, Op.W, stage, mb)
+
+
 def serial_makespan(problem: Problem) -> float:
     """1F1B time of each group alone, added: a barrier stands between groups."""
     total = 0.0
@@ -73,7 +101,7 @@ def in_flight_limits(problem: Problem, pipe: Pipeline) -> tuple[int, ...]:
     """
     limits: list[int] = []
     heaviest = max(pipe.microbatch_weights)
-    share = {rank: sum(_held(pipe, s) for s in _stages_on(pipe, rank)) for rank in pipe.stages}
+    share = {rank: _least_held(pipe, rank) for rank in pipe.stages}
     for stage, rank in enumerate(pipe.stages):
         limit = pipe.num_stages - stage
         held = share[rank] * heaviest
@@ -88,12 +116,16 @@ def in_flight_limits(problem: Problem, pipe: Pipeline) -> tuple[int, ...]:
     return tuple(limits)
 
 
-def _held(pipe: Pipeline, stage: int) -> float:
-    return max(pipe.activation[stage], pipe.activation_after_input[stage])
-
-
-def _stages_on(pipe: Pipeline, rank: int) -> list[int]:
-    return [stage for stage, home in enumerate(pipe.stages) if home == rank]
+def _least_held(pipe: Pipeline, rank: int) -> float:
+    """Memory of one micro-batch of weight 1 on a rank with all the pipeline's stages there."""
+    held = [
+        max(
+            pipe.activation[stage], 0.0 if pipe.forward_only else pipe.activation_after_input[stage]
+        )
+        for stage, home in enumerate(pipe.stages)
+        if home == rank
+    ]
+    return max(held) if pipe.forward_only else sum(held)
 
 
 def one_f_one_b_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]:

@@ -1,0 +1,65 @@
+"""One schedule in numbers, and all policies for one problem side by side."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from rlhfuse.schedules.bounds import latency_bound, memory_bound
+from rlhfuse.schedules.checks import peak_memory
+from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
+from rlhfuse.schedules.standard import gpipe, one_f_one_b, serial, serial_makespan, zb_h1
+from rlhfuse.schedules.timing import makespan
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """The object that ``rlhfuse schedule --json`` prints; the problem's units, `seconds` apart."""
+
+    makespan: float
+    lower_bound: float
+    peak_memory: float
+    memory_lower_bound: float
+    proven_optimal: bool
+    bubble_fraction: float
+    serial_makespan: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A named way to schedule; `split` where it uses I and W."""
+
+    name: str
+    make: Callable[[Problem], Schedule]
+    split: bool = False
+
+
+def standard_policies() -> tuple[Policy, ...]:
+    """The policies that need no search."""
+    return (
+        Policy("serial", serial),
+        Policy("1f1b", one_f_one_b),
+        Policy("gpipe", gpipe),
+        Policy("zb-h1", zb_h1, split=True),
+    )
+
+
+def summarize(schedule: Schedule, *, split_weight: bool, seconds: float) -> Summary:
+    """The summary of a schedule that took `seconds` to find."""
+    length = makespan(schedule)
+    bound = latency_bound(schedule.problem, split_weight=split_weight)
+    busy = sum(
+        schedule.problem.pipeline(task.pipeline).duration(task.op, task.pp_stage, task.microbatch)
+        for _, _, task in schedule.tasks()
+    )
+    area = schedule.problem.num_ranks * length
+    return Summary(
+        makespan=length,
+        lower_bound=bound,
+        peak_memory=max(peak_memory(schedule), default=0.0),
+        memory_lower_bound=memory_bound(schedule.problem, length),
+        proven_optimal=length <= bound * (1 + REL_TOL),
+        bubble_fraction=1.0 - busy / area if area > 0 else 0.0,
+        serial_makespan=serial_makespan(replace(schedule.problem, memory_cap=None)),
+        seconds=seconds,
+    )
