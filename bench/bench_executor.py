@@ -129,7 +129,7 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
     schedule = fuse(problem, iterations=40, split_weight=split)
     shape = (rows, 256)
 
-    def run(rank: int) -> tuple[list[tuple[float, float]], list[float]]:
+    def run(rank: int) -> tuple[list[tuple[float, float]], list[float], list[float]]:
         ranks = {pipe.name: pipe.stages for pipe in problem.pipelines}
         channels = Channels(
             rank, ranks, device=CPU, dtype=torch.float32, timeout=timedelta(seconds=60)
@@ -139,7 +139,7 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
         }
         executor = Executor(rank, channels, runners, HostClock(), _get_default_store())
         shapes = {name: [shape] * 2 * num_ranks for name in ranks}
-        walls, overheads = [], []
+        walls, overheads, stretch = [], [], []
         for _ in range(repeats):
             dist.barrier()
             start = time.monotonic()
@@ -147,6 +147,8 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
             executor.run(schedule, shapes, spans)
             walls.append((start, time.monotonic()))
             busy = [span for span in spans if span.kind in TASKS]
+            planned_s = {Kind.B: 2 * forward_s}
+            stretch += [s.duration_s / planned_s.get(s.kind, forward_s) for s in busy]
             for before, after in itertools.pairwise(busy):
                 waited = sum(
                     s.duration_s
@@ -154,7 +156,7 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
                     if s.kind is Kind.WAIT and before.end_s <= s.start_s <= after.start_s
                 )
                 overheads.append(after.start_s - before.end_s - waited)
-        return walls, overheads
+        return walls, overheads, stretch
 
     results = run_ranks(num_ranks, run)
     planned = makespan(schedule)
@@ -171,6 +173,8 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
         "split_weight": split,
         "planned_s": round(planned, 4),
         "measured_over_planned": round(statistics.median(ratios), 4),
+        "best_over_planned": round(min(ratios), 4),
+        "task_over_planned": round(statistics.mean(x for r in results for x in r[2]), 4),
         "overhead_us_p50": round(statistics.median(overheads) * 1e6, 1),
         "overhead_us_p99": round(overheads[int(0.99 * len(overheads))] * 1e6, 1),
     }
@@ -320,10 +324,11 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
         return runs
 
     per_rank = run_ranks(2, run)
-    seconds, steps, spans = {}, {}, {}
+    seconds, best, steps, spans = {}, {}, {}, {}
     for name in ("serial", "fused"):
         pairs = list(zip(*(r[name] for r in per_rank), strict=True))
         seconds[name] = statistics.median(training_s(pair) for pair in pairs)
+        best[name] = min(training_s(pair) for pair in pairs)
         steps[name] = statistics.median(max(part[1] for part in pair) for pair in pairs)
         spans[name] = [s for pair in pairs for part in pair for s in part[0]]
     own = {name: problem_of(mean_durations(spans[name]), place, count) for name in spans}
@@ -336,6 +341,7 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
         "serial_s": round(seconds["serial"], 4),
         "fused_s": round(seconds["fused"], 4),
         "ratio": round(seconds["serial"] / seconds["fused"], 3),
+        "best_ratio": round(best["serial"] / best["fused"], 3),
         "update_ratio": round(steps["serial"] / steps["fused"], 3),
         "predicted_ratio": round(predicted_serial / makespan(fused), 3),
         "serial_over_predicted": round(seconds["serial"] / predicted_serial, 3),

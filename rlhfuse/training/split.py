@@ -24,6 +24,11 @@ class WeightStore:
         self._deferred: dict[int, list[_Product]] = {}
         self._open: int | None = None
 
+    @property
+    def num_held(self) -> int:
+        """Micro-batches between `I` and `W`."""
+        return len(self._deferred)
+
     def defer(self, microbatch: int) -> None:
         """From now on, keep the products of this micro-batch for `compute`."""
         self._open = microbatch

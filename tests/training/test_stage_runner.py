@@ -1,11 +1,17 @@
 """Split backward equals unsplit equals plain autograd; memory is released."""
 
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from rlhfuse.schedules.checks import peak_memory
+from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
+from rlhfuse.schedules.standard import gpipe, one_f_one_b
 from rlhfuse.training.gradients import GradientSums
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner
@@ -100,3 +106,59 @@ def test_half_precision_gradients_are_summed_in_float32() -> None:
     assert torch.equal(total, torch.full((8, 8), 257.0))
     sums.clear()
     assert sums.of(weight) is None
+
+
+def test_what_a_microbatch_saved_is_free_after_its_backward() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    module = block()
+    store = WeightStore(GradientSums(module.parameters()))
+    split_linears(module, store)
+
+    def compute(microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+        assert received is not None
+        out: torch.Tensor = module(received)
+        alive.append(weakref.ref(out))
+        return out
+
+    runner = AutogradRunner(compute, last=False, weights=store)
+    inputs, outer = data(3)
+    for mb in range(3):
+        runner.forward(mb, inputs[mb])
+    assert runner.num_held == 3
+    runner.backward(0, outer[0])
+    runner.input_gradient(1, outer[1])
+    assert [ref() is None for ref in alive] == [True, True, False]
+    assert (runner.num_held, store.num_held) == (1, 1)
+    runner.weight_gradient(1)
+    assert store.num_held == 0
+    runner.clear()
+    assert alive[2]() is None
+
+
+class Counting(AutogradRunner):
+    """Notes how many micro-batches are held at most."""
+
+    peak = 0
+
+    def forward(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        out = super().forward(microbatch, received)
+        self.peak = max(self.peak, self.num_held)
+        return out
+
+
+@pytest.mark.parametrize("order", [one_f_one_b, gpipe])
+def test_microbatches_in_flight_are_those_of_the_memory_model(
+    order: Callable[[Problem], Schedule],
+) -> None:
+    schedule = order(Problem(3, (Pipeline.make("actor", range(3), 5, 1, 2),)))
+    runners = [
+        Counting(lambda mb, x: torch.ones(2, requires_grad=True) * 2, last=stage == 2)
+        for stage in range(3)
+    ]
+    for rank, row in enumerate(schedule.rows):
+        for task in row:
+            if task.op is Op.F:
+                runners[rank].forward(task.microbatch, torch.ones(2) if rank else None)
+            else:
+                runners[rank].backward(task.microbatch, torch.ones(2))
+    assert tuple(runner.peak for runner in runners) == peak_memory(schedule)
