@@ -6,6 +6,7 @@ peer the next task had to wait for. Pure: a timeline in, numbers out.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -184,16 +185,16 @@ class _Context:
             kernels_s=_extents(span for span in on_devices if span.kind is Kind.COMPUTE),
         )
 
-    def cuts(self, lane: str, start_s: float, end_s: float) -> list[float]:
-        """Moments inside a gap at which its explanation may change."""
-        moments = [*self.generation, self.last_generated_s.get(lane, start_s)]
-        moments += self.kernels_s.get(lane, ())
+    def cuts(self, lane: str) -> list[float]:
+        """Moments at which the explanation of a lane's idle time may change, in order."""
+        moments = {*self.generation, *self.kernels_s.get(lane, ())}
+        if lane in self.last_generated_s:
+            moments.add(self.last_generated_s[lane])
         for training in self.rounds:
-            moments += training.edges(lane)
-        inside = {moment for moment in moments if start_s < moment < end_s}
+            moments.update(training.edges(lane))
         for union in (self.rewarding, self.syncing, self.saving, self.staging):
-            inside.update(union.edges(start_s, end_s))
-        return sorted(inside)
+            moments.update(union.starts, union.ends)
+        return sorted(moments)
 
 
 def _extents(spans: Iterable[Span]) -> dict[str, tuple[float, float]]:
@@ -215,17 +216,14 @@ def _explain(
     # A barrier between generation and scoring hides work that this lane could have done: the
     # first so many seconds of its tail are the barrier's fault, not the tail's.
     ready_s = 0.0 if context.early_scoring else context.scoring_after_s.get(lane, 0.0)
+    cuts = context.cuts(lane)
     for piece in paint(spans, start_s, end_s):
         if piece.span is not None and piece.span.kind is not Kind.WAIT:
             cause = CAUSE_OF_KIND[piece.span.kind]
             yield Segment(piece.start_s, piece.end_s, cause, piece.span)
             continue
-        moments = [
-            piece.start_s,
-            *context.cuts(lane, piece.start_s, piece.end_s),
-            piece.end_s,
-        ]
-        for left, right in pairwise(moments):
+        inside = cuts[bisect_right(cuts, piece.start_s) : bisect_left(cuts, piece.end_s)]
+        for left, right in pairwise([piece.start_s, *inside, piece.end_s]):
             part = Piece(left, right, piece.span)
             for segment in _explain_idle(lane, part, context):
                 if segment.cause is Cause.LONG_TAIL and ready_s > 0:

@@ -1,6 +1,6 @@
 """Half-open intervals of time: unions and cuts. Pure."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class Piece:
 
 
 class Union:
-    """A union of intervals; says whether a moment is covered and where that changes."""
+    """A union of intervals; says whether a moment is covered."""
 
     def __init__(self, intervals: Iterable[tuple[float, float]]) -> None:
         self.starts: list[float] = []
@@ -48,12 +48,6 @@ class Union:
         index = bisect_right(self.starts, time_s) - 1
         return index >= 0 and time_s < self.ends[index]
 
-    def edges(self, start_s: float, end_s: float) -> list[float]:
-        """Where coverage changes strictly between two moments."""
-        inner = self.starts[bisect_right(self.starts, start_s) : bisect_left(self.starts, end_s)]
-        outer = self.ends[bisect_right(self.ends, start_s) : bisect_left(self.ends, end_s)]
-        return inner + outer
-
 
 def paint(spans: Sequence[Span], start_s: float, end_s: float) -> Iterator[Piece]:
     """Cut `start_s` to `end_s` into pieces with one span each, or none. Spans by start time.
@@ -62,16 +56,19 @@ def paint(spans: Sequence[Span], start_s: float, end_s: float) -> Iterator[Piece
     """
     now = start_s
     active: list[Span] = []
-    for position in range(len(spans) + 1):
-        target = min(spans[position].start_s, end_s) if position < len(spans) else end_s
+    for following in (*spans, None):
+        target = min(following.start_s, end_s) if following is not None else end_s
         while now < target:
-            active = [span for span in active if span.end_s > now]
-            top = max(active, key=_precedence, default=None)
+            if len(active) == 1 and active[0].end_s <= now:
+                active.clear()
+            elif len(active) > 1:
+                active = [span for span in active if span.end_s > now]
+            top = max(active, key=_precedence) if len(active) > 1 else next(iter(active), None)
             until = min([target, *(span.end_s for span in active)])
             yield Piece(now, until, top)
             now = until
-        if position < len(spans):
-            active.append(spans[position])
+        if following is not None:
+            active.append(following)
 
 
 def _precedence(span: Span) -> tuple[int, float, float]:
