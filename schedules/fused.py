@@ -21,7 +21,7 @@ from rlhfuse.schedules.dispatch import NEVER, Policy, dispatch, make_desk, rows_
 from rlhfuse.schedules.ir import REL_TOL, Op, Problem, Schedule
 from rlhfuse.schedules.local import Bench, anneal, make_bench, measure, safe, settle
 from rlhfuse.schedules.search import Ground, express, make_genes, trials
-from rlhfuse.schedules.standard import serial
+from rlhfuse.schedules.standard import serial, zb_h1
 from rlhfuse.schedules.timing import channel_numbers, check_channels, makespan
 
 DEFAULT_ROUNDS = 200
@@ -69,6 +69,8 @@ def fuse(
     start = time.monotonic()
     search = _Search(problem, split_weight, seed)
     search.offer(serial(problem))  # raises where the cap holds nothing at all
+    if split_weight:
+        search.offer(zb_h1(problem))
     if warm_start is not None:
         search.offer(Schedule(problem, warm_start.rows))
     number = 0

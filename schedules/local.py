@@ -399,4 +399,6 @@ def anneal(
         if longest < best - EPS:
             best = longest
             bench.best[:] = rows.tasks
+    if not safe(rows, coded, bench, 1):
+        rows.tasks[:] = bench.known
     return best
