@@ -23,6 +23,8 @@ def settle(spec: WorkerSpec) -> None:
     if spec.core is not None:
         psutil.Process().cpu_affinity([spec.core])
     torch.set_num_threads(1)
+    # Sampling has its own seeds; this one is for whatever draws from torch's default generator.
+    torch.manual_seed(spec.config.trainer.seed * 1000 + spec.index)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
