@@ -178,12 +178,12 @@ class _Worker:
             if not self._connection.poll(timeout_s):
                 why = f"function took longer than {timeout_s:g} s (reward.timeout_s)"
                 return (None, {}, why), False
-            score, metrics, error = self._connection.recv()
+            score, metrics, trouble = self._connection.recv()
         except (EOFError, OSError):
             return (None, {}, f"function's process ended ({self._ending()})"), False
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             return (None, {}, f"function cannot be given the row: {error}"), False
-        return (score, metrics, error and f"function {error}"), True
+        return (score, metrics, trouble and f"function {trouble}"), True
 
     def _ending(self) -> str:
         try:
