@@ -20,6 +20,7 @@ class Worker:
     calls: deque[tuple[str, tuple[int, ...], float]] = field(default_factory=deque)
     last_role: str = ""
     load: int = 0  # tokens reserved
+    ahead: int = 0  # tokens that its samples have probably got since they were last reported
 
     @property
     def busy_s(self) -> float:
@@ -90,6 +91,12 @@ class Fleet:
         worker.load -= table.pop(sample_id, 0)
         if worker.free:
             self._free[instance] = None
+
+    def grew(self, instance: int, tokens: int) -> None:
+        """A sample there got `tokens` since its last report: so did its neighbours, which are
+        stepped together."""
+        worker = self.workers[instance]
+        worker.ahead = max(worker.ahead, tokens)
 
     def lose(self, instance: int) -> list[int]:
         """The worker is gone; returns the samples that ran there. Samples on their way to it go

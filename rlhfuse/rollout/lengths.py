@@ -5,7 +5,6 @@ the ones before) and from running ones, which are censored observations (Kaplan 
 Beyond what was ever seen it goes on as a Pareto tail, up to the response limit.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -22,22 +21,29 @@ class LengthModel:
 
     def __init__(self, max_response_tokens: int, history: Iterable[int] = ()) -> None:
         self.max_response_tokens = max_response_tokens
-        self._complete: deque[int] = deque(history, maxlen=MOST_OBSERVATIONS)
+        self._past: deque[int] = deque(history, maxlen=MOST_OBSERVATIONS)
+        self._present: list[int] = []
+
+    def begin(self) -> None:
+        """A new iteration: what was seen in the one before is history."""
+        self._past.extend(self._present)
+        self._present.clear()
 
     def observe(self, response_tokens: int) -> None:
-        """A response is complete with this many tokens."""
-        self._complete.append(response_tokens)
+        """A response of this iteration is complete with this many tokens."""
+        self._present.append(response_tokens)
 
     @property
     def history(self) -> tuple[int, ...]:
         """Complete lengths seen, newest last; what a new model starts from."""
-        return tuple(self._complete)
+        return (*self._past, *self._present)[-MOST_OBSERVATIONS:]
 
     def survival(self, running: Floats) -> tuple[Floats, Floats]:
         """(lengths that ended, ascending and distinct; part of all responses longer than each)."""
-        stride = math.ceil(len(running) / MOST_OBSERVATIONS) or 1
+        # Finished and running samples of this iteration are thinned alike, or the curve bends.
+        stride = -(-(len(running) + len(self._present)) // MOST_OBSERVATIONS) or 1
         censored = np.asarray(running[::stride])
-        complete = np.array(self._complete, dtype=np.float64)
+        complete = np.array([*self._past, *self._present[::stride]], dtype=np.float64)
         if not len(complete):
             return np.empty(0), np.empty(0)
         lengths, ended = np.unique(complete, return_counts=True)
@@ -73,9 +79,8 @@ class LengthModel:
 
 def stratified(num_scenarios: int, sample_ids: npt.NDArray[np.int64]) -> Floats:
     """Quantiles [m, n] in (0, 1): each sample meets every stratum once over the scenarios, in an
-    order of its own that depends on its id alone."""
-    order = np.random.default_rng(0).permuted(
-        np.tile(np.arange(num_scenarios), (1 + int(sample_ids.max(initial=0)) % 1024, 1)), axis=1
-    )
-    strata = order[sample_ids % len(order)].T
-    return np.asarray((strata + 0.5) / num_scenarios, dtype=np.float64)
+    order and at places of its own, which depend on its id alone: tails must not be left out."""
+    rows = np.minimum(sample_ids, sample_ids % 4096)
+    random = np.random.default_rng(0)
+    table = random.permuted(np.tile(np.arange(num_scenarios), (int(rows.max()) + 1, 1)), axis=1)
+    return np.asarray((table[rows] + random.random(table.shape)[rows]).T / num_scenarios)

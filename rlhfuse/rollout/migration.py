@@ -45,28 +45,34 @@ def decide(tail: Tail, lengths: LengthModel, cost: CostModel, policy: Policy) ->
     quantiles = stratified(scenarios, tail.sample_ids)
     remaining = lengths.remaining(tail.tokens, quantiles)
     ask = _Forecast(tail, remaining, cost, policy)
-    nobody = np.zeros(len(tail.alive), dtype=np.bool_)
-    stay_s = ask.end_s(nobody, 0)
+    stay_s = ask.end_s(np.zeros(len(tail.alive), dtype=np.bool_), 0)
+    enough_s = (1.0 - policy.margin) * stay_s
+    # No move makes the longest sample faster than alone on an instance.
+    if float(remaining.max(axis=1).mean()) * cost.step_s(1) >= enough_s:
+        return None
+    plans = [(ask.end_s(keep, num), i, keep) for i, keep in enumerate(keep_sets(tail, policy))]
     expected = remaining.mean(axis=0)
-    best_s, best = (1.0 - policy.margin) * stay_s, None
-    later_s = stay_s
-    for keep in keep_sets(tail, policy):
+    for now_s, _, keep in sorted(plans, key=lambda plan: plan[:2]):
+        if now_s >= enough_s or any(
+            ask.end_s(keep, max(1, int(part * num))) < now_s for part in LATER if num > 2
+        ):
+            return None
         destinations = assign(tail, keep, expected, policy)
         if destinations is not None:
-            now_s = ask.end_s(keep, num)
-            if now_s < best_s:
-                best_s, best = now_s, (keep, destinations)
-        for part in LATER if num > 2 else ():
-            later_s = min(later_s, ask.end_s(keep, max(1, int(part * num))))
-    if best is None or later_s < best_s:
-        return None
-    keep, destinations = best
+            return _move(tail, keep, destinations, now_s, stay_s)
+    return None
+
+
+def _move(
+    tail: Tail, keep: Bools, destinations: tuple[int, ...], now_s: float, stay_s: float
+) -> Move:
+    num = len(tail.sample_ids)
     moved = int(np.sum(np.asarray(destinations) != tail.home))
     text = (
         f"{moved} of {num} running samples move, {int(keep.sum())} of {int(tail.alive.sum())} "
-        f"instances go on: end in {best_s:.3f} s instead of {stay_s:.3f} s"
+        f"instances go on: end in {now_s:.3f} s instead of {stay_s:.3f} s"
     )
-    return Move(destinations, text, stay_s - best_s)
+    return Move(destinations, text, stay_s - now_s)
 
 
 def decide_by_threshold(tail: Tail, cost: CostModel, policy: Policy) -> Move | None:

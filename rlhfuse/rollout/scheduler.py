@@ -103,10 +103,7 @@ class RolloutScheduler:
             case ev.Scored():
                 self._scored(event)
             case ev.Progress():
-                for sample_id, tokens in event.lengths:
-                    sample = self._samples.get(sample_id)
-                    if sample is not None and self._holds(event.instance, sample):
-                        sample.response_tokens = max(sample.response_tokens, tokens)
+                self._progressed(event)
             case ev.Rewarded():
                 self._rewarded(event.sample_id)
             case ev.Started():
@@ -134,6 +131,7 @@ class RolloutScheduler:
 
     def _started(self, event: ev.Started) -> None:
         assert self.done, f"the iteration before is not done: {self.waiting_for()}"
+        self.lengths.begin()
         self._begin(event.samples)
         self._now_s = event.now_s
         assert all(s.state is S.QUEUED for s in event.samples), "samples must be QUEUED"
@@ -141,11 +139,19 @@ class RolloutScheduler:
         order = sorted(event.samples, key=lambda s: (-s.total_tokens, s.id))
         self._queue.extend(sample.id for sample in order)
 
+    def _progressed(self, event: ev.Progress) -> None:
+        self._fleet.workers[event.instance].ahead = 0
+        for sample_id, tokens in event.lengths:
+            sample = self._samples.get(sample_id)
+            if sample is not None and self._holds(event.instance, sample):
+                sample.response_tokens = max(sample.response_tokens, tokens)
+
     def _finished(self, event: ev.Finished) -> None:
         sample = self._samples.get(event.sample_id)
         if sample is None or not self._holds(event.instance, sample):
             return
         self._fleet.remove(sample)
+        self._fleet.grew(event.instance, event.response_tokens - sample.response_tokens)
         sample.response_tokens = event.response_tokens
         sample.move(S.FINISHED)
         self._num_generating -= 1

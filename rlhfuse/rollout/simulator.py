@@ -49,7 +49,8 @@ class _Instance:
 class Simulator:
     """Runs one iteration. `lengths[id]` are the true response lengths.
 
-    `progress_s`: how often an instance reports the tokens of its samples; `reward_s`: how long the
+    `progress_s`: how often an instance reports the tokens of its samples (more rarely once the
+    rollout lasts long); `reward_s`: how long the
     reward function takes; `slowdown[i]` multiplies everything that worker i does.
     """
 
@@ -97,7 +98,7 @@ class Simulator:
             if self._heap[0][0] > next_report_s and self._scheduler.num_generating:
                 self._now_s = next_report_s
                 self._report()
-                next_report_s = self._now_s + self._progress_s
+                next_report_s = self._now_s + max(self._progress_s, 0.03 * self._now_s)
                 continue
             self._now_s, _, what = heapq.heappop(self._heap)
             num_events += 1

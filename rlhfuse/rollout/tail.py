@@ -12,7 +12,7 @@ from rlhfuse.rollout.policy import Migration, Policy
 from rlhfuse.sample import Sample
 
 LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
-LOOK_AGAIN_S = 0.2  # or this much time must pass
+LOOK_AGAIN_S = 0.2  # or this much time must pass, or the same part of the time since the start
 
 
 class TailWatch:
@@ -22,6 +22,7 @@ class TailWatch:
         self._fleet, self._cost, self._policy, self._lengths = fleet, cost, policy, lengths
         self._weighed = (0, float("-inf"))  # samples generating, time
         self._moved_s = float("-inf")
+        self._start_s: float | None = None
         self._threshold_passed = False
 
     def due(self, now_s: float, num_generating: int) -> bool:
@@ -31,7 +32,9 @@ class TailWatch:
             return False
         count, at_s = self._weighed
         changed = num_generating > count or count - num_generating > LOOK_AGAIN * num_generating
-        if not changed and now_s - at_s < LOOK_AGAIN_S:
+        self._start_s = now_s if self._start_s is None else self._start_s
+        pause_s = max(LOOK_AGAIN_S, LOOK_AGAIN * (now_s - self._start_s))
+        if not changed and now_s - at_s < pause_s:
             return False
         if now_s - self._moved_s < policy.hysteresis_s:
             return False
@@ -66,9 +69,15 @@ class TailWatch:
     ) -> Tail:
         workers = self._fleet.workers
         running = [samples[sample_id] for worker in workers for sample_id in worker.running]
+        most = self._policy.max_response_tokens - 1
+        tokens = [
+            min(samples[sample_id].response_tokens + worker.ahead, most)
+            for worker in workers
+            for sample_id in worker.running
+        ]
         return Tail(
             sample_ids=np.array([s.id for s in running], dtype=np.int64),
-            tokens=np.array([s.response_tokens for s in running], dtype=np.float64),
+            tokens=np.array(tokens, dtype=np.float64),
             prompts=np.array([s.prompt_tokens for s in running], dtype=np.float64),
             home=np.array([s.instance for s in running], dtype=np.int64),
             alive=np.array([worker.alive for worker in workers], dtype=np.bool_),
