@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.logprob import check_rows, split_temperature
-from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
+from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
 from rlhfuse.kernels.rows import Temperatures, fold_rows_, prepare_rows_, row_gradient
 
 # Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
 # a token's result would depend on how many others are computed with it.
 MIN_ROWS = 16
-_MAX_ROWS = 256
+_MAX_ROWS = 512
 _CHUNK_BYTES = 32 << 20
 
 
@@ -32,6 +32,7 @@ def linear_logprob(
     entropy: bool = False,
     ignore_index: int = IGNORE_INDEX,
     keep_logits_bytes: int = 64 << 20,
+    kept: KeptTokens | None = None,
 ) -> TokenLogprob:
     """`token_logprob` of ``hidden @ weight.T + bias`` in O(T + chunk) memory.
 
@@ -43,6 +44,8 @@ def linear_logprob(
         hidden: [T, H]. weight: [V, H] (may be tied). bias: [V] or None.
         labels: [T], in [0, V) or `ignore_index`, where both results are 0.
         temperature: a number, or one per token [T]. No gradient flows to it.
+        kept: renormalise over the tokens that the sampler kept at each position, so that trainer
+            and sampler speak of one distribution.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -56,11 +59,24 @@ def linear_logprob(
     if choose(hidden.device) is Path.REFERENCE:
         return reference.linear_logprob(
             hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
-            ignore_index=ignore_index,
+            ignore_index=ignore_index, kept=kept,
         )  # fmt: skip
+    if kept is not None and kept.cu.shape != (labels.numel() + 1,):
+        raise ValueError(
+            f"kept.cu must be one longer than the {labels.numel()} labels, "
+            f"not {tuple(kept.cu.shape)}"
+        )
     marked = torch.where(labels == ignore_index, -1, labels.long())
     logprob, spread = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, marked, *split_temperature(temperature), entropy, keep_logits_bytes
+        hidden,
+        weight,
+        bias,
+        marked,
+        *split_temperature(temperature),
+        entropy,
+        keep_logits_bytes,
+        None if kept is None else kept.ids,
+        None if kept is None else kept.cu,
     )
     return TokenLogprob(logprob, spread if entropy else None)
 
@@ -91,6 +107,19 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits[:num_rows]
 
 
+def _drop_(logits: Tensor, ids: Tensor | None, cu: Tensor | None, rows: slice) -> Tensor:
+    """Set the logits of these rows that the sampler did not keep to -inf, in place."""
+    if ids is None or cu is None:
+        return logits
+    bounds = cu[rows.start : rows.stop + 1].long()
+    owners = torch.repeat_interleave(
+        torch.arange(logits.shape[0], device=logits.device), bounds.diff()
+    )
+    dropped = torch.ones_like(logits, dtype=torch.bool)
+    dropped[owners, ids[bounds[0] : bounds[-1]].long()] = False
+    return logits.masked_fill_(dropped, -torch.inf)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,14 +132,19 @@ class _LinearLogprob(torch.autograd.Function):
         temperatures: Tensor | None,
         entropy: bool,
         keep_logits_bytes: int,
+        kept_ids: Tensor | None,
+        kept_cu: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.temperature, ctx.entropy = temperature, entropy
         dtype = accumulation_dtype(hidden)
-        if dtype == torch.float32 and choose(hidden.device) is Path.TRITON:
+        triton = choose(hidden.device) is Path.TRITON and kept_ids is None
+        if triton and dtype == torch.float32:
             from rlhfuse.kernels import triton_linear  # triton is optional
 
             out = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
-            ctx.save_for_backward(hidden, weight, bias, labels, temperatures, out)
+            ctx.save_for_backward(
+                hidden, weight, bias, labels, temperatures, out, kept_ids, kept_cu
+            )
             return out[0].clone(), out[1].clone()
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
@@ -119,6 +153,7 @@ class _LinearLogprob(torch.autograd.Function):
         room = keep_logits_bytes if any(ctx.needs_input_grad[:3]) else 0
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+            logits = _drop_(logits, kept_ids, kept_cu, rows)
             top = logits.amax(1)
             block = given.divide_(logits.sub_(top[:, None]), rows)
             fold = fold_rows_(block, labels[rows], entropy=entropy)
@@ -127,13 +162,15 @@ class _LinearLogprob(torch.autograd.Function):
             room -= block.numel() * block.element_size()
             if room >= 0:
                 kept.append(block)
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, out, *kept)
+        ctx.save_for_backward(
+            hidden, weight, bias, labels, temperatures, out, kept_ids, kept_cu, *kept
+        )
         return out[0].clone(), out[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, labels, temperatures, out, *kept = ctx.saved_tensors
+        hidden, weight, bias, labels, temperatures, out, ids, cu, *kept = ctx.saved_tensors
         dtype, given = out.dtype, Temperatures(ctx.temperature, temperatures)
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         by_hidden = torch.empty_like(hidden, dtype=dtype)
@@ -145,6 +182,7 @@ class _LinearLogprob(torch.autograd.Function):
                 block, by_logits = kept[index], torch.empty_like(kept[index])
             else:
                 logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+                logits = _drop_(logits, ids, cu, rows)
                 shifted = given.divide_(logits.sub_(out[2, rows, None]), rows)
                 block = by_logits = prepare_rows_(shifted, entropy=ctx.entropy)
             row_gradient(
@@ -166,5 +204,5 @@ class _LinearLogprob(torch.autograd.Function):
             by_hidden.to(hidden.dtype),
             by_weight.to(weight.dtype),
             None if by_bias is None or bias is None else by_bias.to(bias.dtype),
-            *(None,) * 5,
+            *(None,) * 7,
         )

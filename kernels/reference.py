@@ -23,6 +23,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptTokens:
+    """The tokens that a top-k, top-p or min-p sampler kept at each position, ragged.
+
+    Position t kept ``ids[cu[t] : cu[t + 1]]``. ids: int [K]; cu: int [T + 1].
+    """
+
+    ids: Tensor
+    cu: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Gae:
     """Advantages and returns, each [T]."""
 
@@ -97,16 +108,23 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     ignore_index: int = IGNORE_INDEX,
+    kept: KeptTokens | None = None,
 ) -> TokenLogprob:
     """`token_logprob` of ``hidden @ weight.T + bias``, with logits never below float32.
 
     Args:
-        hidden: [T, H]. weight: [V, H]. bias: [V] or None. The rest as `token_logprob`.
+        hidden: [T, H]. weight: [V, H]. bias: [V] or None. kept: the distribution is renormalised
+            over these tokens. The rest as `token_logprob`.
     """
     dtype = accumulation_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    if kept is not None:
+        dropped = torch.ones_like(logits, dtype=torch.bool)
+        for t, (start, end) in enumerate(pairwise(kept.cu.tolist())):
+            dropped[t, kept.ids[start:end].long()] = False
+        logits = logits.masked_fill(dropped, -torch.inf)
     return token_logprob(
         logits, labels, temperature=temperature, entropy=entropy, ignore_index=ignore_index
     )

@@ -167,6 +167,49 @@ def test_linear_logprob_equals_float64_and_recomputing_changes_no_bit(num_tokens
         assert relative(found, true) < 5e-6
 
 
+@pytest.mark.parametrize("keep_logits_bytes", [0, 64 << 20])
+def test_replay_renormalises_over_the_kept_tokens(keep_logits_bytes: int) -> None:
+    rng = torch.Generator().manual_seed(2)
+    num_tokens, vocab = 530, 97
+    hidden = torch.randn(num_tokens, 20, generator=rng)
+    weight = torch.randn(vocab, 20, generator=rng)
+    ids = [torch.randperm(vocab, generator=rng)[: 1 + t % 9] for t in range(num_tokens)]
+    kept = reference.KeptTokens(
+        torch.cat(ids).int(), torch.tensor([0, *(len(own) for own in ids)]).cumsum(0).int()
+    )
+    labels = torch.stack([own[-1] for own in ids])
+    grads = torch.randn(2, num_tokens, generator=rng)
+    near, wide = (
+        [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        for dtype in (torch.float32, torch.float64)
+    )
+    results = []
+    for leaves, out in (
+        (
+            near,
+            linear_logprob(
+                near[0],
+                near[1],
+                labels,
+                entropy=True,
+                kept=kept,
+                keep_logits_bytes=keep_logits_bytes,
+            ),
+        ),
+        (
+            wide,
+            reference.linear_logprob(wide[0], wide[1], labels, entropy=True, kept=kept),
+        ),
+    ):
+        assert out.entropy is not None
+        loss = (out.logprob * grads[0] + out.entropy * grads[1]).sum()
+        results.append([out.logprob, out.entropy, *torch.autograd.grad(loss, leaves)])
+    for found, truth in zip(*results, strict=True):
+        assert relative(found, truth.detach()) < 2e-6
+    alone = [t for t in range(num_tokens) if len(ids[t]) == 1]
+    assert not results[0][0][alone].any()  # the only token that was left has probability 1
+
+
 def test_a_tied_weight_collects_both_gradients() -> None:
     rng = torch.Generator().manual_seed(1)
     table = torch.randn(40, 12, generator=rng).double().requires_grad_()

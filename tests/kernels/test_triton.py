@@ -1,6 +1,7 @@
 """The Triton kernels in their own process, and the choice between implementations."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,24 @@ def test_triton_kernels_equal_float64() -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_triton_kernels_compile_for_absent_gpus_without_spills(tmp_path: FilePath) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    out = tmp_path / "compiled.json"
+    command = [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--json", str(out)]
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    reports = json.loads(out.read_text())["kernels"]
+    assert {report["target"] for report in reports} == {"sm_80", "sm_90", "sm_100"}
+    for report in reports:
+        assert report["spill_store_bytes"] == 0, report
+        assert report["shared_bytes"] <= 160 * 1024, report
 
 
 def test_the_choice_is_explicit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,163 @@
+"""Do the Triton kernels compile for GPUs that are not here, and what do they take?
+
+    python bench/compile_kernels.py --json bench/results/kernels_compiled.json
+
+Compiles each kernel for sm_80, sm_90 and sm_100 with no GPU present and asks ptxas for registers,
+spills and shared memory.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rlhfuse.kernels import triton_gae, triton_linear, triton_logprob
+
+TARGETS = (80, 90, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A kernel, the types of its run-time arguments, and its compile-time ones."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, int | bool]
+    num_warps: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    kernel: str
+    target: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    shared_bytes: int
+
+
+def cases() -> list[Case]:
+    logits = {
+        "logits_ptr": "*bf16", "row_stride": "i32", "labels_ptr": "*i64",
+        "temperatures_ptr": "*fp32", "temperature": "fp32", "saved_ptr": "*fp32",
+        "entropy_ptr": "*fp32", "num_rows": "i32",
+    }  # fmt: skip
+    sizes: dict[str, int | bool] = {"VOCAB": 151_936, "PER_ROW": False, "BLOCK": 4096}
+    scan = {
+        "rewards_ptr": "*fp32", "values_ptr": "*fp32", "bootstrap_ptr": "*fp32",
+        "cu_seqlens_ptr": "*i32", "advantages_ptr": "*fp32", "returns_ptr": "*fp32",
+        "moments_ptr": "*fp32", "gamma": "fp32", "decay": "fp32",
+    }  # fmt: skip
+    head = {
+        "hidden_ptr": "*bf16", "hidden_stride": "i32", "weight_ptr": "*bf16",
+        "weight_stride": "i32", "bias_ptr": "*bf16", "labels_ptr": "*i64",
+        "temperatures_ptr": "*fp32", "temperature": "fp32", "out_ptr": "*fp32",
+        "num_tokens": "i32",
+    }  # fmt: skip
+    tiles: dict[str, int | bool] = {
+        "VOCAB": 151_936, "HIDDEN": 4096, "SPLIT": 4864, "BIAS": False, "PER_ROW": False,
+        "BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_H": 64,
+    }  # fmt: skip
+    backward = {
+        "gradient_ptr": "*bf16", "gradient_stride": "i32",
+        "grad_logprob_ptr": "*fp32", "grad_entropy_ptr": "*fp32",
+    }  # fmt: skip
+    return [
+        Case(
+            "token_logprob forward + entropy",
+            triton_logprob._forward,
+            logits | {"logprob_ptr": "*fp32"},
+            sizes | {"ENTROPY": True},
+        ),
+        Case(
+            "token_logprob backward + entropy",
+            triton_logprob._backward,
+            logits | backward,
+            sizes | {"ENTROPY": True},
+        ),
+        Case(
+            "gae + moments",
+            triton_gae._scan,
+            scan,
+            {"VALUES": True, "BOOTSTRAP": False, "BLOCK": 2048},
+        ),
+        Case("linear_logprob forward", triton_linear._partials, head, tiles),
+    ]
+
+
+def compile_case(case: Case, capability: int) -> Report:
+    """Compile for one target and read ptxas's account of it."""
+    order = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    # As at run time: pointers and strides are multiples of 16.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(order.items())
+        if kind.startswith("*") or name.endswith("_stride")
+    }
+    source = ASTSource(
+        fn=case.kernel, signature=order, constexprs=dict(case.constants), attrs=aligned
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.num_warps},
+    )
+    registers, stores, loads = account(compiled.asm["ptx"], capability)
+    return Report(case.name, f"sm_{capability}", registers, stores, loads, compiled.metadata.shared)
+
+
+def account(ptx: str, capability: int) -> tuple[int, int, int]:
+    """Registers, bytes of spill stores and of spill loads, as ptxas -v prints them."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    named = folder / "ptxas-blackwell"
+    ptxas = named if capability >= 100 and named.exists() else folder / "ptxas"
+    arch = re.search(r"\.target (sm_\w+)", ptx)
+    assert arch is not None, "no target in the PTX"
+    with tempfile.TemporaryDirectory() as folder_name:
+        path = Path(folder_name) / "kernel.ptx"
+        path.write_text(ptx)
+        run = subprocess.run(
+            [str(ptxas), "-v", f"--gpu-name={arch[1]}", str(path), "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    used = re.search(r"Used (\d+) registers", run.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    assert used is not None, run.stderr
+    assert spills is not None, run.stderr
+    return int(used[1]), int(spills[1]), int(spills[2])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    reports = [compile_case(case, target) for case in cases() for target in TARGETS]
+    for report in reports:
+        print(
+            f"{report.kernel:34} {report.target:7} {report.registers:4} registers  "
+            f"{report.spill_store_bytes:5} B spilled  {report.shared_bytes:7} B shared"
+        )
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        result = {"versions": versions, "kernels": [asdict(report) for report in reports]}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
