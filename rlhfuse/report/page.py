@@ -45,11 +45,12 @@ def render(run: RunFolder) -> str:
         _environment_section(run),
         _notices_section([*run.notices, *missing]),
     ]
-    done = f"{len(run.steps)} steps" if len(run.steps) != 1 else "1 step"
+    count = sum(row.trained for row in run.steps)
+    done = f"{count} steps" if count != 1 else "1 step"
     return markup.page(
         title=run.title,
         kicker="rlhfuse run report",
-        lead=f"{done} of PPO. Same samples, same update, less idle time." if run.steps else "",
+        lead=f"{done} of PPO. Same samples, same update, less idle time." if count else "",
         body="\n".join(part for part in body if part),
         data=views,
     )
@@ -85,7 +86,7 @@ def _tiles(run: RunFolder) -> str:
     tiles = [
         markup.tile(
             "Reward, before \u2192 after",
-            f"{change.before:.3g} \u2192 {change.after:.3g}" if change else None,
+            f"{_short(change.before)} \u2192 {_short(change.after)}" if change else None,
             change.what if change else "needs two steps or validations",
         ),
         markup.tile(
@@ -110,6 +111,12 @@ def _tiles(run: RunFolder) -> str:
         ),
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _short(value: float) -> str:
+    """A number that fits a tile, with a true minus sign."""
+    text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+    return text.replace("-", "\u2212")
 
 
 def _timeline_section(views: dict[str, LaneData]) -> str:

@@ -20,10 +20,15 @@ _Row = TypeVar("_Row", bound=msgspec.Struct)
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """One row of ``metrics.jsonl``: the numbers of one step."""
+    """The numbers of one step in ``metrics.jsonl``; step 0 is before the training."""
 
     step: int
     values: Mapping[str, float]
+
+    @property
+    def trained(self) -> bool:
+        """Whether there was a training step, not only a validation."""
+        return any(not name.startswith("val-") for name in self.values)
 
     @property
     def serial(self) -> bool:
@@ -129,7 +134,7 @@ class _StepRow(msgspec.Struct):
 
 
 def _read_steps(path: Path, notices: list[str]) -> tuple[StepValues, ...]:
-    found: dict[int, StepValues] = {}
+    found: dict[int, dict[str, float]] = {}
     for line in _lines(path, notices):
         try:
             step = msgspec.json.decode(line, type=_StepRow).step
@@ -139,8 +144,8 @@ def _read_steps(path: Path, notices: list[str]) -> tuple[StepValues, ...]:
             continue
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         numbers.pop("step", None)
-        found[step] = StepValues(step, numbers)
-    return tuple(found[step] for step in sorted(found))
+        found.setdefault(step, {}).update(numbers)  # a validation has a row of its own
+    return tuple(StepValues(step, found[step]) for step in sorted(found))
 
 
 def _lines(path: Path, notices: list[str], optional: bool = False) -> Sequence[bytes]:

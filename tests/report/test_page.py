@@ -50,7 +50,8 @@ def test_a_whole_run_is_shown(make_run: MakeRun) -> None:
     text = " ".join(_read(path).texts)
     for expected in (
         "sentiment / quickstart",
-        "0.405 \u2192 0.791",  # first and last validation, from the made-up curve
+        "0.36 \u2192 0.79",  # first and last validation, from the made-up curve
+        "30 steps of PPO",
         "Step 29",
         "Step 30, serial",
         "long tail",
