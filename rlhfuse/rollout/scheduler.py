@@ -22,6 +22,7 @@ from rlhfuse.rollout.tail import TailWatch
 from rlhfuse.sample import Sample, SampleState
 
 S = SampleState
+GENERATING = (S.RUNNING, S.MOVING)
 
 
 class RolloutScheduler:
@@ -127,7 +128,7 @@ class RolloutScheduler:
                 self._fleet.revive(event.instance)
 
     def _holds(self, instance: int, sample: Sample) -> bool:
-        return sample.instance == instance and sample.state in (S.RUNNING, S.MOVING)
+        return sample.instance == instance and sample.state in GENERATING
 
     def _started(self, event: ev.Started) -> None:
         assert self.done, f"the iteration before is not done: {self.waiting_for()}"
@@ -140,11 +141,12 @@ class RolloutScheduler:
         self._queue.extend(sample.id for sample in order)
 
     def _progressed(self, event: ev.Progress) -> None:
-        self._fleet.workers[event.instance].ahead = 0
+        samples, instance = self._samples, event.instance
+        self._fleet.workers[instance].ahead = 0
         for sample_id, tokens in event.lengths:
-            sample = self._samples.get(sample_id)
-            if sample is not None and self._holds(event.instance, sample):
-                sample.response_tokens = max(sample.response_tokens, tokens)
+            sample = samples.get(sample_id)
+            if sample is not None and sample.instance == instance and sample.state in GENERATING:
+                sample.response_tokens = tokens
 
     def _finished(self, event: ev.Finished) -> None:
         sample = self._samples.get(event.sample_id)

@@ -15,6 +15,7 @@ class ScoreBoard:
     cost: CostModel
     pending: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> tokens
     pending_s: float = 0.0
+    num_pending: int = 0
     out: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> worker
     held: dict[str, dict[int, int]] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
@@ -29,6 +30,7 @@ class ScoreBoard:
         for role in self.roles:
             self.pending[role][sample_id] = tokens
             self.pending_s += self.cost.score_token_s[role] * tokens
+        self.num_pending += len(self.roles)
 
     def forget(self, sample_id: int) -> None:
         """The sample was dropped; what is out will be ignored."""
@@ -81,6 +83,7 @@ class ScoreBoard:
                     del table[sample_id]
                     self.pending[role][sample_id] = self.tokens[sample_id]
                     self.pending_s += self.cost.score_token_s[role] * self.tokens[sample_id]
+                    self.num_pending += 1
                     lost.add(sample_id)
         return lost
 
@@ -92,13 +95,10 @@ class ScoreBoard:
         most = max(((len(self.pending[r]), -i, r) for i, r in enumerate(self.roles)), default=None)
         return most[2] if most is not None and most[0] else ""
 
-    @property
-    def num_pending(self) -> int:
-        return sum(len(samples) for samples in self.pending.values())
-
     def _take(self, role: str, sample_id: int) -> None:
         tokens = self.pending[role].pop(sample_id)
         self.pending_s -= self.cost.score_token_s[role] * tokens
+        self.num_pending -= 1
         if not self.num_pending:
             self.pending_s = 0.0  # no rounding is left behind
 
@@ -132,5 +132,5 @@ def spread(
         calls.append((worker, role, tuple(call)))
     for role in board.roles:
         board.pending[role].clear()
-    board.pending_s = 0.0
+    board.pending_s, board.num_pending = 0.0, 0
     return calls

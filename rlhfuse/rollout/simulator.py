@@ -98,7 +98,7 @@ class Simulator:
             if self._heap[0][0] > next_report_s and self._scheduler.num_generating:
                 self._now_s = next_report_s
                 self._report()
-                next_report_s = self._now_s + max(self._progress_s, 0.03 * self._now_s)
+                next_report_s = self._now_s + max(self._progress_s, 0.2 * self._now_s)
                 continue
             self._now_s, _, what = heapq.heappop(self._heap)
             num_events += 1
@@ -159,7 +159,11 @@ class Simulator:
         for index, instance in enumerate(self._instances):
             if instance.running:
                 self._catch_up(index)
-                lengths = tuple((s, self._so_far(index, s)) for s in instance.running)
+                true, done = self._lengths, instance.steps + 1e-6
+                lengths = tuple(
+                    (s, min(int(true[s] - due + done), true[s] - 1))
+                    for s, due in instance.running.items()
+                )
                 self._tell(ev.Progress(self._now_s, index, lengths))
                 self._plan(index)
 
