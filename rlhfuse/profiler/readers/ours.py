@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from rlhfuse.profiler.trace import Loaded, Trace
-from rlhfuse.timeline import load_chrome
+from rlhfuse.timeline import Timeline, load_chrome
 
-_NAME = re.compile(r"step_(\d+)\.json(\.gz)?")
+_NAME = re.compile(r"step_(\d+)(?:\.rank_(\d+))?\.json(?:\.gz)?")
 
 
 def open_run(folder: Path) -> Trace:
@@ -16,7 +16,7 @@ def open_run(folder: Path) -> Trace:
         ValueError: no step was recorded.
     """
     files = {
-        int(match[1]): path
+        int(match[1]): [path]
         for path in sorted((folder / "timeline").glob("step_*"))
         if (match := _NAME.fullmatch(path.name))
     }
@@ -26,25 +26,29 @@ def open_run(folder: Path) -> Trace:
 
 
 def open_files(paths: list[Path]) -> Trace:
-    """Files written by `save_chrome`, one a step; numbered by name, else in the order given.
+    """Files written by `save_chrome`: one a step, or one a step and rank (`profiler.record`).
+
+    Steps are numbered by the files' names, else in the order given.
 
     Raises:
-        ValueError: two files have the same step number.
+        ValueError: two files are the same step, of the same rank.
     """
-    files: dict[int, Path] = {}
+    files: dict[int, dict[str, Path]] = {}
     for position, path in enumerate(paths):
         match = _NAME.fullmatch(path.name)
-        step = int(match[1]) if match else position
-        if step in files:
-            raise ValueError(f"{path}: {files[step]} is step {step} already; give one of them")
-        files[step] = path
-    return _trace("rlhfuse timeline", files)
+        step, rank = (int(match[1]), match[2] or "") if match else (position, "")
+        parts = files.setdefault(step, {})
+        if rank in parts:
+            raise ValueError(f"{path}: {parts[rank]} is the same step already; give one of them")
+        parts[rank] = path
+    return _trace("rlhfuse timeline", {step: list(parts.values()) for step, parts in files.items()})
 
 
-def _trace(name: str, files: dict[int, Path]) -> Trace:
+def _trace(name: str, files: dict[int, list[Path]]) -> Trace:
     steps = tuple(sorted(files))
 
     def load(step: int | None) -> Loaded:
-        return Loaded(load_chrome(files[steps[-1] if step is None else step]))
+        parts = [load_chrome(path) for path in files[steps[-1] if step is None else step]]
+        return Loaded(parts[0] if len(parts) == 1 else Timeline.merged(parts))
 
     return Trace(name, steps, load)
