@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhfuse.kernels import reference
-from rlhfuse.kernels.gae import discounted_returns, gae
+from rlhfuse.kernels.gae import discounted_returns, gae, gae_padded
 from rlhfuse.kernels.packed import segment_sum
 from rlhfuse.kernels.whiten import batch_moments, pool, sequence_moments, whiten_batch
 
@@ -63,6 +63,29 @@ def test_a_sequences_gae_does_not_depend_on_its_company(lengths: list[int], whic
     alone = gae(rewards[own], values[own], cumulative([lengths[which]]), gamma=0.99, lam=0.95)
     assert torch.equal(together.advantages[own], alone.advantages)
     assert torch.equal(together.returns[own], alone.returns)
+
+
+def test_padded_rows_skip_what_is_masked() -> None:
+    rng = torch.Generator().manual_seed(5)
+    rewards, values = torch.randn(2, 6, 90, generator=rng)
+    mask = torch.rand(6, 90, generator=rng) < 0.7
+    mask[2] = False
+    mask[3] = True
+    found = gae_padded(rewards, values, mask, gamma=0.97, lam=0.9)
+    for row in range(6):
+        advantage = following = 0.0
+        for t in range(89, -1, -1):
+            if not mask[row, t]:
+                assert float(found.advantages[row, t]) == float(found.returns[row, t]) == 0.0
+                continue
+            delta = float(rewards[row, t]) + 0.97 * following - float(values[row, t])
+            advantage = delta + 0.97 * 0.9 * advantage
+            following = float(values[row, t])
+            assert math.isclose(
+                float(found.advantages[row, t]), advantage, rel_tol=1e-5, abs_tol=1e-6
+            )
+    with pytest.raises(ValueError, match="mask"):
+        gae_padded(rewards, values, mask[:, 1:], gamma=1.0, lam=1.0)
 
 
 def test_the_inputs_are_left_alone() -> None:

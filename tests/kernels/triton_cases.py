@@ -94,7 +94,7 @@ def test_token_logprob_equals_float64(
     assert not leaf.grad[~keep.to(DEVICE)].any()
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 3, 0, 700, 128, 129, 1], [2100, 2]])
+@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 3, 0, 300, 128, 1]])
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0)])
 @pytest.mark.parametrize("with_bootstrap", [False, True])
 def test_gae_and_moments_equal_float64(
@@ -135,8 +135,8 @@ def test_gae_and_moments_equal_float64(
     [
         (1, 16, 1, torch.float32),
         (5, 40, 257, torch.float32),
-        (33, 32, 2176, torch.float32),
-        (3, 64, 4200, HALF),
+        (33, 32, 700, torch.float32),
+        (3, 64, 2200, HALF),
         (0, 16, 32, torch.float32),
     ],
 )
