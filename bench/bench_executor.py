@@ -6,7 +6,9 @@
 `fidelity`: schedules of sleeping tasks, so cores do not matter; measured over planned makespan and
 the cost of a task. `models`: actor and critic of the quick-start shape on two ranks of one thread
 each; serial 1F1B against fused, side by side in one run, beside the ratio predicted from the
-measured task times. One JSON object per line.
+measured task times. `..._over_replayed`: measured time over that of an ideal executor whose tasks
+take exactly as long as they did: what is lost to messages and bookkeeping.
+One JSON object per line.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +41,7 @@ from rlhfuse.config import (
 )
 from rlhfuse.models.partition import partition
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
+from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.timeline import Kind, Span
@@ -261,6 +263,45 @@ def mean_durations(spans: Sequence[Span]) -> dict[str, float]:
     return {key: statistics.median(values) for key, values in found.items()}
 
 
+def replay(schedule: Schedule, spans: Sequence[Span]) -> float:
+    """Makespan of a schedule whose tasks take exactly as long as they did in one run, with free
+    messages: what the executor itself loses is the measured time beyond this."""
+    duration = {span.name: span.duration_s for span in spans if span.kind in TASKS}
+    ends: dict[Task, float] = {}
+    rows = [list(row) for row in schedule.rows]
+    free = [0.0] * len(rows)
+    while any(rows):
+        for rank, row in enumerate(rows):
+            while row:
+                source = _input_of(schedule, row[0])
+                if source and not any(task in ends for task in source):
+                    break
+                ready = max((ends[task] for task in source if task in ends), default=0.0)
+                task = row.pop(0)
+                free[rank] = max(free[rank], ready) + duration[str(task)]
+                ends[task] = free[rank]
+    return max(free)
+
+
+def _input_of(schedule: Schedule, task: Task) -> tuple[Task, ...]:
+    """The tasks one of which makes the input of `task`."""
+    last = schedule.problem.pipeline(task.pipeline).num_stages - 1
+    if task.op is Op.F:
+        return (replace(task, pp_stage=task.pp_stage - 1),) if task.pp_stage else ()
+    if task.op is Op.W or task.pp_stage == last:
+        return (replace(task, op=Op.I if task.op is Op.W else Op.F),)
+    above = replace(task, pp_stage=task.pp_stage + 1)
+    return replace(above, op=Op.B), replace(above, op=Op.I)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One rank's updates: the fused schedule, and per kind (spans, seconds) of every repeat."""
+
+    fused: tuple[Schedule, ...]
+    measured: dict[str, list[tuple[list[Span], float]]]
+
+
 def training_s(results: Sequence[tuple[list[Span], object]]) -> float:
     """From the first task of any rank to the last."""
     spans = [s for result in results for s in result[0] if s.kind in TASKS]
@@ -292,7 +333,7 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
     unit = two_models(2, count, 1.0)
     microbatches = {role: cut(samples, count) for role in ("actor", "critic")}
 
-    def run(rank: int) -> dict[str, list[tuple[list[Span], float]]]:
+    def run(rank: int) -> Runs:
         trainer = RankTrainer(
             config,
             rank=rank,
@@ -315,18 +356,22 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
         dist.all_gather_object(gathered, update(serial(unit))[0])
         measured = problem_of(mean_durations(gathered[0] + gathered[1]), place, count)
         fused = (fuse(measured, iterations=200),)
-        runs: dict[str, list[tuple[list[Span], float]]] = {"serial": [], "fused": []}
+        runs = Runs(fused, {"serial": [], "fused": []})
         for _ in range(arguments.repeats):
-            runs["serial"].append(update(serial(measured)))
-            runs["fused"].append(update(fused))
-        if arguments.timelines:
-            Path(arguments.timelines).mkdir(parents=True, exist_ok=True)
+            runs.measured["serial"].append(update(serial(unit)))
+            runs.measured["fused"].append(update(fused))
         return runs
 
     per_rank = run_ranks(2, run)
-    seconds, best, steps, spans = {}, {}, {}, {}
+    ran = {"serial": serial(unit), "fused": per_rank[0].fused}
+    seconds, best, steps, spans, lost = {}, {}, {}, {}, {}
     for name in ("serial", "fused"):
-        pairs = list(zip(*(r[name] for r in per_rank), strict=True))
+        pairs = list(zip(*(r.measured[name] for r in per_rank), strict=True))
+        lost[name] = statistics.median(
+            training_s(pair)
+            / sum(replay(s, [x for part in pair for x in part[0]]) for s in ran[name])
+            for pair in pairs
+        )
         seconds[name] = statistics.median(training_s(pair) for pair in pairs)
         best[name] = min(training_s(pair) for pair in pairs)
         steps[name] = statistics.median(max(part[1] for part in pair) for pair in pairs)
@@ -346,6 +391,8 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
         "predicted_ratio": round(predicted_serial / makespan(fused), 3),
         "serial_over_predicted": round(seconds["serial"] / predicted_serial, 3),
         "fused_over_predicted": round(seconds["fused"] / makespan(fused), 3),
+        "serial_over_replayed": round(lost["serial"], 3),
+        "fused_over_replayed": round(lost["fused"], 3),
         "update_serial_s": round(steps["serial"], 4),
         "update_fused_s": round(steps["fused"], 4),
         "task_ms": {
@@ -379,7 +426,6 @@ def main() -> None:
     two.add_argument("--actor-head", type=float, default=0.0, help="cost of the head in layers")
     two.add_argument("--repeats", type=int, default=5)
     two.add_argument("--split-weight", action="store_true")
-    two.add_argument("--timelines", default="")
     arguments = parser.parse_args()
     if arguments.command == "fidelity":
         for num_ranks in arguments.ranks:

@@ -90,7 +90,7 @@ class RankTrainer:
         ]
         # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
         self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
-        self._tied = _tied_groups(placement, timeout)
+        self._tied = _tied_groups(placement, rank, timeout)
         self._channels = Channels(
             rank,
             {role: place.ranks for role, place in placement.roles.items()},
@@ -300,8 +300,10 @@ class RankTrainer:
             raise StepFailed(word) from error
 
     def _leave(self) -> None:
+        """Whoever waits for this rank fails now, not at the time limit."""
         self._channels.close()
-        dist.destroy_process_group(self._control)
+        for group in (self._control, *self._tied.values()):
+            dist.destroy_process_group(group)
 
     @contextmanager
     def _span(self, spans: list[Span], kind: Kind, name: str) -> Iterator[None]:
@@ -325,11 +327,18 @@ def _num_tokens(sample: SampleData) -> int:
     return len(sample.prompt) + len(sample.response)
 
 
-def _tied_groups(placement: TrainingPlacement, timeout: timedelta) -> dict[str, dist.ProcessGroup]:
-    """First and last rank of each role with several stages. Collective."""
+def _tied_groups(
+    placement: TrainingPlacement, rank: int, timeout: timedelta
+) -> dict[str, dist.ProcessGroup]:
+    """First and last rank of each role with several stages, if `rank` is one of them. Collective.
+
+    All ranks make all groups: torch requires it.
+    """
     groups = {}
     for role, place in sorted(placement.roles.items()):
         ends = sorted({place.ranks[0], place.ranks[-1]})
         if len(ends) == 2:
-            groups[role] = dist.new_group(ends, timeout=timeout)
+            group = dist.new_group(ends, timeout=timeout)
+            if rank in ends:
+                groups[role] = group
     return groups

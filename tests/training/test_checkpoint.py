@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.training.update import RankTrainer
@@ -76,6 +76,7 @@ def test_a_checkpoint_loads_into_other_stages_and_exports_to_transformers(
         trainer.load(tmp_path / "saved")
         trainer.save(tmp_path / "again")
         trainer.export_hf(tmp_path / "actor", "actor")
+        trainer.export_hf(tmp_path / "critic", "critic")
         return digests(trainer)
 
     found = {k: v for result in run_ranks(4, load) for k, v in result.items()}
@@ -83,16 +84,16 @@ def test_a_checkpoint_loads_into_other_stages_and_exports_to_transformers(
     assert set(names.values()) == {"actor", "critic"}
     before, after = (first_moments(tmp_path / run, "actor") for run in ("saved", "again"))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "actor")
-    saved = {
-        name: tensor
-        for stage in range(2)
-        for name, tensor in load_file(
-            tmp_path / "saved" / "actor" / f"stage_{stage}.safetensors"
-        ).items()
+    exported = {
+        "actor": AutoModelForCausalLM.from_pretrained(tmp_path / "actor"),
+        "critic": AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic"),
     }
-    for name, parameter in exported.named_parameters():
-        assert torch.equal(parameter, saved[f"weight/{name}"]), name
+    for role, model in exported.items():
+        saved: dict[str, torch.Tensor] = {}
+        for stage in range(2):
+            saved |= load_file(tmp_path / "saved" / role / f"stage_{stage}.safetensors")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, saved[f"weight/{name}"]), name
 
 
 def test_damaged_checkpoints_are_refused(models: Models, tmp_path: Path) -> None:
