@@ -25,7 +25,8 @@ from rlhfuse.schedules.standard import serial, zb_h1
 from rlhfuse.schedules.timing import channel_numbers, check_channels, makespan
 
 DEFAULT_ROUNDS = 200
-FIRST_TRIALS, TRIALS = 12, 64  # list schedules at the start of a cycle
+MOVES = 3000  # local moves of one round
+LIST_TASKS = 10_000  # tasks that the list schedules of one round place, all together
 FIRST_CYCLE, LONGEST_CYCLE = 8, 512  # rounds
 HOT, COLD = 0.5, 0.08  # temperatures, in mean task durations
 
@@ -97,7 +98,7 @@ class _Search:
 
     Rounds are short, so that budgets are kept. They form cycles of 8, 16, 32, ... rounds; each
     cycle starts from a new list schedule, the best rows or where the last one stopped, in turn, and
-    cools down from `HOT` to `COLD`.
+    cools down from `HOT` to `COLD`. List schedules are bred over two cycles, then anew.
     """
 
     def __init__(self, problem: Problem, split_weight: bool, seed: int) -> None:
@@ -135,39 +136,44 @@ class _Search:
             self.best, self.found = length, schedule
 
     def round(self) -> None:
-        """A few list schedules at the start of a cycle, then a batch of local moves."""
-        if self.step == 0 and (self.cycle % 3 == 0 or self.rows is None):
+        """A few list schedules (in the first third of every third cycle) or local moves."""
+        lists = max(1, self.length // 3) if self.cycle % 3 == 0 else 0
+        if self.step < lists:
             self._list()
+        if self.step == lists - 1 and self.listed < np.inf:
+            self._visit(self._listed_rows())
         elif self.step == 0 and self.cycle % 3 == 1 and self.rows is not None:
             assert self.bench is not None
             self.rows.tasks[:] = self.bench.best
-        if self.rows is not None:
+        if self.step >= lists and self.rows is not None:
             self._improve()
         self.step += 1
         if self.step >= self.length:
             self.cycle, self.step, self.length = self.cycle + 1, 0, 2 * self.length
             self.length = min(self.length, LONGEST_CYCLE)
+            self.listed = np.inf if self.cycle % 2 == 0 else self.listed
 
     def _list(self) -> None:
-        """Go to the best of some list schedules."""
-        coded, policy = self.coded, self.policy
+        """Some list schedules; their best genes stay in `genes`."""
+        size = int(self.desk.tasks.size)
         self.listed = trials(
-            coded,
+            self.coded,
             self.desk,
             self.ground,
-            policy,
+            self.policy,
             self.genes,
             self.trial_genes,
-            np.inf,
+            self.listed,
             0.4,
-            FIRST_TRIALS if self.cycle == 0 else TRIALS,
+            max(4, LIST_TASKS // size),
             self.state,
         )
-        if self.listed < np.inf:
-            express(coded, self.ground, self.genes, policy)
-            told = policy._replace(window=float(self.genes.window[0]))
-            dispatch(coded, self.desk, told)
-            self._visit(rows_of(self.desk))
+
+    def _listed_rows(self) -> Rows:
+        express(self.coded, self.ground, self.genes, self.policy)
+        told = self.policy._replace(window=float(self.genes.window[0]))
+        dispatch(self.coded, self.desk, told)
+        return rows_of(self.desk)
 
     def _visit(self, rows: Rows) -> None:
         """Make `rows` the current point, and the best if they are, when they are executable."""
@@ -194,7 +200,6 @@ class _Search:
         assert self.bench is not None
         cooling = (COLD / HOT) ** (1 / self.length)
         hot = self.ground.unit * HOT * cooling**self.step
-        size = self.rows.tasks.shape[0]
         best = anneal(
             self.rows,
             self.coded,
@@ -205,7 +210,7 @@ class _Search:
             self.best,
             hot,
             hot * cooling,
-            max(200, min(4000, 2_000_000 // size)),
+            MOVES,
             self.state,
         )
         if best < self.best:

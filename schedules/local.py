@@ -2,12 +2,11 @@
 
 With the longest path to (`end`) and from (`tail`) every task at hand, the longest path through a
 swapped pair follows in constant time (Taillard 1994, for job shops), so only accepted moves cost a
-pass over the tasks, and that pass covers only what stands behind (for `end`) or before (for `tail`)
-the pair. Memory depends on the order of a row alone, so the cap is checked in constant time too.
-The search stays among schedules that pass the channel check: it is made after every few moves
-(more while it passes) and before anything counts as a result; a failure takes the moves back.
-Swapping a tight critical pair cannot close a circle (van Laarhoven 1992) except through tasks of no
-duration; such a swap is taken back too.
+pass over tasks, and that pass ends where nothing changes any more. Memory depends on the order of
+a row alone, so the cap is checked in constant time too. The search stays among schedules that pass
+the channel check: it is made after every few moves (fewer after a failure) and before anything
+counts as a result; a failure takes the moves back. Swapping a tight critical pair cannot close a
+circle (van Laarhoven 1992) except through tasks of no duration; such a swap is taken back too.
 """
 
 # Helpers take plain arrays, not tuples of arrays: passing a tuple costs a count per array.
@@ -31,6 +30,7 @@ class Bench(NamedTuple):
     order: Ints  # [N] tasks, predecessors first
     slot_of: Ints  # [T] position of each task in `order`
     held: Floats  # [N] memory before the task at this position
+    mark: Ints  # [T] 1 where `end` or `tail` must be looked at again
     waiter: Ints  # [T]
     at: Ints  # [num_ranks]
     todo: Ints  # [num_ranks + 1]
@@ -57,6 +57,7 @@ def make_bench(coded: Coded, rows: Rows, channel: Ints, late: Floats) -> Bench:
         order=np.zeros(n, np.int64),
         slot_of=np.zeros(size, np.int64),
         held=np.zeros(n),
+        mark=np.zeros(size, np.int64),
         waiter=np.zeros(size, np.int64),
         at=np.zeros(ranks, np.int64),
         todo=np.zeros(ranks + 1, np.int64),
@@ -115,39 +116,98 @@ def settle(rows: Rows, coded: Coded, bench: Bench) -> None:
 
 
 @compiled
-def _forward(coded: Coded, rows: Rows, bench: Bench, begin: int) -> None:
-    """Recompute `end` for `order[begin:]`."""
+def _forward(coded: Coded, rows: Rows, bench: Bench, begin: int, p: int) -> None:
+    """Bring `end` up to date from `order[begin]` on after the swap at p; stops when all agree."""
     tasks, first, order, place, end = rows.tasks, rows.first, bench.order, bench.place, bench.end
-    rank, pred, latency = coded.rank, coded.pred, coded.latency
-    release, duration = coded.release, coded.duration
-    for i in range(begin, order.shape[0]):
+    rank, pred, latency, mark = coded.rank, coded.pred, coded.latency, bench.mark
+    release, duration, succ = coded.release, coded.duration, coded.succ
+    left = 0
+    for position in range(p, min(p + 3, first[rank[tasks[p]] + 1])):
+        mark[tasks[position]] = 1
+        left += 1
+    i = begin
+    while left > 0:
         task = order[i]
-        start = release[task]
+        i += 1
+        if mark[task] == 0:
+            continue
+        mark[task] = 0
+        left -= 1
         position = place[task]
-        if position > first[rank[task]]:
-            start = max(start, end[tasks[position - 1]])
+        start = max(
+            release[task], end[tasks[position - 1]] if position > first[rank[task]] else 0.0
+        )
         source = pred[task]
         if source >= 0:
             start = max(start, end[source] + latency[task])
-        end[task] = start + duration[task]
+        if start + duration[task] != end[task]:
+            end[task] = start + duration[task]
+            follower = tasks[position + 1] if position + 1 < first[rank[task] + 1] else -1
+            for near in (follower, succ[task]):
+                if near >= 0 and mark[near] == 0:
+                    mark[near] = 1
+                    left += 1
 
 
 @compiled
-def _backward(coded: Coded, rows: Rows, bench: Bench, late: Floats, last: int) -> None:
-    """Recompute `tail` for `order[:last + 1]`."""
+def _longest_after(
+    task: int,
+    follower: int,
+    floor: float,
+    target: int,
+    latency: Floats,
+    duration: Floats,
+    tail: Floats,
+) -> float:
+    """Longest path from the end of `task` to the end of all."""
+    longest = floor
+    if follower >= 0:
+        longest = max(longest, duration[follower] + tail[follower])
+    if target >= 0:
+        longest = max(longest, latency[target] + duration[target] + tail[target])
+    return float(longest)
+
+
+@compiled
+def _backward_all(coded: Coded, rows: Rows, bench: Bench, late: Floats) -> None:
+    """Compute `tail` of every task."""
     tasks, first, order, place, tail = rows.tasks, rows.first, bench.order, bench.place, bench.tail
     rank, succ, latency, duration = coded.rank, coded.succ, coded.latency, coded.duration
-    for i in range(last, -1, -1):
+    for i in range(order.shape[0] - 1, -1, -1):
         task = order[i]
-        longest = late[task]
         position = place[task] + 1
-        if position < first[rank[task] + 1]:
-            follower = tasks[position]
-            longest = max(longest, duration[follower] + tail[follower])
-        target = succ[task]
-        if target >= 0:
-            longest = max(longest, latency[target] + duration[target] + tail[target])
-        tail[task] = longest
+        follower = tasks[position] if position < first[rank[task] + 1] else -1
+        tail[task] = _longest_after(task, follower, late[task], succ[task], latency, duration, tail)
+
+
+@compiled
+def _backward(coded: Coded, rows: Rows, bench: Bench, late: Floats, last: int, p: int) -> None:
+    """Bring `tail` up to date from `order[last]` back after the swap at p."""
+    tasks, first, order, place, tail = rows.tasks, rows.first, bench.order, bench.place, bench.tail
+    rank, succ, latency, duration = coded.rank, coded.succ, coded.latency, coded.duration
+    pred, mark = coded.pred, bench.mark
+    left = 0
+    for position in range(max(p - 1, first[rank[tasks[p]]]), p + 2):
+        mark[tasks[position]] = 1
+        left += 1
+    i = last
+    while left > 0:
+        task = order[i]
+        i -= 1
+        if mark[task] == 0:
+            continue
+        mark[task] = 0
+        left -= 1
+        position = place[task]
+        follower = tasks[position + 1] if position + 1 < first[rank[task] + 1] else -1
+        longest = _longest_after(task, follower, late[task], succ[task], latency, duration, tail)
+        if longest != tail[task]:
+            tail[task] = longest
+            before = tasks[position - 1] if position > first[rank[task]] else -1
+            for near in (before, pred[task]):
+                if near >= 0 and mark[near] == 0:
+                    mark[near] = 1
+                    left += 1
 
 
 @compiled
@@ -173,7 +233,7 @@ def measure(rows: Rows, coded: Coded, bench: Bench, late: Floats) -> float:
         return -1.0
     for i in range(n):
         bench.slot_of[bench.order[i]] = i
-    _backward(coded, rows, bench, late, n - 1)
+    _backward_all(coded, rows, bench, late)
     return _length(rows, bench, late)
 
 
@@ -344,8 +404,8 @@ def swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
     if coded.duration[u] <= EPS or coded.duration[v] <= EPS:
         return measure(rows, coded, bench, late)
     _reorder(u, v, bench.order, bench.slot_of, start, bench.spare, bench.end, coded.duration)
-    _forward(coded, rows, bench, begin)
-    _backward(coded, rows, bench, late, stop)
+    _forward(coded, rows, bench, begin, p)
+    _backward(coded, rows, bench, late, stop, p)
     return _length(rows, bench, late)
 
 
