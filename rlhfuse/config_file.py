@@ -55,11 +55,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Cross-field rules are `rlhfuse.config_check.check`'s, which is not called here.
     """
     tree = read_yaml(path)
-    unknown = list(_unknown_keys(tree, _root(), ""))
-    if unknown:
-        raise ValueError(f"{path}: " + "; ".join(unknown))
+    _refuse_unknown_keys(tree, f"{path}: ")
     for key, text in split_overrides(overrides):
         _override(tree, key, text)
+    return _convert(tree)
+
+
+def from_tree(tree: dict[str, object]) -> Config:
+    """The configuration that nested mappings hold, as `load` reads it from a file."""
+    _refuse_unknown_keys(tree, "")
     return _convert(tree)
 
 
@@ -144,6 +148,12 @@ def unknown_key(place: str) -> str:
         near = [key for key in known if key.rpartition(".")[2] == name][:2]
     near = near or difflib.get_close_matches(place, siblings or known, n=1, cutoff=0.0)
     return f"{place}: unknown key, the nearest is {' or '.join(near)}"
+
+
+def _refuse_unknown_keys(tree: dict[str, object], source: str) -> None:
+    unknown = list(_unknown_keys(tree, _root(), ""))
+    if unknown:
+        raise ValueError(source + "; ".join(unknown))
 
 
 def _unknown_keys(value: object, kind: types.Type, place: str) -> Iterator[str]:
