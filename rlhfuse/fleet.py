@@ -39,6 +39,7 @@ class Fleet:
         self._endpoints: dict[str, str] = {}
         self._spans: list[Span] = []
         self._checked_s = 0.0
+        self.pids: dict[str, int] = {}
         self.rollout: tuple[str, ...] = ()
         self.training: tuple[str, ...] = ()
 
@@ -54,18 +55,22 @@ class Fleet:
                     "the cluster runs another rlhfuse"
                 )
             self._endpoints[worker] = hello.endpoint
-            logger.info("%s is process %d on %s", worker, hello.pid, hello.detail)
+            self.pids[worker] = hello.pid
 
     def endpoint(self, worker: str) -> str:
         """Where a worker's payloads can be fetched."""
         return self._endpoints[worker]
 
     def send(self, worker: str, command: m.Command) -> None:
-        self._hub.send(worker, command)
+        """Queue a command. Raises WorkerFailed where the worker is gone."""
+        try:
+            self._hub.send(worker, command)
+        except ConnectionError as error:
+            raise WorkerFailed(str(error)) from error
 
     def broadcast(self, workers: Iterable[str], command: m.Command) -> None:
         for worker in workers:
-            self._hub.send(worker, command)
+            self.send(worker, command)
 
     def receive(self, timeout_s: float = _POLL_S) -> list[tuple[str, m.Event]]:
         """Events at hand but spans, which are kept for `take_spans`.

@@ -8,6 +8,7 @@ import msgspec
 
 from rlhfuse.config import Config
 from rlhfuse.config_file import load
+from rlhfuse.fleet import WorkerFailed
 from rlhfuse.report.page import write_report
 from rlhfuse.resolve import Resolved, resolve
 from rlhfuse.run_folder import check_manifest, latest_name
@@ -70,7 +71,10 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
     with open_session(run, resume=resume) as session:
         trainer = Trainer(session)
         start_s = time.monotonic() - started
-        trainer.fit()
+        try:
+            trainer.fit()
+        except WorkerFailed as error:
+            raise _with_way_out(error, session) from error
         state = session.state
         history = trainer.history
         values = [v[state.best_metric] for v in trainer.validations if state.best_metric in v]
@@ -91,6 +95,13 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
         measured_speedup=sorted(speedups)[len(speedups) // 2] if speedups else None,
         report=report,
     )
+
+
+def _with_way_out(error: WorkerFailed, session: Session) -> WorkerFailed:
+    checkpoint = session.folder.latest()
+    if checkpoint is None or error.user_error:
+        return error
+    return WorkerFailed(f"{error}; {checkpoint} is whole: go on with --resume")
 
 
 def verify_run(config: Config, steps: int, folder: Path) -> Verification:

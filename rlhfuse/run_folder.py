@@ -1,8 +1,8 @@
 """The folder of a run: what is written where, and checkpoints that are whole or not there.
 
 ``runs/<project>/<experiment>/``: ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
-``samples.jsonl``, ``timeline/step_N.json``, ``report.html``, ``checkpoints/global_step_N/`` and
-``checkpoints/latest_checkpointed_iteration.txt``.
+``samples.jsonl``, ``workers.json`` (process ids), ``timeline/step_N.json``, ``report.html``,
+``checkpoints/global_step_N/`` and ``checkpoints/latest_checkpointed_iteration.txt``.
 """
 
 import os
@@ -67,6 +67,10 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         write_whole(self.path / "config.yaml", config_yaml.encode())
         write_whole(self.path / "environment.json", msgspec.json.encode(environment()))
+
+    def write_workers(self, pids: dict[str, int]) -> None:
+        """Which process is which worker: for debuggers, and for those who look after the run."""
+        write_whole(self.path / "workers.json", msgspec.json.encode(pids))
 
     def timeline(self, step: int) -> Path:
         return self.path / "timeline" / f"step_{step}.json"

@@ -87,6 +87,7 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
         if rewards is not None:
             stack.callback(rewards.close)
         fleet = _start_fleet(run, state, stack)
+        folder.write_workers(fleet.pids)
         roles: tuple[m.Role, ...] = ("actor", "critic") if config.uses_critic else ("actor",)
         session = Session(
             run=run,
