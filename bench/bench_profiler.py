@@ -42,9 +42,7 @@ def primus() -> None:
 
 def synthetic() -> None:
     """Skewed and jittered timelines: errors of clocks (of a task) and of causes (of wall time)."""
-    print(
-        "\nKnown causes; clocks skewed by up to 200 ms, micro-batches 10 % apart, messages equally long"
-    )
+    print("\nKnown causes; clocks up to 200 ms, micro-batches 10 % apart, messages equally long")
     print(f"{'pp':>4}{'m':>5}{'clock error / task':>20}{'largest cause error / wall':>28}")
     for ranks, mbs in ((2, 4), (4, 8), (8, 16), (16, 32)):
         rng = random.Random(ranks)

@@ -9,6 +9,7 @@ import click
 from rlhfuse.cli.common import CONDITION, OK, emit_json, stdout_kept_clean, user_errors
 
 if TYPE_CHECKING:
+    from rlhfuse.profiler.readers.chrome_events import FieldNames
     from rlhfuse.profiler.summary import ProfileSummary
     from rlhfuse.profiler.trace import Trace
     from rlhfuse.timeline import Timeline
@@ -21,6 +22,7 @@ _TREND_STEPS = 100
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--step", type=int, help="The step to explain; by default the last one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--map", "map_file", type=click.Path(), help="YAML: names in Chrome event lists.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a self-contained page.")
 @click.option("--csv", type=click.Path(dir_okay=False), help="Write the causes per rank as CSV.")
 @click.option("--fail-if", multiple=True, help="Exit with 3 if this holds: 'bubble_fraction>0.2'.")
@@ -30,6 +32,7 @@ def profile(
     paths: tuple[str, ...],
     step: int | None,
     as_json: bool,
+    map_file: str | None,
     html: str | None,
     csv: str | None,
     fail_if: tuple[str, ...],
@@ -39,14 +42,16 @@ def profile(
     """Explain the idle time of one step of PATH...
 
     PATH is a run folder of ours, a timeline file, or a trace by others: PyTorch profiler JSON per
-    rank, or Primus pp_rank JSON.
+    rank, Primus pp_rank JSON, Chrome events with step, micro-batch and stage, or the step metrics
+    that verl and others log.
     """
     from rlhfuse.profiler.condition import holds
     from rlhfuse.profiler.explain import explain
     from rlhfuse.profiler.readers.detect import open_trace
 
     with user_errors(), stdout_kept_clean(as_json):
-        trace = open_trace([Path(path) for path in paths])
+        names = _field_names(Path(map_file)) if map_file is not None else None
+        trace = open_trace([Path(path) for path in paths], names)
         scale = None if no_what_if else critic_scale
         timeline, summary = explain(trace, trace.pick(step), critic_scale=scale)
         failed = [expression for expression in fail_if if holds(expression, summary)]
@@ -64,6 +69,18 @@ def profile(
     for expression in failed:
         click.echo(f"condition holds: {expression}", err=True)
     return CONDITION if failed else OK
+
+
+def _field_names(path: Path) -> "FieldNames":
+    import msgspec
+    import yaml
+
+    from rlhfuse.profiler.readers.chrome_events import FieldNames
+
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text()), FieldNames)
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ValueError(f"--map {path}: {error}") from error
 
 
 def _write_page(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+from rlhfuse.profiler.attribution import device_lanes
 from rlhfuse.profiler.rounds import Round, find_rounds, parse_task, remote_inputs
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
 from rlhfuse.timeline import Timeline
@@ -31,9 +32,10 @@ class Recovered:
 def recover(timeline: Timeline) -> tuple[list[Recovered], list[str]]:
     """Every training round of a timeline whose tasks are named, and why others are left out."""
     recovered, warnings = [], []
+    ranks = {lane: rank for rank, lane in enumerate(device_lanes(timeline))}
     for number, training in enumerate(find_rounds(timeline.spans)):
         try:
-            recovered.append(_recover(training))
+            recovered.append(_recover(training, ranks))
         except ValueError as error:
             warnings.append(f"training round {number}: schedule not recovered: {error}")
     return recovered, warnings
@@ -51,8 +53,7 @@ def stragglers(rounds: Sequence[Recovered]) -> list[str]:
         for stage, seconds in enumerate(per_stage):
             if seconds > _STRAGGLES * middle:
                 told.append(
-                    f"{pipe.name} stage {stage} (rank {pipe.stages[stage]}): "
-                    f"{seconds / middle:.2f} times the median stage"
+                    f"{pipe.name} stage {stage}: {seconds / middle:.2f} times the median stage"
                 )
         for mb, weight in enumerate(_microbatch_costs(last, pipe)):
             if weight > _STRAGGLES:
@@ -75,14 +76,14 @@ def schedule_name(schedule: Schedule) -> str:
     return "1F1B" if _is_one_f_one_b(schedule, pipe) else "custom"
 
 
-def _recover(training: Round) -> Recovered:
+def _recover(training: Round, ranks: Mapping[str, int]) -> Recovered:
     rows: dict[int, list[Task]] = {}
     durations: dict[Task, float] = {}
     starts: dict[Task, float] = {}
     for lane, spans in training.spans.items():
-        rank = int(lane.removeprefix("rank")) if lane.removeprefix("rank").isdigit() else -1
-        if rank < 0:
-            raise ValueError(f"lane {lane!r} is no rank")
+        if lane not in ranks:
+            raise ValueError(f"lane {lane!r} is no device")
+        rank = ranks[lane]
         for span in spans:
             task = parse_task(span.name)
             if task is None:

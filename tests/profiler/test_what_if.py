@@ -79,7 +79,7 @@ def test_a_slow_stage_and_a_slow_micro_batch_are_named() -> None:
     )
     rounds, _ = recover(simulate(one_f_one_b(Problem(4, (slow,)))))
     told = " ".join(stragglers(rounds))
-    assert "actor stage 2 (rank 2): 1.50 times" in told
+    assert "actor stage 2: 1.50 times" in told
     assert "actor micro-batch 2: 1.40 times" in told
     assert told.count("times") == 2
     found, _ = what_ifs(rounds, rounds[0].makespan_s)

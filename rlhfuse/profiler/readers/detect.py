@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
+from rlhfuse.profiler.readers.chrome_events import FieldNames, open_chrome_events
 from rlhfuse.profiler.readers.kineto import open_kineto
 from rlhfuse.profiler.readers.ours import open_files, open_run
 from rlhfuse.profiler.readers.primus import open_primus
@@ -13,6 +14,15 @@ from rlhfuse.profiler.readers.step_metrics import holds_step_metrics, open_step_
 from rlhfuse.profiler.trace import Trace
 
 _HEAD = 1 << 16
+_OURS = b'{"traceEvents":[{"ph":"M","name":"process_name","pid":0'
+_KINETO = (
+    b'"schemaVersion"',
+    b'"deviceProperties"',
+    b'"distributedInfo"',
+    b'"cpu_op"',
+    b'"kernel"',
+    b'"cuda_runtime"',
+)
 _ENDINGS = (".json", ".json.gz", ".jsonl", ".log", ".txt")
 _SKIPPED = ("config.json", "environment.json", "report.html")
 
@@ -23,11 +33,15 @@ class Format(StrEnum):
     OURS = "rlhfuse timeline"
     PRIMUS = "primus"
     KINETO = "kineto"
+    CHROME = "chrome events"
     STEP_METRICS = "step metrics"
 
 
-def open_trace(paths: Sequence[Path]) -> Trace:
+def open_trace(paths: Sequence[Path], names: FieldNames | None = None) -> Trace:
     """The trace in these files and folders.
+
+    Args:
+        names: where Chrome event lists of other makers keep step, micro-batch and stage.
 
     Raises:
         ValueError: nothing there can be read, or files are of different formats.
@@ -42,7 +56,7 @@ def open_trace(paths: Sequence[Path]) -> Trace:
     if not known:
         raise ValueError(
             f"{_names(paths)}: no trace of a known format (rlhfuse runs and timelines, PyTorch "
-            "profiler JSON, Primus pp_rank JSON, step metrics with timing_s/...)"
+            "profiler JSON, Chrome event lists, Primus pp_rank JSON, step metrics with timing_s/)"
         )
     if len(known) > 1:
         raise ValueError(f"{_names(paths)}: files of different formats ({', '.join(known)})")
@@ -51,6 +65,7 @@ def open_trace(paths: Sequence[Path]) -> Trace:
         Format.OURS: open_files,
         Format.PRIMUS: open_primus,
         Format.KINETO: open_kineto,
+        Format.CHROME: lambda files: open_chrome_events(files, names),
         Format.STEP_METRICS: open_step_metrics,
     }
     return openers[known[0]](mine)
@@ -60,8 +75,9 @@ def sniff(path: Path) -> Format | None:
     """The format of one file, from its first 64 KiB."""
     head = read_head(path)
     if b'"traceEvents"' in head:
-        foreign = (b'"schemaVersion"', b'"deviceProperties"', b'"distributedInfo"', b'"cat": "')
-        return Format.KINETO if any(mark in head for mark in foreign) else Format.OURS
+        if head.startswith(_OURS):
+            return Format.OURS
+        return Format.KINETO if any(mark in head for mark in _KINETO) else Format.CHROME
     if b'"fwd_start"' in head and b'"bwd_end"' in head:
         return Format.PRIMUS
     return Format.STEP_METRICS if holds_step_metrics(head) else None

@@ -1,0 +1,188 @@
+"""Chrome event lists whose events say step, micro-batch and stage in their arguments.
+
+NDTimeline, StragglerAnalysis and home-made tracers write such files, each with names of its own;
+`FieldNames` says where things are, with the usual ones by default. Complete (X) and paired (B, E)
+events are read; times are microseconds.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from rlhfuse.profiler.readers.stream import TraceStream
+from rlhfuse.profiler.trace import Loaded, Trace
+from rlhfuse.timeline import Kind, Span, Timeline
+
+_RANK = re.compile(r"(?i)rank\D?(\d+)|(\d+)\D*$")  # "rank 3 host 7" is 3, "worker 4" is 4
+
+
+class FieldNames(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Argument names by meaning, and patterns that event names match (``--map`` file).
+
+    Without an argument that says the rank, it is the number in the process' name, else the place
+    of the process among all.
+    """
+
+    step: tuple[str, ...] = ("step", "global_step", "iteration")
+    microbatch: tuple[str, ...] = ("microbatch", "mb", "mb_id", "micro_batch", "micro_batch_id")
+    stage: tuple[str, ...] = ("stage", "pp_stage", "pp_rank", "pp")
+    chunk: tuple[str, ...] = ("chunk", "vpp_rank", "model_chunk", "chunk_id")
+    rank: tuple[str, ...] = ("rank", "global_rank")
+    pipeline: tuple[str, ...] = ("pipeline", "model")
+    forward: str = r"(?i)^(f|fwd|forward)"
+    backward: str = r"(?i)^(b|bwd|backward)"
+    input_gradient: str = r"(?i)^(i$|input.?grad|backward.?input|bwd.?i)"
+    weight_gradient: str = r"(?i)^(w$|wgrad|weight.?grad|backward.?weight|bwd.?w)"
+    transfer: str = r"(?i)(send|recv|nccl|all.?reduce|all.?gather|reduce.?scatter|p2p)"
+    optimizer: str = r"(?i)optim"
+
+
+class _Event(msgspec.Struct):
+    ph: str = ""
+    name: str = ""
+    ts: float = 0.0
+    dur: float = 0.0
+    pid: int | str = 0
+    tid: int | str = 0
+    args: dict[str, object] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One event with what its arguments say."""
+
+    rank: int
+    start_s: float
+    end_s: float
+    name: str
+    kind: Kind
+    step: int | None
+    task: tuple[str, int, int, int] | None  # pipeline, chunk, stage, micro-batch
+
+
+def open_chrome_events(paths: list[Path], names: FieldNames | None = None) -> Trace:
+    """One trace in one or more files.
+
+    Raises:
+        ValueError: nothing in it can be read as an event.
+    """
+    rows = [row for path in paths for row in _read(path, names or FieldNames())]
+    if not rows:
+        raise ValueError(f"{paths[0]}: no event with a duration in it")
+    steps = tuple(sorted({row.step for row in rows if row.step is not None}))
+
+    def load(step: int | None) -> Loaded:
+        return _load([row for row in rows if step is None or row.step == step])
+
+    return Trace("chrome events", steps, load)
+
+
+def _read(path: Path, names: FieldNames) -> Iterator[_Row]:
+    events = list(TraceStream(path).events(_Event))
+    processes = {
+        str(e.pid): str(e.args.get("name", ""))
+        for e in events
+        if e.ph == "M" and e.name == "process_name"
+    }
+    ranks = _ranks(events, processes)
+    kinds = _kinds(names)
+    for event in _paired(events):
+        pid = str(event.pid)
+        rank = _argument(event.args, names.rank)
+        if rank is None:
+            rank = ranks[pid]
+        kind = next((kind for pattern, kind in kinds if pattern.search(event.name)), Kind.OTHER)
+        stage = _argument(event.args, names.stage)
+        microbatch = _argument(event.args, names.microbatch)
+        pipeline = next((str(event.args[n]) for n in names.pipeline if n in event.args), "model")
+        chunk = _argument(event.args, names.chunk) or 0
+        task = None
+        if kind in (Kind.F, Kind.B, Kind.I, Kind.W) and microbatch is not None:
+            task = (_word(pipeline), chunk, rank if stage is None else stage, microbatch)
+        start_s, end_s = event.ts / 1e6, (event.ts + event.dur) / 1e6
+        step = _argument(event.args, names.step)
+        yield _Row(rank, start_s, end_s, event.name, kind, step, task)
+
+
+def _ranks(events: Iterable[_Event], processes: Mapping[str, str]) -> dict[str, int]:
+    """The rank of every process, where its events do not say it."""
+    pids = sorted(
+        {e.pid for e in events if e.ph != "M"}, key=lambda pid: (isinstance(pid, str), pid)
+    )
+    ranks = {}
+    for place, pid in enumerate(pids):
+        text = processes.get(str(pid), pid if isinstance(pid, str) else "")
+        found = _RANK.search(text)
+        ranks[str(pid)] = int(found[1] or found[2]) if found else place
+    return ranks
+
+
+def _paired(events: Iterable[_Event]) -> Iterator[_Event]:
+    """X events as they are, and B with their E as X."""
+    opened: dict[tuple[str, str], list[_Event]] = {}
+    for event in sorted(events, key=lambda event: event.ts):
+        stack = opened.setdefault((str(event.pid), str(event.tid)), [])
+        if event.ph == "X":
+            yield event
+        elif event.ph == "B":
+            stack.append(event)
+        elif event.ph == "E" and stack:
+            begin = stack.pop()
+            yield msgspec.structs.replace(begin, dur=event.ts - begin.ts)
+
+
+def _kinds(names: FieldNames) -> list[tuple[re.Pattern[str], Kind]]:
+    """Patterns in the order in which they are tried.
+
+    Raises:
+        ValueError: a pattern is not a regular expression.
+    """
+    patterns = (
+        (names.transfer, Kind.TRANSFER),
+        (names.optimizer, Kind.OPTIMIZER),
+        (names.weight_gradient, Kind.W),
+        (names.input_gradient, Kind.I),
+        (names.backward, Kind.B),
+        (names.forward, Kind.F),
+    )
+    try:
+        return [(re.compile(pattern), kind) for pattern, kind in patterns]
+    except re.error as error:
+        raise ValueError(f"--map: {error.pattern!r} is not a regular expression") from error
+
+
+def _argument(args: Mapping[str, object], names: Iterable[str]) -> int | None:
+    """The first of the named arguments that holds a whole number."""
+    for name in names:
+        value = args.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
+            return value
+    return None
+
+
+def _word(text: str) -> str:
+    """A pipeline's name as tasks can hold it."""
+    return re.sub(r"[\s:]+", "_", text) or "model"
+
+
+def _load(rows: list[_Row]) -> Loaded:
+    zero = min(row.start_s for row in rows)
+    depth = 1 + max((row.task[2] for row in rows if row.task is not None), default=0)
+    spans = []
+    for row in rows:
+        name = row.name
+        if row.task is not None:
+            pipeline, chunk, stage, microbatch = row.task
+            name = f"{pipeline}:{chunk * depth + stage}{row.kind.value}{microbatch}"
+        lane = f"rank{row.rank}"
+        spans.append(Span(lane, row.start_s - zero, row.end_s - zero, row.kind, name))
+    labelled = any(row.task is not None for row in rows)
+    told = () if labelled else ("no event says its micro-batch: no bubble fraction is given",)
+    return Loaded(Timeline(tuple(spans)), pipelines=labelled, warnings=told)
