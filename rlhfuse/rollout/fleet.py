@@ -43,11 +43,27 @@ class Fleet:
         self._policy = policy
         self._destination: dict[int, int] = {}
         self.num_alive = instances
-        self._free = dict.fromkeys(range(instances))  # ordered set of workers that may be free
+        # Free workers by the number of scoring calls they have; those with enough are in none.
+        self._ready: list[dict[int, None]] = [{} for _ in range(policy.score_ahead)]
+        self._slot: list[int] = [-1] * instances
+        for instance in range(instances):
+            self._note(instance)
 
     @property
     def num_inbound(self) -> int:
         return len(self._destination)
+
+    def _note(self, instance: int) -> None:
+        """File the worker by what it can take; to be called after every change."""
+        worker = self.workers[instance]
+        slot = len(worker.calls) if worker.free else -1
+        slot = slot if slot < len(self._ready) else -1
+        if slot != self._slot[instance]:
+            if self._slot[instance] >= 0:
+                del self._ready[self._slot[instance]][instance]
+            if slot >= 0:
+                self._ready[slot][instance] = None
+            self._slot[instance] = slot
 
     def has_room(self, instance: int, sample: Sample) -> bool:
         """Whether the sample fits to its very end, whatever its length."""
@@ -67,7 +83,7 @@ class Fleet:
         worker = self.workers[sample.instance]
         worker.running[sample.id] = self._reserve(sample)
         worker.load += worker.running[sample.id]
-        self._free.pop(sample.instance, None)
+        self._note(sample.instance)
 
     def send(self, sample: Sample, destination: int) -> None:
         """The sample has been told to leave for `destination`."""
@@ -75,7 +91,7 @@ class Fleet:
         worker.inbound[sample.id] = self._reserve(sample)
         worker.load += worker.inbound[sample.id]
         self._destination[sample.id] = destination
-        self._free.pop(destination, None)
+        self._note(destination)
 
     def remove(self, sample: Sample) -> int | None:
         """Forget where the sample runs and is going to; returns where it was going."""
@@ -89,8 +105,8 @@ class Fleet:
     def _pop(self, instance: int, table: dict[int, int], sample_id: int) -> None:
         worker = self.workers[instance]
         worker.load -= table.pop(sample_id, 0)
-        if worker.free:
-            self._free[instance] = None
+        if not table:
+            self._note(instance)
 
     def grew(self, instance: int, tokens: int) -> None:
         """A sample there got `tokens` since its last report: so did its neighbours, which are
@@ -106,7 +122,7 @@ class Fleet:
         worker.calls.clear()
         worker.last_role = ""
         self.num_alive -= 1
-        self._free.pop(instance, None)
+        self._note(instance)
         return list(worker.running)
 
     def revive(self, instance: int) -> None:
@@ -114,32 +130,38 @@ class Fleet:
         if not worker.alive:
             worker.alive, worker.asleep = True, False
             self.num_alive += 1
-            if worker.free:
-                self._free[instance] = None
+            self._note(instance)
 
-    def leaders(self, *, free_only: bool) -> list[int]:
-        """First workers of the blocks that are all alive (and all free)."""
+    def scorers(self) -> list[int]:
+        """First workers of the blocks that are all alive."""
         block = self._policy.block
-        if block == 1:
-            if free_only:
-                return list(self._free)
-            return [i for i, w in enumerate(self.workers) if w.alive]
         firsts = range(0, len(self.workers), block)
-        return [
-            first
-            for first in firsts
-            if all(w.free if free_only else w.alive for w in self.workers[first : first + block])
+        return [f for f in firsts if all(w.alive for w in self.workers[f : f + block])]
+
+    def next_scorer(self) -> int | None:
+        """The free scorer that has the fewest calls, or None: all are busy or have enough."""
+        if self._policy.block == 1:
+            return next((next(iter(ready)) for ready in self._ready if ready), None)
+        block = self._policy.block
+        able = [
+            (len(self.workers[first].calls), first)
+            for first in range(0, len(self.workers), block)
+            if all(w.free for w in self.workers[first : first + block])
         ]
+        calls, first = min(able, default=(0, None))
+        return first if calls < self._policy.score_ahead else None
 
     def call(self, worker: int, role: str, sample_ids: tuple[int, ...], seconds: float) -> None:
         self.workers[worker].calls.append((role, sample_ids, seconds))
         self.workers[worker].last_role = role
+        self._note(worker)
 
     def answered(self, worker: int, role: str, sample_ids: Sequence[int]) -> None:
         calls = self.workers[worker].calls
         for call in calls:
             if call[0] == role and call[1] == tuple(sample_ids):
                 calls.remove(call)
+                self._note(worker)
                 return
 
     def outstanding(self) -> list[str]:
@@ -168,7 +190,9 @@ class Fleet:
         assert self.num_alive == sum(w.alive for w in self.workers)
         for i, worker in enumerate(self.workers):
             assert worker.load == sum(worker.running.values()) + sum(worker.inbound.values())
-            assert worker.free == (i in self._free), f"worker {i}: {worker.free=}"
+            ready = worker.free and len(worker.calls) < self._policy.score_ahead
+            assert [i in r for r in self._ready].count(True) == ready, f"worker {i}: {ready=}"
+            assert not ready or i in self._ready[len(worker.calls)]
             assert worker.alive or not (worker.running or worker.calls), f"worker {i} is lost"
             assert len(worker.running) <= self._policy.max_running, f"worker {i} is overfull"
 

@@ -127,9 +127,6 @@ class RolloutScheduler:
             case ev.InstanceReady():
                 self._fleet.revive(event.instance)
 
-    def _holds(self, instance: int, sample: Sample) -> bool:
-        return sample.instance == instance and sample.state in GENERATING
-
     def _started(self, event: ev.Started) -> None:
         assert self.done, f"the iteration before is not done: {self.waiting_for()}"
         self.lengths.begin()
@@ -150,7 +147,7 @@ class RolloutScheduler:
 
     def _finished(self, event: ev.Finished) -> None:
         sample = self._samples.get(event.sample_id)
-        if sample is None or not self._holds(event.instance, sample):
+        if sample is None or not _is_on(event.instance, sample):
             return
         self._fleet.remove(sample)
         self._fleet.grew(event.instance, event.response_tokens - sample.response_tokens)
@@ -303,18 +300,15 @@ class RolloutScheduler:
 
     def _give_scores(self, out: list[ev.Command]) -> None:
         if not self._fused:
-            alive = self._fleet.leaders(free_only=False)
+            alive = self._fleet.scorers()
             calls = spread(self._board, alive, self.policy.score_token_budget) if alive else []
             for worker, role, ids in calls:
                 self._give(worker, role, ids, out)
             return
-        for worker in self._fleet.leaders(free_only=True):
-            while len(self._fleet.workers[worker].calls) < self.policy.score_ahead:
-                role = self._board.best_role(self._fleet.workers[worker].last_role)
-                if not role:
-                    return
-                ids = self._board.take(role, self._call_tokens(role))
-                self._give(worker, role, ids, out)
+        while self._board.num_pending and (scorer := self._fleet.next_scorer()) is not None:
+            role = self._board.best_role(self._fleet.workers[scorer].last_role)
+            ids = self._board.take(role, self._call_tokens(role))
+            self._give(scorer, role, ids, out)
 
     def _call_tokens(self, role: str) -> float:
         """Most tokens for the next call: what is pending is cut so that all workers can share it
@@ -346,15 +340,13 @@ class RolloutScheduler:
         assert queued == set(self._queue)
         assert len(queued) == len(self._queue)
         self._fleet.validate(self._samples)
+        finished = {i for i, s in self._samples.items() if s.state in (S.FINISHED, S.SCORED)}
+        self._board.validate(finished)
         for sample in self._samples.values():
-            self._validate_scores(sample)
+            if sample.state is S.SCORED:
+                assert self._board.complete(sample.id)
+                assert sample.id not in self._unrewarded | self._rewards_asked
 
-    def _validate_scores(self, sample: Sample) -> None:
-        board = self._board
-        for role in self.roles:
-            places = [sample.id in t[role] for t in (board.pending, board.out, board.held)]
-            expected = sample.state in (S.FINISHED, S.SCORED)
-            assert sum(places) == expected, f"sample {sample.id}, {role}: {places}"
-        if sample.state is S.SCORED:
-            assert board.complete(sample.id)
-            assert sample.id not in self._unrewarded | self._rewards_asked
+
+def _is_on(instance: int, sample: Sample) -> bool:
+    return sample.instance == instance and sample.state in GENERATING

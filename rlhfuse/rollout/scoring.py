@@ -19,6 +19,7 @@ class ScoreBoard:
     out: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> worker
     held: dict[str, dict[int, int]] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
+    missing: dict[int, int] = field(default_factory=dict)  # sample -> roles not yet held
 
     def __post_init__(self) -> None:
         for table in (self.pending, self.out, self.held):
@@ -27,6 +28,7 @@ class ScoreBoard:
     def add(self, sample_id: int, tokens: int) -> None:
         """A finished sample: every role is pending."""
         self.tokens[sample_id] = tokens
+        self.missing[sample_id] = len(self.roles)
         for role in self.roles:
             self.pending[role][sample_id] = tokens
             self.pending_s += self.cost.score_token_s[role] * tokens
@@ -67,12 +69,13 @@ class ScoreBoard:
                 continue
             del out[sample_id]
             held[sample_id] = worker
-            if self.complete(sample_id):
+            self.missing[sample_id] -= 1
+            if not self.missing[sample_id]:
                 complete.append(sample_id)
         return complete
 
     def complete(self, sample_id: int) -> bool:
-        return all(sample_id in held for held in self.held.values())
+        return not self.missing.get(sample_id, 0)
 
     def lose(self, worker: int) -> set[int]:
         """What `worker` had or was at is pending again; returns the samples concerned."""
@@ -81,6 +84,7 @@ class ScoreBoard:
             for table in (self.out[role], self.held[role]):
                 for sample_id in [s for s, w in table.items() if w == worker]:
                     del table[sample_id]
+                    self.missing[sample_id] += table is self.held[role]
                     self.pending[role][sample_id] = self.tokens[sample_id]
                     self.pending_s += self.cost.score_token_s[role] * self.tokens[sample_id]
                     self.num_pending += 1
@@ -94,6 +98,17 @@ class ScoreBoard:
             return last
         most = max(((len(self.pending[r]), -i, r) for i, r in enumerate(self.roles)), default=None)
         return most[2] if most is not None and most[0] else ""
+
+    def validate(self, finished: set[int]) -> None:
+        """Assert that each finished sample stands in exactly one place per role, others in none."""
+        for role in self.roles:
+            places = [*self.pending[role], *self.out[role], *self.held[role]]
+            assert len(places) == len(set(places)), f"{role}: a sample stands in two places"
+            assert set(places) == finished, f"{role}: {set(places) ^ finished}"
+        for sample_id in finished:
+            missing = sum(sample_id not in self.held[role] for role in self.roles)
+            assert not self.roles or self.missing[sample_id] == missing
+        assert self.num_pending == sum(map(len, self.pending.values()))
 
     def _take(self, role: str, sample_id: int) -> None:
         tokens = self.pending[role].pop(sample_id)

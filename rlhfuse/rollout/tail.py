@@ -31,7 +31,8 @@ class TailWatch:
         if policy.migration is Migration.OFF or fleet.num_inbound or fleet.num_alive < 2:
             return False
         count, at_s = self._weighed
-        changed = num_generating > count or count - num_generating > LOOK_AGAIN * num_generating
+        part = LOOK_AGAIN if num_generating < 1000 else 2 * LOOK_AGAIN
+        changed = num_generating > count or count - num_generating > part * num_generating
         self._start_s = now_s if self._start_s is None else self._start_s
         pause_s = max(LOOK_AGAIN_S, LOOK_AGAIN * (now_s - self._start_s))
         if not changed and now_s - at_s < pause_s:

@@ -44,6 +44,7 @@ class _World:
         self.rewards: list[int] = []
         self.scores: Counter[tuple[str, int]] = Counter()
         self.held: dict[tuple[str, int], int] = {}
+        self.finishing: list[int] = []  # done in the last step, reported one by one
         self.early = 0
 
     def tell(self, event: ev.Event) -> list[ev.Command]:
@@ -63,7 +64,7 @@ class _World:
                 assert len(self.running[command.instance]) <= self.policy.max_running
             case ev.Migrate():
                 for s in command.sample_ids:
-                    assert s in self.running[command.source]
+                    assert s in self.running[command.source] or s in self.finishing
                     self.leaving.append((command.source, s, command.destination))
             case ev.Score():
                 assert self.alive[command.worker]
@@ -99,6 +100,7 @@ class _World:
         rest = tuple((s, t) for s, t in grown.items() if s not in finished)
         self.known.update(dict(rest))
         self.tell(ev.Progress(self.now_s, instance, rest))
+        self.finishing = finished
         for s in finished:
             del self.running[instance][s]
         for s in finished:
