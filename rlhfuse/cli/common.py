@@ -62,10 +62,9 @@ def emit_json(obj: object) -> None:
 def run_command(command: click.Command, args: Sequence[str]) -> int:
     """Run `command` and return the exit code; every error is told the way this module promises."""
     try:
-        # No arguments at all ask for the help; click would call that an error.
-        result = command.main(
-            args=list(args) or ["--help"], prog_name="rlhfuse", standalone_mode=False
-        )
+        # A group without arguments is asked for its help; click would call that an error.
+        given = list(args) or (["--help"] if isinstance(command, click.Group) else [])
+        result = command.main(args=given, prog_name="rlhfuse", standalone_mode=False)
     except click.UsageError as error:
         place = f" ({error.ctx.command_path} --help)" if error.ctx else ""
         click.echo(f"error: {one_line(error.format_message())}{place}", err=True)
