@@ -214,21 +214,23 @@ def _missing(config: Config) -> Iterator[str]:
 def total_steps(config: Config, num_rows: int) -> int:
     """Training steps of the run. Batches run on over the end of an epoch, so none is short.
 
-    `trainer.total_training_steps`, or else as many full batches as `trainer.total_epochs` hold.
+    `trainer.total_training_steps`, or else as many full batches as `trainer.total_epochs` hold;
+    none is a `ValueError`.
     """
-    wanted = config.trainer.total_training_steps
-    return wanted or num_rows * config.trainer.total_epochs // config.data.train_batch_size
+    prompts, epochs = config.data.train_batch_size, config.trainer.total_epochs
+    steps = config.trainer.total_training_steps or num_rows * epochs // prompts
+    if steps == 0:
+        raise ValueError(
+            f"data.train_batch_size: {prompts} prompts a step, but {num_rows} rows in {epochs} "
+            "epoch(s) fill no batch; lower it, or raise trainer.total_epochs"
+        )
+    return steps
 
 
 def batch_arithmetic(config: Config, num_rows: int) -> list[str]:
     """The resolved batch sizes of a run over `num_rows` prompts, one fact a line."""
     prompts, responses = config.data.train_batch_size, config.rollout.n
     epochs, steps = config.trainer.total_epochs, total_steps(config, num_rows)
-    if steps == 0:
-        raise ValueError(
-            f"data.train_batch_size: {prompts} prompts a step, but {num_rows} rows in {epochs} "
-            "epoch(s) fill no batch; lower it, or raise trainer.total_epochs"
-        )
     lines = [
         f"step: {prompts} prompts x {responses} responses = {prompts * responses} samples",
         *(_model_line(config, role, model) for role, model in _trained(config)),

@@ -143,5 +143,9 @@ def test_full_batches_use_all_rows_but_less_than_one_batch(
         data=msgspec.structs.replace(default.data, train_batch_size=batch),
         trainer=msgspec.structs.replace(default.trainer, total_epochs=epochs),
     )
+    if rows * epochs < batch:
+        with pytest.raises(ValueError, match="fill no batch"):
+            total_steps(config, rows)
+        return
     left = rows * epochs - total_steps(config, rows) * batch
     assert 0 <= left < batch
