@@ -1,0 +1,108 @@
+"""What an update runs depends on ids and lengths alone; schedules change its time, not its work."""
+
+from collections import Counter
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhfuse.config import Config
+from rlhfuse.placement import StagePlacement
+from rlhfuse.schedules.ir import Op
+from rlhfuse.timeline import Kind, Span
+from rlhfuse.update_plan import StageCosts, TrainedSample, measured_costs, plan_update
+
+ROLES = ("actor", "critic")
+PIPELINES = {
+    "actor": StagePlacement((0, 1), ((0, 2), (2, 4))),
+    "critic": StagePlacement((1, 0), ((0, 2), (2, 4))),
+}
+replace = msgspec.structs.replace
+
+
+def _config(epochs: int = 1) -> Config:
+    config = Config()
+    actor = replace(config.actor, ppo_mini_batch_size=4, num_microbatches=2, ppo_epochs=epochs)
+    critic = replace(config.critic, ppo_mini_batch_size=4, num_microbatches=2, ppo_epochs=epochs)
+    return replace(config, actor=actor, critic=critic)
+
+
+def _costs(scale: float, skew: float) -> dict[str, StageCosts]:
+    cost = StageCosts((scale, scale * skew), (2 * scale, 2 * scale * skew), (scale, scale * skew))
+    return dict.fromkeys(ROLES, cost)
+
+
+def _samples(lengths: list[int]) -> list[TrainedSample]:
+    return [TrainedSample(i, i // 2, length) for i, length in enumerate(lengths)]
+
+
+lengths = st.lists(st.integers(1, 300), min_size=16, max_size=16)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths, st.integers(1, 2), st.booleans())
+def test_every_sample_once_per_role_and_epoch(sizes: list[int], epochs: int, fused: bool) -> None:
+    plan = plan_update(
+        _config(epochs),
+        _samples(sizes),
+        PIPELINES,
+        _costs(1.0, 1.0),
+        roles=ROLES,
+        fused=fused,
+        step=3,
+    )
+    for role in ROLES:
+        seen = Counter(
+            i for batch in plan.minibatches for micro in batch.microbatches[role] for i in micro
+        )
+        assert seen == Counter({i: epochs for i in range(len(sizes))})
+    for batch in plan.minibatches:
+        for role in ROLES:
+            count = len(batch.microbatches[role])
+            tasks = Counter(
+                (t.pp_stage, t.microbatch, t.op)
+                for schedule in batch.rounds
+                for row in schedule.rows
+                for t in row
+                if t.pipeline == role
+            )
+            assert tasks == Counter(
+                (s, k, op) for s in range(2) for k in range(count) for op in (Op.F, Op.B)
+            )
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths, st.floats(0.1, 10.0), st.floats(0.2, 5.0))
+def test_costs_and_fusion_do_not_change_what_is_computed(
+    sizes: list[int], scale: float, skew: float
+) -> None:
+    def cut(costs: dict[str, StageCosts], fused: bool) -> list[object]:
+        plan = plan_update(
+            _config(), _samples(sizes), PIPELINES, costs, roles=ROLES, fused=fused, step=1
+        )
+        return [batch.microbatches for batch in plan.minibatches]
+
+    assert cut(_costs(1.0, 1.0), False) == cut(_costs(scale, skew), True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths)
+def test_a_fused_update_is_never_predicted_slower(sizes: list[int]) -> None:
+    plan = plan_update(
+        _config(), _samples(sizes), PIPELINES, _costs(1.0, 1.3), roles=ROLES, fused=True, step=1
+    )
+    assert plan.predicted_s <= plan.serial_s * (1 + 1e-9)
+
+
+def test_measured_costs_are_seconds_per_token_and_keep_what_did_not_run() -> None:
+    spans = [
+        Span("rank0", 0.0, 0.5, Kind.F, "actor:0F0", {}),
+        Span("rank0", 1.0, 1.5, Kind.F, "actor:0F1", {}),
+        Span("rank0", 2.0, 4.0, Kind.B, "actor:0B0", {}),
+        Span("rank0", 4.0, 9.0, Kind.SCORE, "actor", {}),
+    ]
+    before = _costs(7.0, 1.0)
+    after = measured_costs(spans, {"actor": 100}, before)
+    assert after["actor"].forward == (0.01, 7.0)
+    assert after["actor"].backward == (0.02, 14.0)
+    assert after["critic"] == before["critic"]
