@@ -83,14 +83,17 @@ class RolloutLoop:
         decode: Callable[[TokenIds], str],
         *,
         timeout_s: float,
+        score_clip: float | None = None,
         show: bool = True,
     ) -> None:
+        """`score_clip`: limit of a reward model's scores, either way."""
         self._fleet = fleet
         self._scheduler = scheduler
         self._rewards = rewards
         self._progress = progress
         self._decode = decode
         self._timeout_s = timeout_s
+        self._score_clip = score_clip
         self._show = show
         self._records: dict[int, Record] = {}
         self._moving: dict[int, int] = {}  # sample -> destination instance
@@ -219,7 +222,8 @@ class RolloutLoop:
         for sample_id, score in zip(event.sample_ids, event.scores, strict=True):
             record = self._records[sample_id]
             if event.role == "reward":
-                record.score = score
+                limit = self._score_clip
+                record.score = score if limit is None else max(-limit, min(limit, score))
             else:
                 record.endpoints[event.role] = self._fleet.endpoint(worker)
         self._scored += len(event.sample_ids)

@@ -42,6 +42,7 @@ def generate_and_score(
         session.progress,
         session.run.decode,
         timeout_s=config.trainer.wait_timeout_s,
+        score_clip=config.reward.clip,
         show=show,
     )
     wanted = len(roles)
