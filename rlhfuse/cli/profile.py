@@ -25,6 +25,7 @@ _TREND_STEPS = 100
 @click.option("--map", "map_file", type=click.Path(), help="YAML: names in Chrome event lists.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a self-contained page.")
 @click.option("--csv", type=click.Path(dir_okay=False), help="Write the causes per rank as CSV.")
+@click.option("--perfetto", type=click.Path(dir_okay=False), help="Write Chrome trace JSON.")
 @click.option("--fail-if", multiple=True, help="Exit with 3 if this holds: 'bubble_fraction>0.2'.")
 @click.option("--critic-scale", default=1.0, show_default=True, help="Cost of an assumed critic.")
 @click.option("--no-what-if", is_flag=True, help="Skip the replays under other conditions.")
@@ -35,6 +36,7 @@ def profile(
     map_file: str | None,
     html: str | None,
     csv: str | None,
+    perfetto: str | None,
     fail_if: tuple[str, ...],
     critic_scale: float,
     no_what_if: bool,
@@ -59,11 +61,13 @@ def profile(
             _write_page(Path(html), trace, timeline, summary, title=_title(paths))
         if csv is not None:
             Path(csv).write_text(_csv(summary))
+        if perfetto is not None:
+            _write_perfetto(Path(perfetto), timeline)
     if as_json:
         emit_json(summary)
     else:
         _print(summary)
-        for path in (html, csv):
+        for path in (html, csv, perfetto):
             if path is not None:
                 click.echo(path)
     for expression in failed:
@@ -92,6 +96,21 @@ def _write_page(
     trend = [(n, attribute(trace.load(n).timeline)) for n in trace.steps[-_TREND_STEPS:]]
     text = render_profile(summary, timeline, title, trend)
     path.write_text(text, encoding="utf-8")
+
+
+def _write_perfetto(path: Path, timeline: "Timeline") -> None:
+    """The timeline with its idle time filled in, each piece named by its cause."""
+    from rlhfuse.profiler.attribution import segments_by_lane
+    from rlhfuse.timeline import Kind, Span, Timeline, save_chrome
+
+    waits = tuple(
+        Span(lane, piece.start_s, piece.end_s, Kind.WAIT, f"idle: {piece.cause.value}")
+        for lane, pieces in segments_by_lane(timeline).items()
+        for piece in pieces
+        if piece.span is None
+    )
+    busy = timeline.of_kinds([kind for kind in Kind if kind is not Kind.WAIT])
+    save_chrome(Timeline(busy.spans + waits), path)
 
 
 def _title(paths: Sequence[str]) -> str:

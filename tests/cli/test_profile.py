@@ -7,7 +7,7 @@ import pytest
 
 from rlhfuse.cli.common import run_command
 from rlhfuse.cli.profile import profile
-from rlhfuse.timeline import Kind, Span, Timeline, save_chrome
+from rlhfuse.timeline import Kind, Span, Timeline, load_chrome, save_chrome
 
 PRIMUS = str(Path(__file__).parents[1] / "profiler/data/primus_pp8")
 KINETO = str(Path(__file__).parents[1] / "profiler/data/kineto_recsys")
@@ -84,10 +84,15 @@ def test_the_screen_fits_and_is_safe(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_pages_and_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page, table = tmp_path / "p.html", tmp_path / "p.csv"
-    arguments = [PRIMUS, "--html", str(page), "--csv", str(table), "--json"]
+    page, table, trace = tmp_path / "p.html", tmp_path / "p.csv", tmp_path / "p.json"
+    arguments = [PRIMUS, "--html", str(page), "--csv", str(table), "--perfetto", str(trace)]
+    arguments.append("--json")
     assert run_command(profile, arguments) == 0
     summary = json.loads(capsys.readouterr().out)
+    # The trace has the work and, in between, the idle time by cause: nothing is left uncovered.
+    filled = load_chrome(trace)
+    assert sum(span.duration_s for span in filled.spans) == pytest.approx(8 * summary["wall_s"])
+    assert "idle: warm_up" in {span.name for span in filled.spans}
     text = page.read_text()
     assert "primus_pp8" in text
     assert "Step by step" in text
