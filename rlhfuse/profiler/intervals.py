@@ -56,15 +56,18 @@ def paint(spans: Sequence[Span], start_s: float, end_s: float) -> Iterator[Piece
     """
     now = start_s
     active: list[Span] = []
+    top: Span | None
     for following in (*spans, None):
         target = min(following.start_s, end_s) if following is not None else end_s
         while now < target:
-            if len(active) == 1 and active[0].end_s <= now:
-                active.clear()
-            elif len(active) > 1:
-                active = [span for span in active if span.end_s > now]
-            top = max(active, key=_precedence) if len(active) > 1 else next(iter(active), None)
-            until = min([target, *(span.end_s for span in active)])
+            active = [span for span in active if span.end_s > now]
+            if len(active) == 1:  # by far the most usual: nothing overlaps
+                top, until = active[0], min(active[0].end_s, target)
+            elif active:
+                top = max(active, key=_precedence)
+                until = min(target, *(span.end_s for span in active))
+            else:
+                top, until = None, target
             yield Piece(now, until, top)
             now = until
         if following is not None:
