@@ -12,21 +12,22 @@ from rlhfuse.schedules.compiled import (
     SLOT_W,
     Coded,
     Floats,
+    Ints,
     Rows,
     decode,
     encode,
     encode_rows,
 )
 from rlhfuse.schedules.dispatch import NEVER, Policy, dispatch, make_desk, rows_of
-from rlhfuse.schedules.ir import REL_TOL, Op, Problem, Schedule
+from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.local import Bench, anneal, make_bench, measure, safe, settle
 from rlhfuse.schedules.search import Ground, express, make_genes, trials
-from rlhfuse.schedules.standard import serial, zb_h1
+from rlhfuse.schedules.standard import serial, serial_makespan, zb_h1
 from rlhfuse.schedules.timing import channel_numbers, check_channels, makespan
 
 DEFAULT_ROUNDS = 200
 MOVES = 3000  # local moves of one round
-LIST_TASKS = 10_000  # tasks that the list schedules of one round place, all together
+LIST_TASKS = 4_000  # tasks that the list schedules of one round place, all together
 FIRST_CYCLE, LONGEST_CYCLE = 8, 512  # rounds
 HOT, COLD = 0.5, 0.08  # temperatures, in mean task durations
 
@@ -72,6 +73,8 @@ def fuse(
     search.offer(serial(problem))  # raises where the cap holds nothing at all
     if split_weight:
         search.offer(zb_h1(problem))
+    if any(pipe.deadline is not None for pipe in problem.pipelines):
+        search.offer(Schedule(problem, serial(_most_urgent_first(problem)).rows))
     if warm_start is not None:
         search.offer(Schedule(problem, warm_start.rows))
     number = 0
@@ -91,6 +94,13 @@ def fuse(
     except KeyboardInterrupt:
         pass  # the user has seen enough: the best so far is the answer
     return search.answer()
+
+
+def _most_urgent_first(problem: Problem) -> Problem:
+    def urgency(pipe: Pipeline) -> float:
+        return np.inf if pipe.deadline is None else pipe.deadline
+
+    return replace(problem, pipelines=tuple(sorted(problem.pipelines, key=urgency)))
 
 
 class _Search:
@@ -115,12 +125,16 @@ class _Search:
         self.policy = Policy(
             np.zeros(self.coded.rank.shape[0]), np.zeros(chains, np.int64), 0.0, self.cap
         )
-        self.late = _lateness(problem, self.coded, self.bound)
+        self.deadline = _deadlines(problem, self.coded)
+        # Until something is on time, lateness counts from a makespan that is easy to reach.
+        easy = serial_makespan(replace(problem, memory_cap=None)) if self._due().size else 0.0
+        self.late = np.maximum(0.0, easy - self.deadline)
         self.listed = np.inf  # best list schedule of this cycle
         self.best = np.inf
         self.found: Schedule | None = None  # the best, where it did not come from the search
         self.rows: Rows | None = None  # current point of the local search
         self.bench: Bench | None = None
+        self.on_time = False  # whether a schedule that keeps all deadlines is known
         self.cycle, self.step, self.length = 0, 0, FIRST_CYCLE
 
     def offer(self, schedule: Schedule) -> None:
@@ -145,6 +159,11 @@ class _Search:
         elif self.step == 0 and self.cycle % 3 == 1 and self.rows is not None:
             assert self.bench is not None
             self.rows.tasks[:] = self.bench.best
+        if self.best < np.inf and (self.step == 0 or not self.on_time):
+            # Ahead of a makespan M below the best, a deadline d counts as d - (best - M): what
+            # beats the best is on time. From the new best on, the deadline is whole again.
+            self.late[:] = np.maximum(0.0, self.best - self.deadline)
+            self.on_time = True
         if self.step >= lists and self.rows is not None:
             self._improve()
         self.step += 1
@@ -179,15 +198,22 @@ class _Search:
         """Make `rows` the current point, and the best if they are, when they are executable."""
         if self.bench is None:
             channel = channel_numbers(self.problem, self.coded)
-            self.bench = make_bench(self.coded, rows, channel, self.late)
+            self.bench = make_bench(self.coded, rows, channel, self._due())
         settle(rows, self.coded, self.bench)
         length = measure(rows, self.coded, self.bench, self.late)
         if length < 0.0 or not safe(rows, self.coded, self.bench, 1) or not self._fits(rows):
             return
         self.rows = rows
-        if length < self.best:
+        due = self.bench.due
+        on_time = bool(np.all(self.bench.end[due] <= self.deadline[due] * (1 + REL_TOL)))
+        length = float(self.bench.end[rows.tasks].max(initial=0.0))
+        if on_time and length < self.best:
             self.best, self.found = length, None
             self.bench.best[:] = rows.tasks
+
+    def _due(self) -> Ints:
+        real = self.coded.slot < self.coded.chain_slots[self.coded.chain]
+        return np.flatnonzero(real & (self.deadline < np.inf))
 
     def _fits(self, rows: Rows) -> bool:
         assert self.bench is not None
@@ -213,7 +239,9 @@ class _Search:
             MOVES,
             self.state,
         )
-        if best < self.best:
+        if self.best == np.inf:  # nothing is on time yet: is this?
+            self._visit(Rows(self.bench.best.copy(), self.rows.first))
+        elif best < self.best:
             self.best, self.found = best, None
 
     def answer(self) -> Schedule:
@@ -270,8 +298,8 @@ def _ground(problem: Problem, coded: Coded, split_weight: bool) -> Ground:
     )
 
 
-def _lateness(problem: Problem, coded: Coded, bound: float) -> Floats:
-    """Tasks of a pipeline with a deadline count as that much longer, relative to the bound."""
+def _deadlines(problem: Problem, coded: Coded) -> Floats:
+    """Latest end of each task [T], infinite where there is no deadline."""
     stages = [pipe.num_stages for pipe in problem.pipelines]
-    late = [0.0 if p.deadline is None else max(0.0, bound - p.deadline) for p in problem.pipelines]
-    return np.repeat(np.asarray(late), stages)[coded.chain]
+    by_pipeline = [np.inf if p.deadline is None else p.deadline for p in problem.pipelines]
+    return np.repeat(np.asarray(by_pipeline, np.float64), stages)[coded.chain]

@@ -38,7 +38,7 @@ class Bench(NamedTuple):
     spare: Ints  # [N]
     known: Ints  # [N] tasks of the latest rows that passed the channel check
     best: Ints  # [N] tasks of the best rows so far
-    due: Ints  # tasks behind which `late` counts
+    due: Ints  # tasks with a deadline
     channel: Ints  # [T]
     number: Ints  # [T]
     sent: Ints  # [channels]
@@ -46,8 +46,8 @@ class Bench(NamedTuple):
     done: Bools  # [T]
 
 
-def make_bench(coded: Coded, rows: Rows, channel: Ints, late: Floats) -> Bench:
-    """Working arrays for rows of this size."""
+def make_bench(coded: Coded, rows: Rows, channel: Ints, due: Ints) -> Bench:
+    """Working arrays for rows of this size; `due` are the tasks with a deadline."""
     size, n, ranks = coded.rank.shape[0], rows.tasks.shape[0], coded.num_ranks
     num_channels = int(channel.max(initial=-1)) + 1
     return Bench(
@@ -65,7 +65,7 @@ def make_bench(coded: Coded, rows: Rows, channel: Ints, late: Floats) -> Bench:
         spare=np.zeros(n, np.int64),
         known=np.zeros(n, np.int64),
         best=rows.tasks.copy(),
-        due=np.flatnonzero((late > 0) & (coded.slot < coded.chain_slots[coded.chain])),
+        due=due,
         channel=channel,
         number=np.zeros(size, np.int64),
         sent=np.zeros(num_channels, np.int64),

@@ -1,5 +1,7 @@
 """Laws of fused schedules, over random problems."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -126,3 +128,18 @@ def test_an_infeasible_cap_names_the_least_one() -> None:
     with pytest.raises(ValueError, match=r"least cap that does is 2\b"):
         fuse(problem, memory_cap=1.5)
     fuse(problem, memory_cap=2.0, iterations=1).validate()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_deadlines_are_kept(split: bool) -> None:
+    """The critic alone needs 16.5 time units; serial (actor first) ends it far later."""
+    critic = Pipeline.make("critic", [3, 2, 1, 0], 8, 0.5, 1, weight=0.5, deadline=20.0)
+    actor = Pipeline.make("actor", [0, 1, 2, 3], 8, 1, 2, weight=1)
+    for order in ((actor, critic), (critic, actor)):
+        problem = Problem(4, order)
+        schedule = fuse(problem, iterations=30, split_weight=split)
+        schedule.validate()
+        ends = completion_times(schedule)
+        assert max(end for task, end in ends.items() if task.pipeline == "critic") <= 20.0
+    with pytest.raises(ValueError, match="deadline"):
+        fuse(Problem(4, (actor, replace(critic, deadline=10.0))), iterations=5)
