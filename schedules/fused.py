@@ -70,13 +70,7 @@ def fuse(
         iterations = DEFAULT_ROUNDS
     start = time.monotonic()
     search = _Search(problem, split_weight, seed)
-    search.offer(serial(problem))  # raises where the cap holds nothing at all
-    if split_weight:
-        search.offer(zb_h1(problem))
-    if any(pipe.deadline is not None for pipe in problem.pipelines):
-        search.offer(Schedule(problem, serial(_most_urgent_first(problem)).rows))
-    if warm_start is not None:
-        search.offer(Schedule(problem, warm_start.rows))
+    search.begin(split_weight, warm_start)
     number = 0
     try:
         while search.best > search.bound * (1 + REL_TOL):
@@ -136,6 +130,21 @@ class _Search:
         self.bench: Bench | None = None
         self.on_time = False  # whether a schedule that keeps all deadlines is known
         self.cycle, self.step, self.length = 0, 0, FIRST_CYCLE
+
+    def begin(self, split_weight: bool, warm_start: Schedule | None) -> None:
+        """Take what needs no search.
+
+        Raises:
+            ValueError: the memory cap does not even hold one micro-batch.
+        """
+        problem = self.problem
+        self.offer(serial(problem))
+        if split_weight:
+            self.offer(zb_h1(problem))
+        if self._due().size:
+            self.offer(Schedule(problem, serial(_most_urgent_first(problem)).rows))
+        if warm_start is not None:
+            self.offer(Schedule(problem, warm_start.rows))
 
     def offer(self, schedule: Schedule) -> None:
         """Take a schedule that exists already as a starting point, if it is legal."""
