@@ -8,7 +8,9 @@ the cost of a task. `models`: actor and critic of the quick-start shape on two r
 each; serial 1F1B against fused, side by side in one run, beside the ratio predicted from the
 measured task times. `..._over_replayed`: measured time over that of an ideal executor whose tasks
 take exactly as long as they did: what is lost to messages and bookkeeping.
-One JSON object per line.
+`cpu_ratio`: serial
+over fused by the processor times of the tasks, for machines that others use too. One JSON object
+per line.
 """
 
 import argparse
@@ -255,18 +257,24 @@ def problem_of(durations: dict[str, float], place: TrainingPlacement, count: int
 
 
 def mean_durations(spans: Sequence[Span]) -> dict[str, float]:
+    """Median processor time of each kind of task (``actor:0F``)."""
     found: dict[str, list[float]] = {}
     for span in spans:
         if span.kind in TASKS:
             key = f"{span.args['pipeline']}:{span.args['pp_stage']}{span.kind.value}"
-            found.setdefault(key, []).append(span.duration_s)
+            found.setdefault(key, []).append(float(span.args["cpu_s"]))
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def replay(schedule: Schedule, spans: Sequence[Span]) -> float:
+def replay(schedule: Schedule, spans: Sequence[Span], *, cpu: bool = False) -> float:
     """Makespan of a schedule whose tasks take exactly as long as they did in one run, with free
-    messages: what the executor itself loses is the measured time beyond this."""
-    duration = {span.name: span.duration_s for span in spans if span.kind in TASKS}
+    messages: what the executor itself loses is the measured time beyond this. `cpu`: as long as
+    their processor time, as if nothing else ran on the machine."""
+    duration = {
+        span.name: float(span.args["cpu_s"]) if cpu else span.duration_s
+        for span in spans
+        if span.kind in TASKS
+    }
     ends: dict[Task, float] = {}
     rows = [list(row) for row in schedule.rows]
     free = [0.0] * len(rows)
@@ -364,7 +372,7 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
 
     per_rank = run_ranks(2, run)
     ran = {"serial": serial(unit), "fused": per_rank[0].fused}
-    seconds, best, steps, spans, lost = {}, {}, {}, {}, {}
+    seconds, best, steps, spans, lost, cpu = {}, {}, {}, {}, {}, {}
     for name in ("serial", "fused"):
         pairs = list(zip(*(r.measured[name] for r in per_rank), strict=True))
         lost[name] = statistics.median(
@@ -373,6 +381,10 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
             for pair in pairs
         )
         seconds[name] = statistics.median(training_s(pair) for pair in pairs)
+        cpu[name] = statistics.median(
+            sum(replay(s, [*pair[0][0], *pair[1][0]], cpu=True) for s in ran[name])
+            for pair in pairs
+        )
         best[name] = min(training_s(pair) for pair in pairs)
         steps[name] = statistics.median(max(part[1] for part in pair) for pair in pairs)
         spans[name] = [s for pair in pairs for part in pair for s in part[0]]
@@ -387,6 +399,7 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
         "fused_s": round(seconds["fused"], 4),
         "ratio": round(seconds["serial"] / seconds["fused"], 3),
         "best_ratio": round(best["serial"] / best["fused"], 3),
+        "cpu_ratio": round(cpu["serial"] / cpu["fused"], 3),
         "update_ratio": round(steps["serial"] / steps["fused"], 3),
         "predicted_ratio": round(predicted_serial / makespan(fused), 3),
         "serial_over_predicted": round(seconds["serial"] / predicted_serial, 3),

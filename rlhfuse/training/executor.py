@@ -5,6 +5,7 @@ becomes a span on the lane of the rank.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -98,10 +99,12 @@ class Executor:
             arrived = self._clock.mark()
             measured.append(_Measured(step.task, step.receives, start, arrived))
             start = arrived
+        cpu_start_s = time.thread_time()
         with record_function(f"PP:{step.task}"):
             result = self._compute(step.task, received)
+        cpu_s = time.thread_time() - cpu_start_s
         end = self._clock.mark()
-        measured.append(_Measured(step.task, None, start, end))
+        measured.append(_Measured(step.task, None, start, end, cpu_s))
         if step.sends is not None:
             assert result is not None, f"{step.task} made nothing to send"
             self._channels.send(step.sends, result)
@@ -131,6 +134,7 @@ class Executor:
             }
             if item.message is None:
                 kind = Kind(item.task.op.value)
+                args["cpu_s"] = round(item.cpu_s, 6)
             elif end - start < SHORTEST_WAIT_S or item.message.local:
                 continue
             else:
@@ -157,12 +161,16 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """A task (`message` None), or what it waited for: a message to come, or its channel."""
+    """A task (`message` None), or what it waited for: a message to come, or its channel.
+
+    `cpu_s`: processor time of the task; on a CPU, a longer span means that others used the core.
+    """
 
     task: Task
     message: Message | None
     start: Mark
     end: Mark
+    cpu_s: float = 0.0
 
 
 def publish_failure(store: Store, word: str) -> str:
