@@ -1,7 +1,7 @@
 """Simulated generation plus scoring of the quick-start shape: serial, early scoring, the paper's
 threshold, ours, and the clairvoyantly best single move.
 
-    python bench/bench_rollout.py [--seeds 20] [--out bench/results/rollout.json]
+    python -m bench.bench_rollout [--seeds 20]
 
 64 samples on 2 workers, prompt 16, long-tailed lengths, four scoring roles, the CPU decode table.
 Simulation, not measurement: costs are `CostModel.default()` with the scoring rate varied.
@@ -11,11 +11,11 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from bench.record import write_result
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout.forecast import warm_up
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
@@ -105,12 +105,10 @@ def measure(score_ms: float, limit: int, seeds: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/rollout.json"))
     asked = parser.parse_args()
     warm_up()
     rows = [measure(ms, limit, asked.seeds) for limit in (256, 512) for ms in (0.1, 0.15, 0.2)]
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n")
+    write_result("rollout_simulated", [msgspec.structs.asdict(row) for row in rows])
     for row in rows:
         print(
             f"limit {row.max_response_tokens}, {row.score_ms_per_token} ms/token: serial "

@@ -80,6 +80,19 @@ def test_workers_do_one_thing_at_a_time(migration: Migration) -> None:
     assert scored == len(ROLES) * (sum(_lengths(4, 128)) + 16 * 128)
 
 
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_wrong_expectations_cost_little(factor: float) -> None:
+    """Lengths expected far too short or long: still no worse than never moving, within 2 %."""
+    policy = Policy(max_response_tokens=384, max_running=64)
+    still = Policy(migration=Migration.OFF, max_response_tokens=384, max_running=64)
+    for seed in range(2):
+        history = [min(384, int(factor * n) + 1) for n in _lengths(seed + 50, 256)]
+        lengths, prompts = _lengths(seed, 64), [16] * 64
+        _, ours = simulate(COST, policy, lengths, prompts, 2, ROLES, history=history)
+        _, never = simulate(COST, still, lengths, prompts, 2, ROLES)
+        assert ours.end_s <= 1.02 * never.end_s
+
+
 def test_deterministic() -> None:
     first = _stats(5, InterStage.ON, Migration.AUTO)
     assert first == _stats(5, InterStage.ON, Migration.AUTO)
