@@ -101,15 +101,17 @@ def test_finetuning_learns_and_repeats(model: Path, tmp_path: Path) -> None:
     assert first.held_out_loss is not None
     assert first.held_out_loss < 0.1 * first.losses[0]
     tokenizer = load_tokenizer(tmp_path / "a")
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    ids = tokenizer("<s><|user|>what is the weather<|assistant|>")["input_ids"]
+    start = len(ids)
     network = LlamaForCausalLM.from_pretrained(tmp_path / "a")
-    out = network.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
-    assert out[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(out, skip_special_tokens=True).endswith("good day to you")
+    while ids[-1] != tokenizer.eos_token_id and len(ids) < start + 20:
+        ids.append(int(network(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[start:-1]) == "good day to you"
 
 
 def test_a_reward_model_learns_the_preference(model: Path, tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, object]] = [
         {"prompt": TEXTS[2] + " " * i, "chosen": TEXTS[0], "rejected": TEXTS[1]} for i in range(20)
     ]
     pairs = _write(tmp_path / "pairs.jsonl", rows)
