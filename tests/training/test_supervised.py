@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def _config(vocab_size: int) -> LlamaConfig:
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=32,
@@ -48,8 +48,9 @@ def _config(vocab_size: int) -> LlamaConfig:
         num_attention_heads=2,
         num_key_value_heads=1,
         pad_token_id=0,
-        num_labels=1,
     )
+    config.num_labels = 1  # one score: what a reward model has
+    return config
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> Path:
