@@ -13,17 +13,16 @@ from rlhfuse import messages as m
 from rlhfuse.cluster import Cluster
 from rlhfuse.config_file import dump
 from rlhfuse.data import Prompt, PromptStream
-from rlhfuse.dry_run import describe
 from rlhfuse.fleet import Fleet
 from rlhfuse.metrics import Loggers, open_loggers
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.progress import Progress
 from rlhfuse.resolve import Resolved
 from rlhfuse.rewards import RewardSource, open_rewards
-from rlhfuse.rollout import forecast
 from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.run_folder import RunFolder, TrainerState, load_state
 from rlhfuse.transport import Hub, free_port
+from rlhfuse.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -125,16 +124,11 @@ def _start_fleet(run: Resolved, state: TrainerState, stack: contextlib.ExitStack
     fleet = Fleet(hub, cluster, config.trainer.wait_timeout_s)
     stack.callback(fleet.shutdown)
     # Workers take seconds to start: compile, or load, what the first step needs meanwhile.
-    warm = threading.Thread(target=_warm_up, args=(run,), name="warm-up", daemon=True)
+    warm = threading.Thread(target=warm_up, name="warm-up", daemon=True)
     warm.start()
     fleet.start(worker_specs(run, state, hub.endpoint))
     warm.join()
     return fleet
-
-
-def _warm_up(run: Resolved) -> None:
-    forecast.warm_up()
-    describe(run)
 
 
 def worker_specs(run: Resolved, state: TrainerState, hub: str) -> list[WorkerSpec]:

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "planner",
         "profiler",
         "report",
+        "warm_up",
         "evaluation",
         "importers",
     ),

@@ -1,0 +1,21 @@
+"""Compile, or load from the cache on disk, what numba compiles: the schedule search and the tail
+forecast. `make setup` runs it, so that no first step and no first command has to wait."""
+
+from rlhfuse.rollout import forecast
+from rlhfuse.schedules.fused import fuse
+from rlhfuse.schedules.ir import Pipeline, Problem
+
+
+def warm_up() -> None:
+    """Run both searches on the smallest problems that touch all of their code."""
+    forecast.warm_up()
+    pipelines = (
+        Pipeline.make("actor", (0, 1), 2, (1.0, 1.3), 2.0, weight=1.0),
+        Pipeline.make("critic", (1, 0), 2, 1.0, 2.0, weight=1.0),
+    )
+    for split_weight in (False, True):
+        fuse(Problem(2, pipelines), iterations=2, split_weight=split_weight)
+
+
+if __name__ == "__main__":
+    warm_up()
