@@ -29,7 +29,7 @@ DEFAULT_ROUNDS = 200
 MOVES = 3000  # local moves of one round
 LIST_TASKS = 4_000  # tasks that the list schedules of one round place, all together
 FIRST_CYCLE, LONGEST_CYCLE = 8, 512  # rounds
-HOT, COLD = 0.5, 0.08  # temperatures, in mean task durations
+HOT, COLD = 0.5, 0.2  # temperatures, in mean task durations
 
 
 @dataclass(frozen=True, slots=True)
