@@ -42,6 +42,10 @@ class StageCosts(msgspec.Struct, frozen=True):
     backward: tuple[float, ...]
     weight: tuple[float, ...]
 
+    def weight_part(self, stage: int) -> float:
+        """The share of a backward pass that W takes."""
+        return self.weight[stage] / self.backward[stage] if self.backward[stage] else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
@@ -135,10 +139,13 @@ def measured_costs(
             return sum(seconds[role, stage, kind] for kind in kinds) / tokens[role]
 
         stages = range(len(old.forward))
+        backward = [per_token(s, Kind.B, Kind.I, Kind.W) or old.backward[s] for s in stages]
+        # Where nothing was split, the part of W in a backward pass stays what it was.
+        parts = [per_token(s, Kind.W) or backward[s] * old.weight_part(s) for s in stages]
         costs[role] = StageCosts(
             forward=tuple(per_token(s, Kind.F) or old.forward[s] for s in stages),
-            backward=tuple(per_token(s, Kind.B, Kind.I, Kind.W) or old.backward[s] for s in stages),
-            weight=tuple(per_token(s, Kind.W) or old.weight[s] for s in stages),
+            backward=tuple(backward),
+            weight=tuple(parts),
         )
     return costs
 

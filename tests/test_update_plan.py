@@ -105,4 +105,5 @@ def test_measured_costs_are_seconds_per_token_and_keep_what_did_not_run() -> Non
     after = measured_costs(spans, {"actor": 100}, before)
     assert after["actor"].forward == (0.01, 7.0)
     assert after["actor"].backward == (0.02, 14.0)
+    assert after["actor"].weight == (0.01, 7.0)
     assert after["critic"] == before["critic"]
