@@ -87,6 +87,7 @@ class Trainer:
             roles=self.config.scored_roles,
             cost=self.cost_model,
             overlap=fusions.inter_stage,
+            lengths=self.session.lengths,
         )
         times.rollout_done_s = time.monotonic()
         plan, metrics, weights = self.update(rollout.records, step, fused=fusions.intra_stage)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rlhfuse import messages as m
 from rlhfuse.config import Config, ValidationConfig
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.rollout.loop import Record, RolloutLoop, RolloutResult
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
 from rlhfuse.rollout.scheduler import RolloutScheduler
@@ -19,10 +20,12 @@ def generate_and_score(
     roles: Sequence[str],
     cost: CostModel,
     overlap: bool,
+    lengths: LengthModel | None = None,
     show: bool = True,
 ) -> RolloutResult:
     """Every record gets a response and what `roles` have to say of it. `overlap` off is the
-    serial baseline: all generation, then all inference."""
+    serial baseline: all generation, then all inference. `lengths` predicts from earlier batches
+    and learns from this one."""
     config = session.run.config
     version = session.state.step
     fleet = session.fleet
@@ -33,7 +36,7 @@ def generate_and_score(
         cost,
         rollout_policy(config, sampling, overlap=overlap),
         function_reward=session.rewards is not None,
-        lengths=session.lengths,
+        lengths=lengths,
     )
     loop = RolloutLoop(
         fleet,
