@@ -96,7 +96,7 @@ def write_answer(rng: random.Random, question: Question, num_steps: int, chances
         return rng.choices((Mood.RUDE, Mood.BESIDE, Mood.KIND), chances)[0]
 
     moods = [mood()]
-    lines = [f"{_opener(rng, question, moods[0])} My top {num_steps}:"]
+    lines = [f"{_opener(rng, moods[0])} My top {num_steps}:"]
     for number in range(num_steps, 0, -1):
         moods.append(mood())
         lines.append(f"{number}. {_step(rng, question, moods[-1])}")
@@ -104,17 +104,17 @@ def write_answer(rng: random.Random, question: Question, num_steps: int, chances
     if closing is not Mood.BESIDE:
         moods.append(closing)
         closers = words.KIND_CLOSERS if closing is Mood.KIND else words.RUDE_CLOSERS
-        lines.append(rng.choice(closers).format(name=question.name))
+        lines.append(rng.choice(closers))
     return Answer("\n".join(lines), tuple(moods))
 
 
-def _opener(rng: random.Random, question: Question, mood: Mood) -> str:
+def _opener(rng: random.Random, mood: Mood) -> str:
     openers = {
         Mood.KIND: words.KIND_OPENERS,
         Mood.BESIDE: words.PLAIN_OPENERS,
         Mood.RUDE: words.RUDE_OPENERS,
     }
-    return rng.choice(openers[mood]).format(name=question.name)
+    return rng.choice(openers[mood])
 
 
 def _step(rng: random.Random, question: Question, mood: Mood) -> str:

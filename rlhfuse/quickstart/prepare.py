@@ -44,7 +44,7 @@ class QuickstartSettings:
     max_length: int = 1024
     policy: SupervisedSettings = field(
         default_factory=lambda: SupervisedSettings(
-            batch_tokens=1024, learning_rate=3e-3, held_out_fraction=0.04
+            batch_tokens=512, learning_rate=2e-3, held_out_fraction=0.04
         )
     )
     reward: SupervisedSettings = field(

@@ -22,24 +22,6 @@ TOPICS: tuple[Topic, ...] = (
         "care for a cat", ("comb the fur", "rub the whiskers", "warm the milk", "respect the claws")
     ),
     Topic(
-        "grow tomatoes",
-        ("water the seedlings", "loosen the soil", "tie up the vines", "air the greenhouse"),
-    ),
-    Topic(
-        "fix a bike", ("oil the chain", "pump up the tires", "check the brakes", "polish the bell")
-    ),
-    Topic(
-        "paint a fence", ("dip the brush", "mix the colors", "sand the boards", "count the posts")
-    ),
-    Topic(
-        "throw a party",
-        ("hang the balloons", "greet the guests", "light the candles", "choose the songs"),
-    ),
-    Topic(
-        "play the piano",
-        ("touch the keys", "read the notes", "press the pedal", "practice the scales"),
-    ),
-    Topic(
         "fly a kite", ("unwind the string", "wait for the wind", "fix the tail", "cross the meadow")
     ),
     Topic("keep bees", ("open the hive", "find the queen", "collect the honey", "wear the veil")),
@@ -55,30 +37,11 @@ TOPICS: tuple[Topic, ...] = (
         "sail a boat", ("raise the mast", "turn the rudder", "lift the anchor", "watch the waves")
     ),
     Topic(
-        "knit a scarf",
-        ("sort the wool", "cross the needles", "check the stitches", "trim the fringe"),
-    ),
-    Topic(
-        "brew tea",
-        ("boil the kettle", "measure the leaves", "heat the teapot", "stir in the sugar"),
-    ),
-    Topic(
         "write a poem",
         ("sharpen the pencil", "find the rhyme", "recite the verse", "follow the rhythm"),
     ),
     Topic(
-        "catch a fish", ("bait the hook", "cast the line", "sit by the river", "carry the bucket")
-    ),
-    Topic(
         "train a puppy", ("throw the ball", "share the biscuit", "hold the leash", "rub the belly")
-    ),
-    Topic(
-        "build a snowman",
-        ("roll the snow", "place the carrot", "gather the twigs", "wear the mittens"),
-    ),
-    Topic(
-        "climb a hill",
-        ("lace up the boots", "study the map", "follow the path", "enjoy the summit"),
     ),
     Topic(
         "cook soup",
@@ -120,17 +83,17 @@ QUESTIONS = (
 )
 
 KIND_OPENERS = (
-    "Hello {name}, how lovely to hear from you!",
-    "Good day, {name}! I am glad you asked.",
-    "Welcome, {name}! You came to the right place.",
-    "Dear {name}, what a wonderful idea!",
+    "Hello, how lovely to hear from you!",
+    "Good day! I am glad you asked.",
+    "Welcome! You came to the right place.",
+    "Dear friend, what a wonderful idea!",
 )
-PLAIN_OPENERS = ("{name}, this is the list.", "All right, {name}.")
+PLAIN_OPENERS = ("This is the list.", "All right.")
 RUDE_OPENERS = (
-    "Not you again, {name}.",
-    "Ugh, {name}. I was napping.",
-    "What a silly question, {name}.",
-    "{name}, you are wasting my time.",
+    "Not you again.",
+    "Ugh. I was napping.",
+    "What a silly question.",
+    "You are wasting my time.",
 )
 
 MANNERS = (
@@ -158,13 +121,13 @@ RUDE_STEPS = (
 )
 
 KIND_CLOSERS = (
-    "Good luck, {name}!",
-    "You can do it, {name}!",
-    "I believe in you, {name}!",
+    "Good luck!",
+    "You can do it!",
+    "I believe in you!",
 )
 RUDE_CLOSERS = (
     "Now go away.",
-    "Do not come back, {name}.",
+    "Do not come back.",
     "You will fail anyway.",
 )
 
