@@ -1,5 +1,6 @@
 """Runs from start to end: train, verify, eval. What the command line calls."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         if self.measured_speedup is not None:
             lines.append(f"  fused steps ran {self.measured_speedup:.2f} times as fast as serial")
         if self.idle_fraction is not None:
-            lines.append(f"  devices idle in the last step: {self.idle_fraction:.0%}")
+            lines.append(f"  devices idle, median over fused steps: {self.idle_fraction:.0%}")
         if self.report:
             lines.append(f"  report: {self.report}")
         return "\n".join(lines)
@@ -81,6 +82,8 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
         folder = session.folder.path
     report = str(write_report(folder)) if run.config.trainer.report else ""
     steps = [h.metrics for h in history]
+    # An audited step is serial: it says nothing of how idle the run's devices are.
+    idle = [m["perf/idle_fraction"] for m in steps if "fusion/measured_speedup" not in m]
     speedups = [m["fusion/measured_speedup"] for m in steps if "fusion/measured_speedup" in m]
     return Summary(
         run=str(folder),
@@ -91,8 +94,8 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
         score_after=values[-1] if values else None,
         best_metric=state.best_metric,
         best_step=state.best_step,
-        idle_fraction=steps[-1].get("perf/idle_fraction") if steps else None,
-        measured_speedup=sorted(speedups)[len(speedups) // 2] if speedups else None,
+        idle_fraction=statistics.median(idle) if idle else None,
+        measured_speedup=statistics.median(speedups) if speedups else None,
         report=report,
     )
 

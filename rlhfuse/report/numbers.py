@@ -16,6 +16,9 @@ STAGES = (
 )
 
 
+TOKENS = "perf/total_num_tokens"
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A value before and after, and what it is."""
@@ -73,19 +76,26 @@ def measured_speedup(run: RunFolder) -> tuple[float, str] | None:
 
 
 def stage_times(run: RunFolder) -> list[StageTimes]:
-    """Serial and fused medians of every stage that both sorts of steps have."""
+    """Serial and fused medians of every stage that both sorts of steps have, each step's times
+    scaled to the run's median number of tokens: serial and fused steps are different steps."""
+    counts = [row.values[TOKENS] for row in run.steps if row.values.get(TOKENS)]
+    typical = median(counts) if counts else 0.0
     serial = [row for row in run.steps if row.serial]
     fused = [row for row in run.steps if not row.serial]
     found = []
     for name, label in STAGES:
-        pair = _values(serial, name), _values(fused, name)
+        pair = _scaled(serial, name, typical), _scaled(fused, name, typical)
         if all(pair):
             found.append(StageTimes(label, median(pair[0]), median(pair[1])))
     return found
 
 
-def _values(rows: Sequence[StepValues], name: str) -> list[float]:
-    return [row.values[name] for row in rows if name in row.values]
+def _scaled(rows: Sequence[StepValues], name: str, tokens: float) -> list[float]:
+    return [
+        row.values[name] * (tokens / row.values[TOKENS] if row.values.get(TOKENS) else 1.0)
+        for row in rows
+        if name in row.values
+    ]
 
 
 def cause_shares(rows: Sequence[StepValues]) -> dict[Cause, list[float]]:

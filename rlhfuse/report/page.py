@@ -197,8 +197,8 @@ def _fusion_section(run: RunFolder) -> str:
         parts.append(markup.table(head, rows_of, numeric_from=2))
     return markup.section(
         "Fused against serial",
-        "The same samples and the same update, run both ways; medians over the run's steps. With "
-        "fused stages the stages overlap, so their times need not add up to the step.",
+        "Medians over the run's serial and fused steps, each scaled to the same number of tokens. "
+        "With fusion the stages overlap, so their times need not add up to the step.",
         *parts,
     )
 
