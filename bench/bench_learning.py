@@ -1,6 +1,6 @@
 """Does the quick start learn, with every seed? Held-out reward before and after, KL, lengths.
 
-python bench/bench_learning.py configs/quickstart.yaml --seeds 1 2 3
+python -m bench.bench_learning configs/quickstart.yaml --seeds 1 2 3
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Runs the same steps of a configuration from the same start on the same workers, serially and
 fused in turn, and prints medians side by side. Every pair is also checked to be bit-identical.
 
-    python bench/bench_step.py configs/quickstart.yaml --repeats 5
+    python -m bench.bench_step configs/quickstart.yaml --repeats 5
 """
 
 import argparse

@@ -23,7 +23,7 @@ def write_result(name: str, rows: Sequence[Row]) -> Path:
         "name": name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "environment": environment(),
         "rows": [dict(row) for row in rows],
     }
