@@ -107,6 +107,8 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     rollout, estimator = config.rollout, config.algorithm.adv_estimator
+    if rollout.engine == "vllm":
+        yield "rollout.engine: vllm is not there in this version, choose torch (or auto)"
     if estimator in ("grpo", "rloo") and rollout.n < 2:
         yield f"rollout.n: {estimator} compares the responses of a prompt and needs 2 or more"
     if rollout.min_response_length > rollout.response_length:
