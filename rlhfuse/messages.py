@@ -231,11 +231,10 @@ class WeightsPrepared(Message, frozen=True):
 
 
 class Trained(Message, frozen=True):
-    """This rank's part of an update: metric sums and the state of its weights."""
+    """This rank's part of an update: the metrics that it knows."""
 
     step: int
     metrics: dict[str, float]
-    digest: str
 
 
 class Failed(Message, frozen=True):

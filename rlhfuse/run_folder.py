@@ -59,6 +59,7 @@ class RunFolder:
     def __init__(self, config: TrainerConfig) -> None:
         self.path = Path(config.default_local_dir, config.project_name, config.experiment_name)
         self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples.jsonl"
         self._keep = config.max_checkpoints
 
     def create(self, config_yaml: str) -> None:
@@ -76,7 +77,7 @@ class RunFolder:
         return self.path / "timeline" / f"step_{step}.json"
 
     def add_samples(self, samples: list[ValidationSample]) -> None:
-        with (self.path / "samples.jsonl").open("ab") as file:
+        with self.samples.open("ab") as file:
             for sample in samples:
                 file.write(msgspec.json.encode(sample) + b"\n")
 

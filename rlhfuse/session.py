@@ -14,7 +14,7 @@ from rlhfuse.cluster import Cluster
 from rlhfuse.config_file import dump
 from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.fleet import Fleet
-from rlhfuse.metrics import Loggers, open_loggers
+from rlhfuse.metrics import Loggers, cut_jsonl, open_loggers
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.progress import Progress
 from rlhfuse.resolve import Resolved
@@ -71,6 +71,8 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
     state = load_state(checkpoint) if checkpoint else fresh_state(run)
     with contextlib.ExitStack() as stack:
         folder.create(dump(config))
+        # Samples of steps that will run again, or of an earlier run that never got to save.
+        cut_jsonl(folder.samples, state.step if checkpoint else -1)
         progress = stack.enter_context(Progress(run.total_steps, done_steps=state.step))
         loggers = stack.enter_context(
             open_loggers(

@@ -90,18 +90,17 @@ class Trainer:
             lengths=self.session.lengths,
         )
         times.rollout_done_s = time.monotonic()
-        plan, metrics, weights = self.update(rollout.records, step, fused=fusions.intra_stage)
+        plan, metrics = self.update(rollout.records, step, fused=fusions.intra_stage)
         times.update_done_s = time.monotonic()
         self.advance(step, metrics)
-        self.sync_weights()
+        weights = self.sync_weights()
         times.end_s, times.end_cpu_s = time.monotonic(), time.process_time()
         return self.record(step, rollout, plan, metrics, weights, times, fusions)
 
     def update(
         self, records: Sequence[Record], step: int, *, fused: bool
-    ) -> tuple[UpdatePlan, dict[str, float], str]:
-        """Advantages and every mini-batch of actor and critic; returns the merged metrics and a
-        digest of all weights."""
+    ) -> tuple[UpdatePlan, dict[str, float]]:
+        """Advantages and every mini-batch of actor and critic; returns the merged metrics."""
         fleet = self.session.fleet
         state = self.session.state
         warming_up = self.config.uses_critic and step <= self.config.algorithm.critic_warmup
@@ -126,7 +125,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         for _worker, event in trained:
             metrics.update(event.metrics)
-        return plan, metrics, digest_of([event.digest for _worker, event in trained])
+        return plan, metrics
 
     def advance(self, step: int, metrics: dict[str, float]) -> None:
         """The state after a step: what a checkpoint holds."""
@@ -144,9 +143,11 @@ class Trainer:
             kl_coef=control.coef,
         )
 
-    def sync_weights(self) -> None:
-        """Engines and scorers get the weights of this step, and nothing older can generate."""
-        sync_weights(self.session.fleet, self.session.roles, self.session.state.step)
+    def sync_weights(self) -> str:
+        """Engines and scorers get the weights of this step, and nothing older can generate.
+        Returns a digest of all of them."""
+        plans = sync_weights(self.session.fleet, self.session.roles, self.session.state.step)
+        return digest_of([plan.digest for plan in plans.values()])
 
     def fusions(self, step: int) -> Fusions:
         """What this step uses: as configured, but none in an audited step."""

@@ -25,7 +25,6 @@ from rlhfuse.training.records import (
 )
 from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
-from rlhfuse.weights.plan import combined_digest
 from rlhfuse.weights.send import Outbox
 from rlhfuse.workers.common import device_of, dtype_of, run_guarded
 
@@ -124,15 +123,8 @@ class TrainingWorker:
         except NonFiniteLoss:
             self._keep_batch(command.step, samples)
             raise
-        digests = {
-            f"{role}/{name}": digest
-            for role in self._roles
-            for name, digest in self._trainer.digest(role).items()
-        }
         self._link.send(m.Spans(spans=tuple(spans)))
-        self._link.send(
-            m.Trained(step=command.step, metrics=metrics, digest=combined_digest(digests))
-        )
+        self._link.send(m.Trained(step=command.step, metrics=metrics))
 
     def _prepare_weights(self, command: m.PrepareWeights) -> None:
         for role in command.roles:
