@@ -1,7 +1,7 @@
 """The run configuration: a frozen, typed tree, and nothing else decides what a run does.
 
 Top level: the roles ``actor critic reference reward``, then ``rollout algorithm data trainer
-placement fusion``. Key names are the field's. An unknown key is an error that names the nearest
+placement fusion plan``. Key names are the field's. An unknown key is an error that names the nearest
 known one. Reading files and overrides is in `rlhfuse.config_file`.
 """
 
@@ -211,6 +211,24 @@ class FusionConfig(Section, frozen=True):
     audit_every: NonNegative = 0  # run every Nth step serially and log the speed-up
 
 
+class PlanConfig(Section, frozen=True):
+    """What ``rlhfuse plan`` and the dry run predict for; training does not read it."""
+
+    hardware: Literal["auto", "cpu", "a100", "h100", "h200", "b200"] = "auto"
+    num_nodes: NonNegative = 0  # 0: as many as hold placement.num_devices
+    devices_per_node: Positive = 8
+    network_gbps: NonNegativeFloat = 0.0  # per device, one direction; 0: the hardware's usual
+    rollout_tp: NonNegative = 0  # devices of one generation instance; 0: searched, as all below
+    tp: NonNegative = 0  # tensor-parallel devices of both training pipelines
+    actor_pp: NonNegative = 0
+    critic_pp: NonNegative = 0
+    # Lengths: recorded ones, or a lognormal distribution cut off at the response limit.
+    lengths_file: str = ""  # JSONL or CSV with response_length, or one number a line
+    response_median: NonNegative = 0  # tokens; 0: a sixth of the limit
+    response_sigma: PositiveFloat = 0.8  # of log length; 0.75: 99.9th percentile 10 x the median
+    prompt_mean: NonNegative = 0  # tokens; 0: half of data.max_prompt_length
+
+
 class Config(Section, frozen=True):
     """One run."""
 
@@ -224,6 +242,7 @@ class Config(Section, frozen=True):
     trainer: TrainerConfig = TrainerConfig()
     placement: PlacementConfig = PlacementConfig()
     fusion: FusionConfig = FusionConfig()
+    plan: PlanConfig = PlanConfig()
 
     @property
     def uses_critic(self) -> bool:

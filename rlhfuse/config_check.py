@@ -17,6 +17,13 @@ def check(config: Config) -> None:
         raise ValueError("; ".join(broken))
 
 
+def check_for_plan(config: Config) -> None:
+    """As `check`, of what a prediction depends on: no data, no devices, any engine."""
+    broken = [p for rule in (_finite, _models, _reward, _batches) for p in rule(config)]
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
 def check_files(config: Config) -> None:
     """Raise a `ValueError` that names every model folder, file or variable that is missing."""
     broken = list(_missing(config))
