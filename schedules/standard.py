@@ -5,13 +5,15 @@ with whose members it shares no rank, and groups follow each other. Within a gro
 runs by the named policy. Nothing here fuses anything: these are the baselines.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.dispatch import dispatch_pipeline
 from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule, Task
 from rlhfuse.schedules.timing import makespan
 
 StageOrder = Callable[[Problem, Pipeline, int], Iterator[Task]]
+Rows = Mapping[int, Iterable[Task]]  # what one pipeline runs on each of its ranks
 
 
 def serial(problem: Problem) -> Schedule:
@@ -36,9 +38,7 @@ def gpipe(problem: Problem) -> Schedule:
     Raises:
         ValueError: all micro-batches in flight exceed the memory cap.
     """
-    schedule = _in_groups(problem, _gpipe_stage)
-    schedule.validate()
-    return schedule
+    return within_cap(_in_groups(problem, _gpipe_stage), "GPipe")
 
 
 def zb_h1(problem: Problem) -> Schedule:
@@ -151,15 +151,45 @@ def _gpipe_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]
 
 
 def _in_groups(problem: Problem, stage_order: StageOrder) -> Schedule:
+    def rows(pipe: Pipeline) -> Rows:
+        if len(set(pipe.stages)) == pipe.num_stages:
+            return {r: stage_order(problem, pipe, s) for s, r in enumerate(pipe.stages)}
+        limits = in_flight_limits(problem, pipe)
+        alone = Problem(problem.num_ranks, (pipe,), None, problem.link_latency)
+        return dict(enumerate(dispatch_pipeline(alone, limits).rows))
+
+    return in_groups(problem, rows)
+
+
+def in_groups(problem: Problem, rows_of: Callable[[Pipeline], Rows]) -> Schedule:
+    """Group after group; within a group each pipeline runs the rows that `rows_of` gives it."""
     rows: list[list[Task]] = [[] for _ in range(problem.num_ranks)]
     for group in groups(problem):
         for pipe in group:
-            if len(set(pipe.stages)) == pipe.num_stages:
-                for stage, rank in enumerate(pipe.stages):
-                    rows[rank].extend(stage_order(problem, pipe, stage))
-                continue
-            limits = in_flight_limits(problem, pipe)
-            alone = Problem(problem.num_ranks, (pipe,), None, problem.link_latency)
-            for row, more in zip(rows, dispatch_pipeline(alone, limits).rows, strict=True):
-                row.extend(more)
+            for rank, more in rows_of(pipe).items():
+                rows[rank].extend(more)
     return Schedule(problem, tuple(tuple(row) for row in rows))
+
+
+def plain_rows(pipe: Pipeline) -> Rows:
+    """A forward-only pipeline: each rank takes the micro-batches as they come."""
+    rows: dict[int, list[Task]] = {rank: [] for rank in pipe.stages}
+    for mb in range(pipe.num_microbatches):
+        for stage, rank in enumerate(pipe.stages):
+            rows[rank].append(Task(pipe.name, Op.F, stage, mb))
+    return rows
+
+
+def within_cap(schedule: Schedule, policy: str) -> Schedule:
+    """The schedule itself, if it keeps its problem's memory cap.
+
+    Raises:
+        ValueError: it does not; the policy, what it needs and the way out.
+    """
+    need, cap = max(peak_memory(schedule)), schedule.problem.memory_cap
+    if cap is not None and need > cap * (1 + REL_TOL):
+        raise ValueError(
+            f"{policy} holds {need:.6g} on a rank, over the memory cap of {cap:g}; raise the cap "
+            "or take the policy fused"
+        )
+    return schedule

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 
+from rlhfuse.schedules.bidirectional import chimera, dualpipe
 from rlhfuse.schedules.bounds import latency_bound, memory_bound
 from rlhfuse.schedules.checks import peak_memory
+from rlhfuse.schedules.interleaved import interleaved
 from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
 from rlhfuse.schedules.standard import gpipe, one_f_one_b, serial, serial_makespan, zb_h1
 from rlhfuse.schedules.timing import makespan
+from rlhfuse.schedules.zero_bubble import zb_v
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -27,7 +31,10 @@ class Summary(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A named way to schedule; `split` where it uses I and W."""
+    """A named way to schedule; `split` where it uses I and W.
+
+    Policies on chunks (interleaved, ZB-V) answer a problem of their own, with the stages cut.
+    """
 
     name: str
     make: Callable[[Problem], Schedule]
@@ -40,12 +47,22 @@ def standard_policies() -> tuple[Policy, ...]:
         Policy("serial", serial),
         Policy("1f1b", one_f_one_b),
         Policy("gpipe", gpipe),
+        Policy("interleaved", interleaved),
+        Policy("interleaved-4", partial(interleaved, chunks=4)),
         Policy("zb-h1", zb_h1, split=True),
+        Policy("zb-v", zb_v, split=True),
+        Policy("chimera", chimera),
+        Policy("dualpipe", dualpipe, split=True),
     )
 
 
-def summarize(schedule: Schedule, *, split_weight: bool, seconds: float) -> Summary:
-    """The summary of a schedule that took `seconds` to find."""
+def summarize(
+    schedule: Schedule, *, split_weight: bool, seconds: float, problem: Problem | None = None
+) -> Summary:
+    """The summary of a schedule that took `seconds` to find.
+
+    `problem` is what was asked, where the schedule answers a chunked one: serial means its serial.
+    """
     length = makespan(schedule)
     bound = latency_bound(schedule.problem, split_weight=split_weight)
     busy = sum(
@@ -60,6 +77,6 @@ def summarize(schedule: Schedule, *, split_weight: bool, seconds: float) -> Summ
         memory_lower_bound=memory_bound(schedule.problem, length),
         proven_optimal=length <= bound * (1 + REL_TOL),
         bubble_fraction=1.0 - busy / area if area > 0 else 0.0,
-        serial_makespan=serial_makespan(replace(schedule.problem, memory_cap=None)),
+        serial_makespan=serial_makespan(replace(problem or schedule.problem, memory_cap=None)),
         seconds=seconds,
     )

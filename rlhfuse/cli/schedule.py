@@ -92,7 +92,8 @@ class _Search:
             found, split = chosen.make(problem), split or chosen.split
             found.validate()
             check_channels(found)
-        return found, summarize(found, split_weight=split, seconds=time.monotonic() - start)
+        seconds = time.monotonic() - start
+        return found, summarize(found, split_weight=split, seconds=seconds, problem=problem)
 
     def compare(self, problem: Problem) -> list[tuple[str, Summary]]:
         """Every other policy; those that cannot keep the cap are left out, with a word."""
