@@ -96,8 +96,10 @@ class Fleet:
         workers: Sequence[str],
         what: str,
         progress: Callable[[int], None] | None = None,
+        meanwhile: Callable[[str, m.Event], None] | None = None,
     ) -> list[tuple[str, EventT]]:
-        """One event of `kind` from each worker, in the order of `workers`.
+        """One event of `kind` from each worker, in the order of `workers`. `progress` hears how
+        many there are; events of other kinds go to `meanwhile`.
 
         Raises:
             WorkerFailed: one failed, or nothing came within the time limit.
@@ -107,13 +109,16 @@ class Fleet:
         deadline = time.monotonic() + self._timeout_s
         while missing:
             for worker, event in self.receive():
-                assert isinstance(event, kind), (
-                    f"{worker} said {type(event).__name__} while waiting for {what}"
-                )
+                deadline = time.monotonic() + self._timeout_s
+                if not isinstance(event, kind):
+                    assert meanwhile is not None, (
+                        f"{worker} said {type(event).__name__} while waiting for {what}"
+                    )
+                    meanwhile(worker, event)
+                    continue
                 assert worker in missing, f"{worker} answered twice while waiting for {what}"
                 found[worker] = event
                 missing.discard(worker)
-                deadline = time.monotonic() + self._timeout_s
                 if progress is not None:
                     progress(len(found))
             if missing and time.monotonic() > deadline:

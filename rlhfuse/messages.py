@@ -230,6 +230,15 @@ class WeightsPrepared(Message, frozen=True):
     num_bytes: int
 
 
+class Training(Message, frozen=True):
+    """An update in progress: micro-batches whose backward pass is complete on this rank's stages,
+    of all that it has; the losses of the last complete mini-batch, by role."""
+
+    done: int
+    total: int
+    losses: dict[str, float]
+
+
 class Trained(Message, frozen=True):
     """This rank's part of an update: the metrics that it knows."""
 
@@ -319,6 +328,7 @@ Event = (
     | Ack
     | Spans
     | WeightsPrepared
+    | Training
     | Trained
     | Failed
 )

@@ -4,7 +4,7 @@ Everything goes to stderr, so that stdout stays free for ``--json``. Nothing els
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from rlhfuse import messages as m
 
 PLAIN_INTERVAL_S = 10.0
 _REFRESH_HZ = 4
@@ -105,10 +107,10 @@ class Progress:
         """Samples whose scores are all known."""
         self._show(_Stage("scoring", done, total, ""))
 
-    def training(self, done: int, total: int, loss: float | None = None, what: str = "") -> None:
-        """Micro-batches of this step; `what` names the part, such as ``mini-batch 2/4``."""
-        texts = (what, "" if loss is None else f"loss {loss:.4f}")
-        self._show(_Stage("training", done, total, ", ".join(text for text in texts if text)))
+    def training(self, done: int, total: int, losses: Mapping[str, float]) -> None:
+        """Micro-batches of this step, of all roles; `losses` of the last mini-batch by role."""
+        shown = [f"{role} loss {loss:.4f}" for role, loss in sorted(losses.items())]
+        self._show(_Stage("training", done, total, ", ".join(["micro-batches", *shown])))
 
     def step_finished(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the step's line; `step` counts from 1."""
@@ -176,6 +178,30 @@ class Progress:
             Text(eta, style="dim"),
         )
         return Group(table)
+
+
+class TrainingWatch:
+    """The progress of an update, from what each rank says of its own stages."""
+
+    def __init__(self, progress: Progress, num_microbatches: int, ranks: Sequence[str]) -> None:
+        """`num_microbatches`: of all roles and mini-batches; `ranks`: the training workers."""
+        self._progress = progress
+        self._total = num_microbatches
+        self._shares = dict.fromkeys(ranks, 0.0)
+        self._losses: dict[str, float] = {}
+        progress.training(0, num_microbatches, {})
+
+    def heard(self, worker: str, event: m.Event) -> None:
+        """A rank's word. The slowest rank counts: what it has not done is not done."""
+        assert isinstance(event, m.Training), f"{worker} said {type(event).__name__} in an update"
+        self._shares[worker] = event.done / event.total if event.total else 1.0
+        self._losses.update(event.losses)
+        done = int(min(self._shares.values()) * self._total)
+        self._progress.training(done, self._total, self._losses)
+
+    def finish(self) -> None:
+        """Every rank has answered."""
+        self._progress.training(self._total, self._total, self._losses)
 
 
 def _duration(seconds: float) -> str:

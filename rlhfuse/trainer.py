@@ -15,6 +15,7 @@ from rlhfuse import messages as m
 from rlhfuse.algorithms.kl import KlControl, next_control
 from rlhfuse.batches import training_records
 from rlhfuse.cost import CostModel, fit
+from rlhfuse.progress import TrainingWatch
 from rlhfuse.rollout.loop import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, training_sampling
 from rlhfuse.session import Session
@@ -119,9 +120,12 @@ class Trainer:
             kl_coef=state.kl_coef,
             policy_version=state.step,
         )
-        self.session.progress.training(0, len(plan.minibatches), what="mini-batches")
+        watch = TrainingWatch(self.session.progress, plan.num_microbatches, fleet.training)
         fleet.broadcast(fleet.training, command)
-        trained = fleet.gather(m.Trained, fleet.training, f"the update of step {step}")
+        trained = fleet.gather(
+            m.Trained, fleet.training, f"the update of step {step}", meanwhile=watch.heard
+        )
+        watch.finish()
         metrics: dict[str, float] = {}
         for _worker, event in trained:
             metrics.update(event.metrics)

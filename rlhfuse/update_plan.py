@@ -55,6 +55,11 @@ class UpdatePlan:
     predicted_s: float
     serial_s: float
 
+    @property
+    def num_microbatches(self) -> int:
+        """Of all mini-batches and roles."""
+        return sum(len(ids) for batch in self.minibatches for ids in batch.microbatches.values())
+
 
 def plan_update(
     config: Config,

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from rlhfuse.progress import PLAIN_INTERVAL_S, Progress
+from rlhfuse import messages as m
+from rlhfuse.progress import PLAIN_INTERVAL_S, Progress, TrainingWatch
 
 
 class _Clock:
@@ -42,11 +43,11 @@ def test_every_step_starts_its_stages_anew() -> None:
             progress.generation(0, 8, tokens=0, tail=0)
             clock.now += 2
             progress.generation(8, 8, tokens=80, tail=0)
-            progress.training(4, 4, loss=0.5, what="mini-batch 1/1")
+            progress.training(4, 4, {"actor": 0.5})
             progress.step_finished(step, {"timing_s/step": 2.0, "val-core/set/reward/mean@1": 0.25})
     text = out.getvalue()
     assert text.count("generation 8/8, 40 tokens/s") == 2
-    assert "step 2/2: training 4/4, mini-batch 1/1, loss 0.5000" in text
+    assert "step 2/2: training 4/4, micro-batches, actor loss 0.5000" in text
     assert "step 1/2  step 2.0 s  val-core/set/reward/mean@1 0.250  eta 0:02" in text
     assert "eta" not in text.splitlines()[-1]
 
@@ -75,9 +76,22 @@ def test_a_terminal_gets_bars_that_are_cleared_and_lines_that_stay() -> None:
     with Progress(4, console=console) as progress:
         progress.scoring(3, 6)
         progress.step_finished(1, {"critic/rewards/mean": 0.5})
-        progress.training(1, 2, loss=1.25)
+        progress.training(1, 2, {"actor": 1.25, "critic": 0.5})
     text = out.getvalue()
     assert "step 1/4  reward 0.500  eta" in text
     assert "training" in text
-    assert "loss 1.2500" in text
+    assert "actor loss 1.2500, critic loss 0.5000" in text
     assert "\x1b[" in text  # it moved the cursor: drawn in place
+
+
+def test_the_slowest_rank_says_how_far_an_update_is() -> None:
+    clock = _Clock()
+    progress, out = _plain(1, clock)
+    with progress:
+        watch = TrainingWatch(progress, 8, ("training-0", "training-1"))
+        for worker, done in (("training-0", 4), ("training-1", 2), ("training-1", 4)):
+            clock.now += PLAIN_INTERVAL_S
+            watch.heard(worker, m.Training(done=done, total=4, losses={"actor": 0.25}))
+        watch.finish()
+    shown = [line.split(",")[0] for line in out.getvalue().splitlines()]
+    assert shown == [f"step 1/1: training {k}/8" for k in (0, 0, 4, 8)]

@@ -6,7 +6,7 @@ becomes a span on the lane of the rank.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,8 +69,15 @@ class Executor:
         self._store = store
         self._round = 0
 
-    def run(self, schedule: Schedule, shapes: Shapes, spans: list[Span]) -> None:
-        """Run this rank's row and append what was measured to `spans`.
+    def run(
+        self,
+        schedule: Schedule,
+        shapes: Shapes,
+        spans: list[Span],
+        done: Callable[[Task], None] | None = None,
+    ) -> None:
+        """Run this rank's row and append what was measured to `spans`; `done` hears of every
+        task that is complete (on a GPU: queued).
 
         Raises:
             StepFailed: a task failed, or a peer did. The channels are closed: nothing more can be
@@ -86,6 +93,8 @@ class Executor:
             for step in plan.steps:
                 at = step
                 self._run_step(step, measured)
+                if done is not None:
+                    done(step.task)
             self._channels.drain()
         except Exception as error:
             raise self._failed(schedule, at, error) from error

@@ -23,6 +23,8 @@ from rlhfuse.training.batch import LossData, loss_data, make_microbatch
 from rlhfuse.training.channels import Channels, Shape
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StepFailed, publish_failure
+from rlhfuse.training.numbers import Numbers, exchange
+from rlhfuse.training.progress import Tell, UpdateProgress
 from rlhfuse.training.records import (
     MiniBatchPlan,
     NonFiniteLoss,
@@ -113,11 +115,12 @@ class RankTrainer:
         minibatches: Sequence[MiniBatchPlan],
         kl_coef: float,
         spans: list[Span],
+        tell: Tell | None = None,
     ) -> dict[str, float]:
         """Every mini-batch in order: schedules, then one optimizer step per role. Collective.
 
         Returns the metrics that this rank knows (ranks that hold a loss know some). Appends what
-        was measured to `spans`.
+        was measured to `spans`. `tell` hears of progress, a few times a second.
 
         Raises:
             NonFiniteLoss: on all ranks, before any parameter of that mini-batch has changed.
@@ -132,12 +135,13 @@ class RankTrainer:
                 if self._knows_batch():
                     tallies += [stats.tally() for stats in data.stats]
             by_id = {sample.sample_id: sample for sample in samples}
+            progress = UpdateProgress.of(minibatches, [s.role for s in self._stages], tell)
             for index, plan in enumerate(minibatches):
                 for schedule in plan.rounds:
                     check_channels(schedule)
                 self._begin(plan, by_id, data)
-                self._run_rounds(plan, spans)
-                tallies += self._finish(step, index, plan, spans)
+                self._run_rounds(plan, spans, progress)
+                tallies += self._finish(step, index, plan, spans, progress)
             return named(merge(tallies))
 
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
@@ -216,27 +220,34 @@ class RankTrainer:
             for role, microbatches in plan.microbatches.items()
         }
 
-    def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span]) -> None:
+    def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span], progress: UpdateProgress) -> None:
         for number, schedule in enumerate(plan.rounds):
             if number:
                 with self._span(spans, Kind.WAIT, "barrier between models"):
                     dist.barrier(self._control)
-            self._executor.run(schedule, self._shapes, spans)
+            self._executor.run(schedule, self._shapes, spans, progress.task_done)
 
-    def _finish(self, step: int, index: int, plan: MiniBatchPlan, spans: list[Span]) -> list[Tally]:
+    def _finish(
+        self,
+        step: int,
+        index: int,
+        plan: MiniBatchPlan,
+        spans: list[Span],
+        progress: UpdateProgress,
+    ) -> list[Tally]:
         """Exchange norms and losses, stop on what is not finite, clip, and step."""
         mine = [stage for stage in self._stages if stage.role in plan.microbatches]
         for role in sorted(plan.microbatches):
             self._sum_tied(role)
         with self._span(spans, Kind.WAIT, "norms and losses of all ranks"):
-            norms = self._norms(step, index, plan)
+            numbers = exchange(mine, self._placement, sorted(plan.microbatches), self._control)
+        self._stop_on_non_finite(step, index, numbers)
+        progress.minibatch_done({role: both.loss for role, both in numbers.items()})
         tallies = []
         with self._span(spans, Kind.OPTIMIZER, "optimizer step"):
             for stage in mine:
-                norm, clip = (
-                    norms[stage.role],
-                    model_config(self._config, stage.role).optim.clip_grad,
-                )
+                norm = numbers[stage.role].norm
+                clip = model_config(self._config, stage.role).optim.clip_grad
                 if stage.stage.last:
                     own = {"grad_norm": norm, "lr": stage.optimizer.lr}
                     means = {f"{stage.role}/{key}": (value, 1.0) for key, value in own.items()}
@@ -245,31 +256,13 @@ class RankTrainer:
                 stage.optimizer.step(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
         return tallies
 
-    def _norms(self, step: int, index: int, plan: MiniBatchPlan) -> dict[str, float]:
-        """Global gradient norm of each role: squares summed in float64, in stage order."""
-        roles = sorted(plan.microbatches)
-        slots: dict[tuple[str, int], int] = {}
-        for role in roles:
-            for s in range(len(self._placement.roles[role].ranks) + 1):
-                slots[role, s] = len(slots)
-        numbers = torch.zeros(len(slots), dtype=torch.float64)
-        for stage in self._stages:
-            if stage.role in plan.microbatches:
-                copied = stage.stage.tied_parameter if stage.stage.last else None
-                numbers[slots[stage.role, stage.pp_stage]] = stage.optimizer.square_sum(copied)
-                if stage.stage.last:
-                    numbers[slots[stage.role, stage.pp_stage + 1]] = stage.loss()
-        dist.all_reduce(numbers, group=self._control)
-        norms = {}
-        for role in roles:
-            *squares, loss = [float(numbers[at]) for (r, _), at in slots.items() if r == role]
-            norms[role] = math.sqrt(sum(squares))
-            for what, number in (("loss", loss), ("gradient norm", norms[role])):
+    def _stop_on_non_finite(self, step: int, index: int, numbers: Mapping[str, Numbers]) -> None:
+        for role, both in numbers.items():
+            for what, number in (("loss", both.loss), ("gradient norm", both.norm)):
                 if not math.isfinite(number):
                     for stage in self._stages:
                         stage.clear()
                     raise NonFiniteLoss(step, index, role, f"the {what} is {number}")
-        return norms
 
     def _sum_tied(self, role: str) -> None:
         """Embedding and head of a tied model on two ranks: both get the sum of both gradients."""

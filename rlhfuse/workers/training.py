@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -119,12 +119,17 @@ class TrainingWorker:
         spans.append(Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {}))
         plans = [MiniBatchPlan(dict(b.microbatches), b.rounds) for b in command.minibatches]
         try:
-            metrics = self._trainer.update(command.step, samples, plans, command.kl_coef, spans)
+            metrics = self._trainer.update(
+                command.step, samples, plans, command.kl_coef, spans, self._tell
+            )
         except NonFiniteLoss:
             self._keep_batch(command.step, samples)
             raise
         self._link.send(m.Spans(spans=tuple(spans)))
         self._link.send(m.Trained(step=command.step, metrics=metrics))
+
+    def _tell(self, done: int, total: int, losses: Mapping[str, float]) -> None:
+        self._link.send(m.Training(done=done, total=total, losses=dict(losses)))
 
     def _prepare_weights(self, command: m.PrepareWeights) -> None:
         for role in command.roles:

@@ -1,0 +1,47 @@
+"""What all ranks must know of a mini-batch before anyone steps: gradient norms and losses."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rlhfuse.training.records import TrainingPlacement
+from rlhfuse.training.trained_stage import TrainedStage
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Of one role: the global norm of its gradient, and its loss."""
+
+    norm: float
+    loss: float
+
+
+def exchange(
+    stages: Sequence[TrainedStage],
+    placement: TrainingPlacement,
+    roles: Sequence[str],
+    group: dist.ProcessGroup,
+) -> dict[str, Numbers]:
+    """The numbers of `roles`, from this rank's `stages` and those of all ranks. Collective.
+
+    Squares are summed in float64, in stage order: the same on every rank and for every schedule.
+    """
+    slots: dict[tuple[str, int], int] = {}
+    for role in roles:
+        for s in range(len(placement.roles[role].ranks) + 1):
+            slots[role, s] = len(slots)
+    numbers = torch.zeros(len(slots), dtype=torch.float64)
+    for stage in stages:
+        copied = stage.stage.tied_parameter if stage.stage.last else None
+        numbers[slots[stage.role, stage.pp_stage]] = stage.optimizer.square_sum(copied)
+        if stage.stage.last:
+            numbers[slots[stage.role, stage.pp_stage + 1]] = stage.loss()
+    dist.all_reduce(numbers, group=group)
+    found = {}
+    for role in roles:
+        *squares, loss = [float(numbers[at]) for (r, _), at in slots.items() if r == role]
+        found[role] = Numbers(math.sqrt(sum(squares)), loss)
+    return found
