@@ -84,10 +84,12 @@ def _ready(
 
 def peak_memory(schedule: Schedule) -> tuple[float, ...]:
     """Highest memory of each rank. It depends on the order of its row, not on times."""
-    return tuple(max((level for level in levels), default=0.0) for levels in _levels(schedule))
+    return tuple(
+        max((level for level in levels), default=0.0) for levels in memory_levels(schedule)
+    )
 
 
-def _levels(schedule: Schedule) -> Iterator[list[float]]:
+def memory_levels(schedule: Schedule) -> Iterator[list[float]]:
     """Per rank and task, the highest memory while the task runs or just after."""
     for row in schedule.rows:
         held, levels = 0.0, []
@@ -163,7 +165,7 @@ def _check_memory(schedule: Schedule) -> None:
     cap = schedule.problem.memory_cap
     if cap is None:
         return
-    for rank, levels in enumerate(_levels(schedule)):
+    for rank, levels in enumerate(memory_levels(schedule)):
         for index, level in enumerate(levels):
             if level > cap * (1 + REL_TOL):
                 task = schedule.rows[rank][index]
