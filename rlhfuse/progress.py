@@ -43,11 +43,20 @@ class _Stage:
     detail: str
 
 
+@dataclass(slots=True)
+class _Written:
+    """What plain lines have said of a stage: when last (or when it began), and whether all."""
+
+    since_s: float
+    lines: int = 0
+    complete: bool = False
+
+
 class Progress:
     """The progress of one run; use it as a context manager.
 
-    On a terminal the last lines are redrawn in place. Elsewhere each stage writes a plain line at
-    most every `PLAIN_INTERVAL_S` seconds, and one when it is complete.
+    On a terminal the last lines are redrawn in place. Elsewhere a stage that takes longer than
+    `PLAIN_INTERVAL_S` seconds writes a plain line that often, and one when it is complete.
     """
 
     def __init__(
@@ -66,7 +75,7 @@ class Progress:
         self._run_began_s = clock()
         self._tokens_before: tuple[float, int] | None = None
         self._stages: dict[str, _Stage] = {}
-        self._written: dict[str, tuple[float, bool]] = {}
+        self._written: dict[str, _Written] = {}
         self._live = (
             Live(
                 console=self._console,
@@ -150,11 +159,16 @@ class Progress:
             self._write_plain(stage)
 
     def _write_plain(self, stage: _Stage) -> None:
+        """Say nothing of what is over within an interval: a short step is one line."""
         now, complete = self._clock(), stage.done >= stage.total
-        written_s, was_complete = self._written.get(stage.name, (float("-inf"), False))
-        if was_complete or (not complete and now - written_s < PLAIN_INTERVAL_S):
+        written = self._written.setdefault(stage.name, _Written(since_s=now))
+        if written.complete or (not complete and now - written.since_s < PLAIN_INTERVAL_S):
             return
-        self._written[stage.name] = (now, complete)
+        written.complete = complete
+        if complete and not written.lines and now - written.since_s < PLAIN_INTERVAL_S:
+            return
+        written.since_s = now
+        written.lines += 1
         detail = f", {stage.detail}" if stage.detail else ""
         step = min(self._done_steps + 1, self._total_steps)
         self.note(

@@ -30,7 +30,7 @@ def test_plain_lines_are_few_and_end_with_the_last_state() -> None:
             progress.generation(done, 100, tokens=done * 50, tail=4 if done > 90 else 0)
         progress.generation(100, 100, tokens=5000, tail=4)
     lines = out.getvalue().splitlines()
-    assert len(lines) == 1 + 25 // PLAIN_INTERVAL_S + 1
+    assert len(lines) == 25 // PLAIN_INTERVAL_S + 1
     assert lines[-1] == ("step 1/3: generation 100/100, 200 tokens/s, tail of 4 moved together")
     assert "\x1b" not in out.getvalue()
 
@@ -41,14 +41,21 @@ def test_every_step_starts_its_stages_anew() -> None:
     with progress:
         for step in (1, 2):
             progress.generation(0, 8, tokens=0, tail=0)
-            clock.now += 2
+            clock.now += 12
             progress.generation(8, 8, tokens=80, tail=0)
+            progress.training(0, 4, {})
+            clock.now += 12
             progress.training(4, 4, {"actor": 0.5})
-            progress.step_finished(step, {"timing_s/step": 2.0, "val-core/set/reward/mean@1": 0.25})
+            progress.scoring(0, 4)
+            progress.scoring(4, 4)
+            progress.step_finished(
+                step, {"timing_s/step": 24.0, "val-core/set/reward/mean@1": 0.25}
+            )
     text = out.getvalue()
-    assert text.count("generation 8/8, 40 tokens/s") == 2
+    assert text.count("generation 8/8, 7 tokens/s") == 2
+    assert "scoring" not in text  # it took no time
     assert "step 2/2: training 4/4, micro-batches, actor loss 0.5000" in text
-    assert "step 1/2  step 2.0 s  val-core/set/reward/mean@1 0.250  eta 0:02" in text
+    assert "step 1/2  step 24.0 s  val-core/set/reward/mean@1 0.250  eta 0:24" in text
     assert "eta" not in text.splitlines()[-1]
 
 
@@ -94,4 +101,4 @@ def test_the_slowest_rank_says_how_far_an_update_is() -> None:
             watch.heard(worker, m.Training(done=done, total=4, losses={"actor": 0.25}))
         watch.finish()
     shown = [line.split(",")[0] for line in out.getvalue().splitlines()]
-    assert shown == [f"step 1/1: training {k}/8" for k in (0, 0, 4, 8)]
+    assert shown == [f"step 1/1: training {k}/8" for k in (0, 4, 8)]
