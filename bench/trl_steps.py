@@ -26,7 +26,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 BATCH, MINI_BATCH, RESPONSE_TOKENS = 64, 32, 256
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     """Seconds of generation and of scoring, and the end of each step."""
 
     def __init__(self) -> None:
