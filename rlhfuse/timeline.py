@@ -61,7 +61,7 @@ class Timeline(msgspec.Struct, frozen=True):
     @property
     def lanes(self) -> tuple[str, ...]:
         """Lane names in natural order (`rank2` before `rank10`)."""
-        return tuple(sorted({span.lane for span in self.spans}, key=_natural_key))
+        return tuple(sorted({span.lane for span in self.spans}, key=lane_order))
 
     @property
     def start_s(self) -> float:
@@ -173,7 +173,8 @@ def load_chrome(path: Path) -> Timeline:
     return Timeline(spans)
 
 
-def _natural_key(lane: str) -> tuple[str, int, str]:
+def lane_order(lane: str) -> tuple[str, int, str]:
+    """Natural order of lanes: `rank2` before `rank10`."""
     head = lane.rstrip("0123456789")
     digits = lane[len(head) :]
     return (head, int(digits) if digits else -1, lane)

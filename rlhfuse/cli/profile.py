@@ -11,8 +11,8 @@ from rlhfuse.cli.common import CONDITION, OK, emit_json, stdout_kept_clean, user
 if TYPE_CHECKING:
     from rlhfuse.profiler.readers.chrome_events import FieldNames
     from rlhfuse.profiler.summary import ProfileSummary
+    from rlhfuse.profiler.table import SpanTable
     from rlhfuse.profiler.trace import Trace
-    from rlhfuse.timeline import Timeline
 
 _BAR = 30
 _TREND_STEPS = 100
@@ -88,7 +88,7 @@ def _field_names(path: Path) -> "FieldNames":
 
 
 def _write_page(
-    path: Path, trace: "Trace", timeline: "Timeline", summary: "ProfileSummary", title: str
+    path: Path, trace: "Trace", timeline: "SpanTable", summary: "ProfileSummary", title: str
 ) -> None:
     from rlhfuse.profiler.attribution import attribute
     from rlhfuse.report.profile_page import render_profile
@@ -98,19 +98,19 @@ def _write_page(
     path.write_text(text, encoding="utf-8")
 
 
-def _write_perfetto(path: Path, timeline: "Timeline") -> None:
+def _write_perfetto(path: Path, timeline: "SpanTable") -> None:
     """The timeline with its idle time filled in, each piece named by its cause."""
     from rlhfuse.profiler.attribution import segments_by_lane
     from rlhfuse.timeline import Kind, Span, Timeline, save_chrome
 
-    waits = tuple(
+    waits = [
         Span(lane, piece.start_s, piece.end_s, Kind.WAIT, f"idle: {piece.cause.value}")
         for lane, pieces in segments_by_lane(timeline).items()
         for piece in pieces
         if piece.span is None
-    )
-    busy = timeline.of_kinds([kind for kind in Kind if kind is not Kind.WAIT])
-    save_chrome(Timeline(busy.spans + waits), path)
+    ]
+    busy = timeline.spans(~timeline.is_kind([Kind.WAIT]))
+    save_chrome(Timeline((*busy, *waits)), path)
 
 
 def _title(paths: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ class Cause(StrEnum):
     OPTIMIZER = "optimizer"
     COMPUTE = "compute"  # of unknown purpose
     # movement
+    DP_SYNC = "dp_sync"  # collectives over data-parallel ranks, once all of them are there
     TRANSFER = "transfer"  # exposed: nothing was computed meanwhile
     MIGRATE = "migrate"
     WEIGHTS = "weights"
@@ -37,6 +38,7 @@ class Cause(StrEnum):
     WARM_UP = "warm_up"  # before the lane's first task of a training round
     UPSTREAM = "wait_upstream"  # blocked on an activation
     DOWNSTREAM = "wait_downstream"  # blocked on a gradient
+    STRAGGLER = "straggling_peer"  # in a collective, until the last of its ranks has come
     COOL_DOWN = "cool_down"  # after the lane's last task of a training round
     REWARD_WAIT = "reward_wait"
     WEIGHT_SYNC = "weight_sync_wait"
@@ -59,6 +61,7 @@ WORK = (
     Cause.COMPUTE,
 )
 MOVEMENT = (
+    Cause.DP_SYNC,
     Cause.TRANSFER,
     Cause.MIGRATE,
     Cause.WEIGHTS,
@@ -87,3 +90,7 @@ CAUSE_OF_KIND = {
     Kind.COMPUTE: Cause.COMPUTE,
     Kind.OTHER: Cause.OTHER,
 }
+
+# Causes by number, for columns; the number is the place in `Cause`.
+CAUSES = tuple(Cause)
+CODE = {cause: code for code, cause in enumerate(CAUSES)}

@@ -3,14 +3,14 @@
 from rlhfuse.profiler.clocks import align
 from rlhfuse.profiler.recovery import recover
 from rlhfuse.profiler.summary import ProfileSummary, summarize
+from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.trace import Trace
 from rlhfuse.profiler.what_if import describe, what_ifs
-from rlhfuse.timeline import Timeline
 
 
 def explain(
     trace: Trace, step: int | None, *, critic_scale: float | None = 1.0
-) -> tuple[Timeline, ProfileSummary]:
+) -> tuple[SpanTable, ProfileSummary]:
     """The step's timeline, on one clock, and everything there is to say about it.
 
     Args:

@@ -6,9 +6,16 @@ from itertools import pairwise
 from statistics import median
 
 from rlhfuse.profiler.attribution import device_lanes
-from rlhfuse.profiler.rounds import Round, find_rounds, parse_task, remote_inputs
+from rlhfuse.profiler.rounds import (
+    TRAINING_KINDS,
+    Round,
+    find_rounds,
+    parse_task,
+    remote_inputs,
+)
+from rlhfuse.profiler.table import SpanTable
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
-from rlhfuse.timeline import Timeline
+from rlhfuse.timeline import Kind, Timeline
 
 _STRAGGLES = 1.15  # this much slower than the median counts as straggling
 
@@ -29,11 +36,13 @@ class Recovered:
         return self.schedule.problem
 
 
-def recover(timeline: Timeline) -> tuple[list[Recovered], list[str]]:
+def recover(timeline: Timeline | SpanTable) -> tuple[list[Recovered], list[str]]:
     """Every training round of a timeline whose tasks are named, and why others are left out."""
     recovered, warnings = [], []
-    ranks = {lane: rank for rank, lane in enumerate(device_lanes(timeline))}
-    for number, training in enumerate(find_rounds(timeline.spans)):
+    table = SpanTable.of(timeline)
+    ranks = {lane: rank for rank, lane in enumerate(device_lanes(table))}
+    spans = table.spans(table.is_kind((*TRAINING_KINDS, Kind.OPTIMIZER)))
+    for number, training in enumerate(find_rounds(spans)):
         try:
             recovered.append(_recover(training, ranks))
         except ValueError as error:

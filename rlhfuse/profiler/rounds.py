@@ -6,60 +6,53 @@ names still count as work, only the peer they waited for is then taken from the 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhfuse.profiler.causes import Cause
+import numpy as np
+
+from rlhfuse.profiler.causes import CODE, Cause
+from rlhfuse.schedules.compiled import Bools, Floats, Ints
 from rlhfuse.schedules.ir import Op, Task
 from rlhfuse.timeline import Kind, Span
 
 TRAINING_KINDS = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
 _BACKWARD = frozenset({Kind.B, Kind.I})
 
-Explained = tuple[float, float, Cause]
+
+@dataclass(frozen=True, slots=True)
+class LaneSteps:
+    """One lane's spans of a round by start, as columns [spans]."""
+
+    starts: Floats
+    ready_s: Floats  # when the last remote input was computed; -inf without one
+    blocked: Ints  # the cause (by number) of waiting for that input
+    foreign: Bools  # not named like a task: what it waited for is not known
+    free: Bools  # needs nothing of other lanes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Round:
     """One round: its window over all lanes, its spans per lane, when each result was there."""
 
     start_s: float
     end_s: float
     spans: dict[str, tuple[Span, ...]]
-    starts: dict[str, list[float]]
+    lanes: dict[str, LaneSteps]
     ready_s: dict[Task, float]
 
     def has(self, lane: str) -> bool:
         return lane in self.spans
 
-    def edges(self, lane: str) -> list[float]:
-        """The window's edges and the lane's own first start and last end."""
+    def edges(self, lane: str) -> Floats:
+        """Moments at which the explanation of the lane's waiting may change."""
+        window = np.array([self.start_s, self.end_s])
         own = self.spans.get(lane)
-        inner = [own[0].start_s, max(span.end_s for span in own)] if own else []
-        return [self.start_s, self.end_s, *inner]
-
-    def explain(
-        self, lane: str, start_s: float, end_s: float, wait: Span | None
-    ) -> Iterator[Explained]:
-        """Why `lane` idled from `start_s` to `end_s`, which touches none of its tasks."""
-        index = bisect_left(self.starts[lane], end_s)
-        if index == len(self.starts[lane]):
-            yield (start_s, end_s, Cause.COOL_DOWN)
-            return
-        following = self.spans[lane][index]
-        waiting = Cause.WARM_UP if index == 0 else _direction(following)
-        ready = self._ready(following, start_s, end_s, wait)
-        yield (start_s, ready, waiting)
-        # The input was there, or on its way: a recorded wait is its transfer, a bare gap is ours.
-        yield (ready, end_s, Cause.TRANSFER if wait is not None else Cause.HOST_GAP)
-
-    def _ready(self, following: Span, start_s: float, end_s: float, wait: Span | None) -> float:
-        """When the input of `following` was computed, within the gap."""
-        task = parse_task(following.name)
-        if task is None:  # not our names: believe a recorded wait, and gaps where none can wait
-            return start_s if following.kind is Kind.W and wait is None else end_s
-        moments = [self.ready_s[needed] for needed in remote_inputs(task) if needed in self.ready_s]
-        return min(max(start_s, *moments), end_s) if moments else start_s
+        if own is None:
+            return window
+        ready = self.lanes[lane].ready_s
+        inner = [own[0].start_s, max(span.end_s for span in own)]
+        return np.concatenate([window, inner, ready[np.isfinite(ready)]])
 
 
 def find_rounds(spans: Sequence[Span]) -> tuple[Round, ...]:
@@ -124,23 +117,40 @@ def _extent(spans: Sequence[Span]) -> tuple[float, float]:
 def _round(members: Sequence[Span]) -> Round:
     start_s, end_s = _extent(members)
     lanes: dict[str, list[Span]] = {}
+    tasks: dict[str, list[Task | None]] = {}
     ready: dict[Task, float] = {}
     for span in sorted(members, key=lambda span: (span.start_s, span.end_s)):
         lanes.setdefault(span.lane, []).append(span)
         task = parse_task(span.name)
+        tasks.setdefault(span.lane, []).append(task)
         if task is not None:
             ready[task] = max(ready.get(task, span.end_s), span.end_s)
     return Round(
         start_s=start_s,
         end_s=end_s,
         spans={lane: tuple(own) for lane, own in lanes.items()},
-        starts={lane: [span.start_s for span in own] for lane, own in lanes.items()},
+        lanes={lane: _steps(own, tasks[lane], ready) for lane, own in lanes.items()},
         ready_s=ready,
     )
 
 
-def _direction(following: Span) -> Cause:
-    return Cause.DOWNSTREAM if following.kind in _BACKWARD else Cause.UPSTREAM
+def _steps(
+    spans: Sequence[Span], tasks: Sequence[Task | None], ready: Mapping[Task, float]
+) -> LaneSteps:
+    upstream, downstream = CODE[Cause.UPSTREAM], CODE[Cause.DOWNSTREAM]
+    moments = [
+        max((ready[x] for x in remote_inputs(task) if x in ready), default=-np.inf)
+        if task is not None
+        else -np.inf
+        for task in tasks
+    ]
+    return LaneSteps(
+        starts=np.array([span.start_s for span in spans]),
+        ready_s=np.array(moments),
+        blocked=np.array([downstream if s.kind in _BACKWARD else upstream for s in spans]),
+        foreign=np.array([task is None for task in tasks]),
+        free=np.array([span.kind is Kind.W for span in spans]),
+    )
 
 
 def remote_inputs(task: Task) -> tuple[Task, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from rlhfuse.profiler.attribution import StepAttribution, attribute
+from rlhfuse.profiler.table import SpanTable
 from rlhfuse.timeline import Timeline
 
 
@@ -62,7 +63,7 @@ def summarize(
     format_name: str,
     steps: Sequence[int],
     step: int | None,
-    timeline: Timeline,
+    timeline: Timeline | SpanTable,
     *,
     pipelines: bool = True,
     schedule: ScheduleSummary | None = None,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rlhfuse.profiler.summary import WhatIf
+from rlhfuse.profiler.table import SpanTable
 from rlhfuse.timeline import Timeline
 
 
@@ -15,7 +16,7 @@ class Loaded:
     number can be given, only busy and idle time.
     """
 
-    timeline: Timeline
+    timeline: Timeline | SpanTable
     pipelines: bool = True
     warnings: tuple[str, ...] = ()
     what_if: tuple[WhatIf, ...] = ()  # what the reader itself can predict

@@ -1,16 +1,17 @@
 """A timeline as compact data for the page's canvas: touching pieces per lane, base64 arrays."""
 
 import base64
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-from rlhfuse.profiler.attribution import Segment, device_lanes, segments_by_lane
-from rlhfuse.profiler.causes import CAUSE_OF_KIND, Cause
-from rlhfuse.profiler.intervals import paint
+from rlhfuse.profiler.attribution import device_lanes, lane_segments
+from rlhfuse.profiler.causes import CAUSES as CAUSE_LIST
+from rlhfuse.profiler.segments import LaneSegments
+from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report.palette import Style, style_of
-from rlhfuse.timeline import Kind, Timeline
+from rlhfuse.schedules.compiled import Floats, Ints
+from rlhfuse.timeline import Timeline
 
 _TICKS = 2**31  # the wall time in clock ticks of the page: under a nanosecond each for 2 s
 
@@ -35,33 +36,19 @@ class LaneData(msgspec.Struct, frozen=True, rename="camel"):
     style_seconds: tuple[float, ...]  # of the devices' time, per style
 
 
-def lane_data(timeline: Timeline, title: str) -> LaneData:
+def lane_data(timeline: Timeline | SpanTable, title: str) -> LaneData:
     """Pieces of every lane, devices first."""
-    devices = device_lanes(timeline)
-    others = tuple(lane for lane in timeline.lanes if lane not in devices)
-    rows = dict(segments_by_lane(timeline, lanes=devices))
-    for lane in others:
-        rows[lane] = _plain(timeline, lane)
-    packer = _Packer(timeline.start_s, max(timeline.wall_s, 1e-9))
-    for lane, segments in rows.items():
-        packer.add(segments, counted=lane in devices)
-    return packer.data(title, tuple(rows))
-
-
-def _plain(timeline: Timeline, lane: str) -> tuple[Segment, ...]:
-    """Spans of a lane that is no device: what it does not do is not explained."""
-    pieces = paint(timeline.of_lane(lane), timeline.start_s, timeline.end_s)
-    return tuple(
-        Segment(
-            piece.start_s,
-            piece.end_s,
-            CAUSE_OF_KIND.get(piece.span.kind, Cause.CONTROLLER)
-            if piece.span
-            else Cause.CONTROLLER,
-            piece.span if piece.span and piece.span.kind is not Kind.WAIT else None,
-        )
-        for piece in pieces
-    )
+    table = SpanTable.of(timeline)
+    devices = device_lanes(table)
+    others = tuple(lane for lane in table.lanes if lane not in devices)
+    window = (table.begin_s, max(table.finish_s, table.begin_s + 1e-9))
+    packer = _Packer(table, window[1] - window[0])
+    for lanes in (devices, others):
+        _, rows = lane_segments(table, lanes=lanes, window=window)
+        for segments in rows.values():
+            # What a lane that is no device does not do is not explained.
+            packer.add(segments, counted=lanes is devices)
+    return packer.data(title, (*devices, *others))
 
 
 _NOTHING = Style("nothing", "#00000000", True)
@@ -70,35 +57,50 @@ _NOTHING = Style("nothing", "#00000000", True)
 class _Packer:
     """Collects pieces lane by lane into flat arrays and tables."""
 
-    def __init__(self, start_s: float, wall_s: float) -> None:
-        self._start_s = start_s
+    def __init__(self, table: SpanTable, wall_s: float) -> None:
+        self._table = table
         self._wall_s = wall_s
         self._styles: dict[Style, int] = {}
         self._seconds: list[float] = []
-        self._names: dict[str, int] = {}
         self._offsets = [0]
-        self._edges: list[float] = []
-        self._style_of: list[int] = []
-        self._name_of: list[int] = []
+        self._edges: list[Floats] = []
+        self._style_of: list[Ints] = []
+        self._name_of: list[Ints] = []
 
-    def add(self, segments: Sequence[Segment], counted: bool) -> None:
-        for segment in segments:
-            idle_elsewhere = not counted and segment.span is None
-            style = _NOTHING if idle_elsewhere else style_of(segment.cause, segment.span)
-            index = self._styles.setdefault(style, len(self._styles))
-            if index == len(self._seconds):
-                self._seconds.append(0.0)
-            self._seconds[index] += segment.end_s - segment.start_s if counted else 0.0
-            name = segment.span.name if segment.span is not None else ""
-            self._edges.append(segment.start_s)
-            self._style_of.append(index)
-            self._name_of.append(self._names.setdefault(name, len(self._names)))
-        self._edges.append(self._start_s + self._wall_s)
-        self._offsets.append(len(self._style_of))
+    def add(self, segments: LaneSegments, counted: bool) -> None:
+        table = self._table
+        works = segments.span >= 0
+        name = np.where(works, table.name[np.maximum(segments.span, 0)], -1)
+        # Few sorts of pieces: each sort's style is looked up once.
+        sorts, place = np.unique(
+            segments.cause * (len(table.names) + 1) + name + 1, return_inverse=True
+        )
+        styles = np.array([self._style(int(sort), counted) for sort in sorts], dtype=np.int64)
+        style = styles[place]
+        if counted:
+            spent = np.bincount(style, np.diff(segments.edges_s), minlength=len(self._seconds))
+            self._seconds = (np.array(self._seconds) + spent).tolist()
+        self._edges.append(segments.edges_s)
+        self._style_of.append(style)
+        self._name_of.append(name + 1)
+        self._offsets.append(self._offsets[-1] + len(style))
+
+    def _style(self, sort: int, counted: bool) -> int:
+        cause, name = divmod(sort, len(self._table.names) + 1)
+        if name == 0 and not counted:
+            style = _NOTHING
+        else:
+            text = self._table.names[name - 1] if name else None
+            style = style_of(CAUSE_LIST[cause], text)
+        index = self._styles.setdefault(style, len(self._styles))
+        if index == len(self._seconds):
+            self._seconds.append(0.0)
+        return index
 
     def data(self, title: str, lanes: tuple[str, ...]) -> LaneData:
         assert len(self._styles) < 256
-        ticks = (np.array(self._edges) - self._start_s) * (_TICKS / self._wall_s)
+        ticks = np.concatenate([np.empty(0), *self._edges]) * (_TICKS / self._wall_s)
+        used, names = np.unique(_joined(self._name_of), return_inverse=True)
         return LaneData(
             title=title,
             wall_s=self._wall_s,
@@ -106,13 +108,17 @@ class _Packer:
             lanes=lanes,
             offsets=tuple(self._offsets),
             edges=_base64(np.clip(np.rint(ticks), 0, _TICKS).astype("<u4")),
-            styles=_base64(np.array(self._style_of, dtype="u1")),
-            names=_base64(np.array(self._name_of, dtype="<u4")),
+            styles=_base64(_joined(self._style_of).astype("u1")),
+            names=_base64(names.astype("<u4")),
             style_table=tuple((s.label, s.color, s.idle) for s in self._styles),
-            name_table=tuple(self._names),
+            name_table=tuple(self._table.names[n - 1] if n else "" for n in used.tolist()),
             style_seconds=tuple(self._seconds),
         )
 
 
 def _base64(values: "np.ndarray[tuple[int], np.dtype[np.generic]]") -> str:
     return base64.b64encode(values.tobytes()).decode()
+
+
+def _joined(parts: list[Ints]) -> Ints:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])

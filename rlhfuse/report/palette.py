@@ -7,7 +7,6 @@ have a hue each, forward is its light and backward its dark tone.
 from dataclasses import dataclass
 
 from rlhfuse.profiler.causes import IDLE, Cause
-from rlhfuse.timeline import Kind, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,7 @@ CAUSES: dict[Cause, Style] = {
     Cause.WEIGHT_GRADIENT: Style("weight gradient", "#a34700"),
     Cause.OPTIMIZER: Style("optimizer", "#5b6770"),
     Cause.COMPUTE: Style("compute", "#4a7fb5"),
+    Cause.DP_SYNC: Style("data-parallel sync", "#77806a"),
     Cause.TRANSFER: Style("exposed transfer", "#9aa5ad"),
     Cause.MIGRATE: Style("migration", "#3b3bb3"),
     Cause.WEIGHTS: Style("weight transfer", "#7c8894"),
@@ -42,6 +42,7 @@ CAUSES: dict[Cause, Style] = {
     Cause.WARM_UP: Style("pipeline warm-up", "#00798c"),
     Cause.UPSTREAM: Style("waiting for upstream", "#66a5ad"),
     Cause.DOWNSTREAM: Style("waiting for downstream", "#3d5a80"),
+    Cause.STRAGGLER: Style("straggling peer", "#c2562d"),
     Cause.COOL_DOWN: Style("pipeline cool-down", "#8ab6d6"),
     Cause.REWARD_WAIT: Style("waiting for rewards", "#7fb685"),
     Cause.WEIGHT_SYNC: Style("waiting for weights", "#9c89b8"),
@@ -51,20 +52,20 @@ CAUSES: dict[Cause, Style] = {
 }
 CAUSES = {cause: Style(style.label, style.color, cause in IDLE) for cause, style in CAUSES.items()}
 
-_CRITIC: dict[Kind, Style] = {
-    Kind.F: Style("critic forward", "#dfa3c4"),
-    Kind.B: Style("critic backward", "#a8457f"),
-    Kind.I: Style("critic input gradient", "#bf6a9b"),
-    Kind.W: Style("critic weight gradient", "#7a2e5b"),
+_CRITIC: dict[Cause, Style] = {
+    Cause.FORWARD: Style("critic forward", "#dfa3c4"),
+    Cause.BACKWARD: Style("critic backward", "#a8457f"),
+    Cause.INPUT_GRADIENT: Style("critic input gradient", "#bf6a9b"),
+    Cause.WEIGHT_GRADIENT: Style("critic weight gradient", "#7a2e5b"),
 }
 
 
-def style_of(cause: Cause, span: Span | None) -> Style:
-    """How to paint one piece of a lane."""
+def style_of(cause: Cause, name: str | None) -> Style:
+    """How to paint one piece of a lane; `name` of the work done, if any."""
     base = CAUSES[cause]
-    if span is None or span.kind not in _CRITIC:
+    if name is None or cause not in _CRITIC:
         return base
-    pipeline, colon, _ = span.name.partition(":")
+    pipeline, colon, _ = name.partition(":")
     if colon and pipeline == "critic":
-        return _CRITIC[span.kind]
+        return _CRITIC[cause]
     return Style(f"{pipeline} {base.label}", base.color) if pipeline == "actor" else base

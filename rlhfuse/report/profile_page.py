@@ -6,6 +6,7 @@ from html import escape
 from rlhfuse.profiler.attribution import StepAttribution
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, WORK, Cause
 from rlhfuse.profiler.summary import ProfileSummary
+from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report import charts, markup
 from rlhfuse.report.lanes import lane_data
 from rlhfuse.report.palette import CAUSES
@@ -16,7 +17,7 @@ _COLOR = "#0072b2"
 
 def render_profile(
     summary: ProfileSummary,
-    timeline: Timeline,
+    timeline: Timeline | SpanTable,
     title: str,
     trend: Sequence[tuple[int, StepAttribution]] = (),
 ) -> str:

@@ -49,11 +49,25 @@ def timelines(draw: st.DrawFn) -> Timeline:
 def test_causes_add_up_to_the_wall_time(timeline: Timeline) -> None:
     step = attribute(timeline)
     for lane in step.lanes:
-        assert math.isclose(sum(lane.causes.values()), timeline.wall_s, abs_tol=1e-9)
+        assert sum(lane.causes.values()) == lane.wall_s == step.wall_s  # exactly, in any order
+        assert sum(reversed(lane.causes.values())) == lane.wall_s
+        assert math.isclose(lane.wall_s, timeline.wall_s, rel_tol=1e-12)
         assert all(seconds > 0 for seconds in lane.causes.values())
     metrics = step.metrics()
     total = sum(value for name, value in metrics.items() if name.startswith("bubble/"))
-    assert math.isclose(total, metrics["perf/device_s"], abs_tol=1e-9)
+    assert total == metrics["perf/device_s"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e3)), min_size=1, max_size=20))
+def test_sums_are_exact_at_any_times(times: list[tuple[float, float]]) -> None:
+    spans = [
+        Span(f"rank{i % 5}", start, start + length, list(Kind)[i % len(Kind)], f"a:{i % 2}F{i}")
+        for i, (start, length) in enumerate(times)
+    ]
+    step = attribute(Timeline(tuple(spans)))
+    assert all(sum(lane.causes.values()) == lane.wall_s for lane in step.lanes)
+    assert sum(step.causes.values()) == step.wall_s * len(step.lanes)
 
 
 @settings(max_examples=100, deadline=None)

@@ -41,7 +41,9 @@ def test_usual_names_are_known(tmp_path: Path, mb: str, stage: str, paired: bool
     assert (trace.format, trace.steps) == ("chrome events", (7, 8))
     timeline, summary = explain(trace, 8, critic_scale=None)
     truth = simulate(SCHEDULE)
-    assert [s.name for s in timeline.of_lane("rank2")] == [s.name for s in truth.of_lane("rank2")]
+    assert [s.name for s in timeline.timeline().of_lane("rank2")] == [
+        s.name for s in truth.of_lane("rank2")
+    ]
     assert summary.wall_s == pytest.approx(makespan(SCHEDULE))
     assert summary.schedule is not None
     assert summary.schedule.name == "1F1B"

@@ -28,7 +28,11 @@ def test_a_labelled_loop_comes_back(tmp_path: Path) -> None:
     trace = open_trace([tmp_path])
     assert trace.steps == (1, 2)
     timeline, summary = explain(trace, 2, critic_scale=None)
-    assert [s.name for s in timeline.of_lane("rank1")] == ["model:1F0", "model:1F1", "step"]
+    assert [s.name for s in timeline.timeline().of_lane("rank1")] == [
+        "model:1F0",
+        "model:1F1",
+        "step",
+    ]
     assert summary.num_ranks == 2
     assert summary.causes["forward"] >= 0.008
     assert summary.causes["optimizer"] >= 0.002
@@ -78,4 +82,4 @@ def test_gpu_times_are_those_of_the_stream(tmp_path: Path) -> None:
     ):
         torch.cuda._sleep(20_000_000)  # about 10 ms on the device, nothing on the host
     timeline, _ = explain(open_trace([tmp_path]), 1, critic_scale=None)
-    assert timeline.spans[0].duration_s > 0.003
+    assert timeline.span(0).duration_s > 0.003

@@ -1,32 +1,43 @@
-"""PyTorch profiler traces (Kineto JSON), one file per rank.
+"""PyTorch profiler traces (Kineto JSON), one file per rank, of any size.
 
-Kernels say what a device did, not for whom. Pipeline work is recognised by labels only: ranges
-named like tasks (``PP:0F1``, ``actor:2F0``), as `rlhfuse.profiler.record` and PyTorch's pipelining
-write them. SendRecv kernels alone prove nothing: all-to-all uses them too.
+Kernels say what a device did, not for whom. Pipeline work is recognised by labels (ranges named
+like tasks, ``PP:0F1``, ``actor:2F0``, as `rlhfuse.profiler.record` and PyTorch's pipelining write
+them) or by messages whose peers are known. SendRecv kernels alone prove nothing: all-to-all uses
+them too.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
+from rlhfuse.profiler.readers.batches import Launches, Record
+from rlhfuse.profiler.readers.kernels import RankKernels, load_kernels
 from rlhfuse.profiler.readers.stream import OnProgress, TraceStream
-from rlhfuse.profiler.trace import Loaded, Trace
-from rlhfuse.timeline import Kind, Span, Timeline
+from rlhfuse.profiler.trace import Trace
 
-_DEVICE_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+_DEVICE = frozenset({"kernel", "Kernel", "gpu_memcpy", "gpu_memset", "Memcpy", "Memset"})
+_RUNTIME = frozenset({"cuda_runtime", "cuda_driver", "Runtime"})
 _COLLECTIVE = re.compile(r"(?i)(nccl|rccl|msccl|hccl|oneccl)")
-_LABEL = re.compile(r"(?:PP:)?(?:(?P<pipe>[A-Za-z_]\w*):)?(?P<stage>\d+)(?P<op>[FBIW])(?P<mb>\d+)")
 _STEP = re.compile(r"ProfilerStep#(\d+)")
+_P2P = re.compile(r"nccl:(send|recv) (\d+)(->|<-)(\d+)")
 _RANK_IN_NAME = re.compile(r"rank[-_]?(\d+)", re.IGNORECASE)
 _DISTRIBUTED = re.compile(rb'"distributedInfo"\s*:\s*\{')
+_COMPUTE, _TRANSFER = 0, 1
 
 
 class _Args(msgspec.Struct):
+    correlation: object = None
     collective: object = msgspec.field(default=None, name="Collective name")
+    group: object = msgspec.field(default=None, name="Process Group Name")
+    group_of: object = msgspec.field(default=None, name="Process Group Description")
+    ranks: object = msgspec.field(default=None, name="Process Group Ranks")
+    source: object = msgspec.field(default=None, name="Src Rank")
+    target: object = msgspec.field(default=None, name="Dst Rank")
+    sequence: object = msgspec.field(default=None, name="Seq")
 
 
 class _Event(msgspec.Struct):
@@ -35,20 +46,145 @@ class _Event(msgspec.Struct):
     name: str = ""
     ts: int | float = 0
     dur: float = 0.0
+    tid: object = 0
     args: _Args | None = None
 
 
-@dataclass(slots=True)
-class _Rank:
-    """What one file says; times in microseconds of its own clock."""
+_NO_ARGS = _Args()
 
-    rank: int
-    world_size: int | None
-    spans: list[tuple[float, float, Kind, str]] = field(default_factory=list)
-    steps: dict[int, tuple[float, float]] = field(default_factory=dict)
-    labels: list[tuple[float, float, Kind, str]] = field(default_factory=list)
-    annotations: Counter[str] = field(default_factory=Counter)
-    warnings: list[str] = field(default_factory=list)
+
+@dataclass(slots=True)
+class _File:
+    """What one file says, while it is read; microseconds after `zero_us`.
+
+    Absolute times need 51 bits already: what is kept must be taken from a nearer zero.
+    """
+
+    zero_us: float | None
+
+    starts: "array[float]" = field(default_factory=lambda: array("d"))
+    lengths: "array[float]" = field(default_factory=lambda: array("d"))
+    kinds: "array[int]" = field(default_factory=lambda: array("b"))
+    name_of: "array[int]" = field(default_factory=lambda: array("i"))
+    correlations: "array[int]" = field(default_factory=lambda: array("q"))
+    names: dict[str, int] = field(default_factory=dict)
+    moves: dict[str, int] = field(default_factory=dict)  # kernel name -> computes or moves bytes
+    launch_of: "array[int]" = field(default_factory=lambda: array("q"))
+    launch_ts: "array[float]" = field(default_factory=lambda: array("d"))
+    launch_tid: "array[int]" = field(default_factory=lambda: array("q"))
+    threads: dict[str, int] = field(default_factory=dict)
+    found: RankKernels = field(default_factory=RankKernels)
+
+    def take(self, event: _Event) -> None:
+        if self.zero_us is None:
+            self.zero_us = event.ts
+        event.ts -= self.zero_us
+        category = event.cat
+        if category in _DEVICE:
+            self._take_kernel(event, category)
+        elif category in _RUNTIME:
+            correlation = _correlation(event)
+            if correlation >= 0:
+                self.launch_of.append(correlation)
+                self.launch_ts.append(event.ts)
+                self.launch_tid.append(self._thread(event))
+        elif category == "cpu_op":
+            if event.name == "record_param_comms":
+                self._take_record(event)
+        elif category in ("user_annotation", "gpu_user_annotation"):
+            self._take_annotation(event)
+
+    def _take_kernel(self, event: _Event, category: str) -> None:
+        name = event.name
+        moves = self.moves.get(name)
+        if moves is None:
+            bytes_only = category.lower() != "kernel" or _COLLECTIVE.match(name)
+            self.moves[name] = moves = _TRANSFER if bytes_only else _COMPUTE
+        self.starts.append(event.ts)
+        self.lengths.append(event.dur)
+        self.kinds.append(moves)
+        self.name_of.append(self.names.setdefault(name, len(self.names)))
+        self.correlations.append(_correlation(event))
+        if moves and category.lower() == "kernel":
+            self._take_comm(event, len(self.starts) - 1)
+
+    def _take_comm(self, event: _Event, row: int) -> None:
+        record = _record(event, self._thread(event))
+        known = record.what or "unnamed"
+        if "SendRecv" in event.name:
+            self.found.seen[f"SendRecv kernel, {known}"] += 1
+        self.found.comms.append((row, _correlation(event), "SendRecv" in event.name, record))
+
+    def _take_record(self, event: _Event) -> None:
+        record = _record(event, self._thread(event))
+        if record.what:
+            self.found.records.append(record)
+
+    def _take_annotation(self, event: _Event) -> None:
+        on_host = event.cat == "user_annotation"
+        step = _STEP.fullmatch(event.name)
+        if step is not None:
+            if on_host:
+                self.found.steps[int(step[1])] = (event.ts / 1e6, (event.ts + event.dur) / 1e6)
+        elif event.name.startswith("nccl:"):
+            self.found.seen[event.name.split(" ")[0]] += 1
+            message = _P2P.match(event.name)
+            if message is not None and on_host:
+                peer = int(message[4])
+                start_s = event.ts / 1e6
+                self.found.notes.append(
+                    Record(start_s, self._thread(event), message[1], peer, "", None, "")
+                )
+        else:
+            self.found.label(
+                event.name, event.ts / 1e6, event.dur / 1e6, self._thread(event), on_host
+            )
+
+    def _thread(self, event: _Event) -> int:
+        return self.threads.setdefault(str(event.tid), len(self.threads))
+
+    def finished(self) -> RankKernels:
+        found = self.found
+        kinds = np.frombuffer(self.kinds, dtype=np.int8) if self.kinds else np.empty(0, np.int8)
+        starts = np.array(self.starts, dtype=np.float64) / 1e6
+        lengths = np.array(self.lengths, dtype=np.float64) / 1e6
+        found.set_kernels(
+            starts,
+            lengths,
+            kinds == _TRANSFER,
+            np.array(self.name_of, dtype=np.int64),
+            self.names,
+            np.array(self.correlations, dtype=np.int64),
+        )
+        found.launches = Launches(
+            np.array(self.launch_of, dtype=np.int64),
+            np.array(self.launch_ts, dtype=np.float64) / 1e6,
+            np.array(self.launch_tid, dtype=np.int64),
+        )
+        return found
+
+
+def _correlation(event: _Event) -> int:
+    """The number that ties a kernel to its launch; -1 without one."""
+    found = event.args.correlation if event.args is not None else None
+    return found if isinstance(found, int) and 0 <= found < 2**62 else -1
+
+
+def _record(event: _Event, thread: int) -> Record:
+    args = event.args or _NO_ARGS
+    what = args.collective if isinstance(args.collective, str) else ""
+    peer = args.source if what == "recv" else args.target if what == "send" else None
+    group = args.group if isinstance(args.group, str) else ""
+    ranks = args.ranks if isinstance(args.ranks, str) else ""
+    return Record(
+        event.ts / 1e6,
+        thread,
+        what,
+        peer if isinstance(peer, int) and not isinstance(peer, bool) else None,
+        f"{group} {ranks}".strip(),
+        args.sequence if isinstance(args.sequence, int) else None,
+        args.group_of if isinstance(args.group_of, str) else "",
+    )
 
 
 def open_kineto(paths: list[Path], on_progress: OnProgress | None = None) -> Trace:
@@ -57,111 +193,60 @@ def open_kineto(paths: list[Path], on_progress: OnProgress | None = None) -> Tra
     Raises:
         ValueError: no device activity, a rank given twice, or ranks of different jobs.
     """
-    ranks: dict[int, _Rank] = {}
+    ranks: dict[int, RankKernels] = {}
+    worlds: set[int] = set()
+    warnings: list[str] = []
+    zero_us: float | None = None
     for position, path in enumerate(paths):
-        rank = _read(path, position, on_progress)
-        if rank.rank in ranks:
-            raise ValueError(f"{path}: rank {rank.rank} is given twice")
-        ranks[rank.rank] = rank
-    worlds = {rank.world_size for rank in ranks.values() if rank.world_size is not None}
+        rank, world, found, zero_us = _read(path, position, len(paths), zero_us, on_progress)
+        if rank in ranks:
+            raise ValueError(f"{path}: rank {rank} is given twice")
+        ranks[rank] = found
+        worlds |= {world} if world is not None else set()
+        warnings += found.warnings
     if len(worlds) > 1:
         raise ValueError(
             f"{paths[0].parent}: ranks of different jobs (world sizes {sorted(worlds)})"
         )
-    if not any(rank.spans for rank in ranks.values()):
-        raise ValueError(f"{paths[0]}: no kernels: the profiler recorded no device activity")
+    world = next(iter(worlds), len(ranks))
+    if world > len(ranks):
+        warnings.insert(0, f"{len(ranks)} of the job's {world} ranks are here; sums are over these")
     steps = set.intersection(*(set(rank.steps) for rank in ranks.values()))
-    warnings = _missing_ranks(ranks, worlds) + [w for rank in ranks.values() for w in rank.warnings]
-
-    def load(step: int | None) -> Loaded:
-        return _load(ranks, step, warnings)
-
-    return Trace("kineto", tuple(sorted(steps)), load)
+    place = str(paths[0])
+    return Trace(
+        "kineto", tuple(sorted(steps)), lambda step: load_kernels(ranks, step, warnings, place)
+    )
 
 
-def _read(path: Path, position: int, on_progress: OnProgress | None) -> _Rank:
-    stream = TraceStream(path, on_progress)
-    found = _Rank(rank=-1, world_size=None)
+def _read(
+    path: Path, position: int, count: int, zero_us: float | None, on_progress: OnProgress | None
+) -> tuple[int, int | None, RankKernels, float | None]:
+    def share(done: float) -> None:
+        if on_progress is not None:
+            on_progress((position + done) / count)
+
+    stream = TraceStream(path, share)
+    file = _File(zero_us)
+    take = file.take
     for event in stream.events(_Event):
         if event.ph == "X":
-            _take(event, found)
+            take(event)
+    found = file.finished()
     around = stream.head + stream.tail
     named = _RANK_IN_NAME.search(path.name)
     told = _number(around, b"rank")
-    found.rank = told if told is not None else int(named[1]) if named else position
-    found.world_size = _number(around, b"world_size")
+    rank = told if told is not None else int(named[1]) if named else position
     if told is None:
         source = "its name" if named else "the order of files"
-        found.warnings.append(f"{path.name}: no distributedInfo; rank {found.rank} from {source}")
+        found.warnings.append(f"{path.name}: no distributedInfo; rank {rank} from {source}")
     if stream.broken:
         found.warnings.append(f"{path.name}: {stream.broken}; what could be read is used")
-    return found
-
-
-def _take(event: _Event, found: _Rank) -> None:
-    category = event.cat.lower()
-    if category in _DEVICE_CATEGORIES:
-        kind = Kind.COMPUTE
-        if category != "kernel" or _COLLECTIVE.match(event.name):
-            kind = Kind.TRANSFER
-        found.spans.append((event.ts, event.dur, kind, event.name))
-        if "SendRecv" in event.name:
-            collective = event.args.collective if event.args is not None else None
-            known = collective if isinstance(collective, str) else "unnamed"
-            found.annotations[f"SendRecv kernel, {known}"] += 1
-        return
-    if category not in ("user_annotation", "gpu_user_annotation"):
-        return
-    step = _STEP.fullmatch(event.name)
-    label = _LABEL.fullmatch(event.name)
-    if step is not None and category == "user_annotation":
-        found.steps[int(step[1])] = (event.ts, event.ts + event.dur)
-    elif label is not None and category == "gpu_user_annotation":
-        task = f"{label['pipe'] or 'model'}:{label['stage']}{label['op']}{label['mb']}"
-        found.labels.append((event.ts, event.dur, Kind(label["op"]), task))
-    elif event.name.startswith("nccl:"):
-        found.annotations[event.name.split(" ")[0]] += 1
+    return rank, _number(around, b"world_size"), found, file.zero_us
 
 
 def _number(text: bytes, key: bytes) -> int | None:
     place = _DISTRIBUTED.search(text)
     if place is None:
         return None
-    match = re.compile(rb'"' + key + rb'"\s*:\s*(\d+)').search(text, place.end())
+    match = re.compile(rb'"' + key + rb'"\s*:\s*(\d{1,9})\b').search(text, place.end())
     return int(match[1]) if match else None
-
-
-def _missing_ranks(ranks: dict[int, _Rank], worlds: set[int]) -> list[str]:
-    world = next(iter(worlds), len(ranks))
-    if world <= len(ranks):
-        return []
-    return [f"{len(ranks)} of the job's {world} ranks are here; sums are over these"]
-
-
-def _load(ranks: dict[int, _Rank], step: int | None, warnings: Iterable[str]) -> Loaded:
-    """One step, or everything, of all ranks on a clock that starts at the first event."""
-    windows = {r: rank.steps[step] for r, rank in ranks.items()} if step is not None else {}
-    zero = min(
-        windows[r][0] if windows else min(entry[0] for entry in rank.spans)
-        for r, rank in ranks.items()
-        if rank.spans
-    )
-    spans = []
-    for r, rank in sorted(ranks.items()):
-        begin, finish = windows.get(r, (float("-inf"), float("inf")))
-        for ts, dur, kind, name in (*rank.spans, *rank.labels):
-            if begin <= ts < finish:
-                start_s = (ts - zero) / 1e6
-                spans.append(Span(f"rank{r}", start_s, start_s + dur / 1e6, kind, name))
-    if not spans:
-        raise ValueError(f"step {step}: no device activity in it")
-    pipelines = any(rank.labels for rank in ranks.values())
-    told = [*warnings] if pipelines else [*warnings, _no_pipeline(ranks)]
-    return Loaded(Timeline(tuple(spans)), pipelines=pipelines, warnings=tuple(told))
-
-
-def _no_pipeline(ranks: dict[int, _Rank]) -> str:
-    seen: Counter[str] = sum((rank.annotations for rank in ranks.values()), Counter())
-    traffic = ", ".join(f"{count} {name}" for name, count in sorted(seen.items()))
-    text = "no pipeline work is labelled, so no bubble fraction is given, only busy and idle time"
-    return f"{text} (seen: {traffic})" if traffic else text
