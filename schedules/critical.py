@@ -42,6 +42,16 @@ class Bubble(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Idle:
+    """A time in which a rank does nothing, and why."""
+
+    rank: int
+    start: float
+    end: float
+    cause: Bubble
+
+
+@dataclass(frozen=True, slots=True)
 class RankTime:
     """How one rank spends the makespan; `bubbles` has every cause, in the problem's time unit."""
 
@@ -105,6 +115,23 @@ class _Clock:
         return self.end[source] + self.latency(task)
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Of one row: `levels` while or just after each task, `held` after it."""
+
+    cap: float | None
+    levels: list[float]
+    held: list[float]
+
+    def fits(self, claim: float, index: int, position: int, *, stays: bool) -> bool:
+        """Whether `claim` more would fit before place `index`; till `position` where it stays."""
+        assert self.cap is not None
+        top = self.held[index - 1]
+        if stays:
+            top = max(top, *self.levels[index:position])
+        return claim + top <= self.cap * (1 + REL_TOL)
+
+
 def critical_path(schedule: Schedule) -> tuple[Step, ...]:
     """A chain of tasks, each starting when what it waited for was over, as long as the makespan.
 
@@ -145,6 +172,15 @@ def _step_back(
     return Step(task, rank, start, clock.end[task], reason, wait), following
 
 
+def idle_spans(schedule: Schedule) -> tuple[Idle, ...]:
+    """All idle time of all ranks, by rank and time, each piece with its cause.
+
+    Raises:
+        ValueError: tasks wait for each other in a circle.
+    """
+    return tuple(_idle_spans(schedule, _Clock(schedule)))
+
+
 def rank_times(schedule: Schedule) -> tuple[RankTime, ...]:
     """Per rank, busy time and idle time by cause: together the makespan.
 
@@ -152,10 +188,13 @@ def rank_times(schedule: Schedule) -> tuple[RankTime, ...]:
         ValueError: tasks wait for each other in a circle.
     """
     clock = _Clock(schedule)
-    levels = tuple(memory_levels(schedule))
-    return tuple(
-        _rank_time(clock, rank, row, levels[rank]) for rank, row in enumerate(schedule.rows)
+    times = tuple(
+        RankTime(rank, sum(clock.duration(task) for task in row), dict.fromkeys(Bubble, 0.0))
+        for rank, row in enumerate(schedule.rows)
     )
+    for idle in _idle_spans(schedule, clock):
+        times[idle.rank].bubbles[idle.cause] += idle.end - idle.start
+    return times
 
 
 def total_bubbles(times: tuple[RankTime, ...]) -> dict[str, float]:
@@ -163,41 +202,34 @@ def total_bubbles(times: tuple[RankTime, ...]) -> dict[str, float]:
     return {cause.value: sum(time.bubbles[cause] for time in times) for cause in Bubble}
 
 
-def _rank_time(clock: _Clock, rank: int, row: tuple[Task, ...], levels: list[float]) -> RankTime:
-    bubbles = dict.fromkeys(Bubble, 0.0)
-    if not row:
-        return RankTime(rank, 0.0, bubbles | {Bubble.WARM_UP: clock.last})
-    memory = _Memory(clock.problem.memory_cap, levels, clock.held(row))
-    bubbles[Bubble.WARM_UP] = clock.start(row[0])
-    bubbles[Bubble.COOL_DOWN] = clock.last - clock.end[row[-1]]
-    for index in range(1, len(row)):
-        begin, end = clock.end[row[index - 1]], clock.start(row[index])
-        if end - begin <= REL_TOL * clock.last:
-            bubbles[Bubble.DEPENDENCY] += max(0.0, end - begin)  # rounding
+def _idle_spans(schedule: Schedule, clock: _Clock) -> Iterator[Idle]:
+    levels = tuple(memory_levels(schedule))
+    for rank, row in enumerate(schedule.rows):
+        if not row:
+            yield Idle(rank, 0.0, clock.last, Bubble.WARM_UP)
             continue
-        stall = min(end, max(begin, _stalled_from(clock, row, index, memory, end)))
-        link = max(0.0, stall - max(begin, end - clock.latency(row[index])))
-        bubbles[Bubble.MEMORY] += end - stall
-        bubbles[Bubble.LINK] += link
-        bubbles[Bubble.DEPENDENCY] += stall - begin - link
-    return RankTime(rank, sum(clock.duration(task) for task in row), bubbles)
+        pieces = [(0.0, clock.start(row[0]), Bubble.WARM_UP)]
+        memory = _Memory(clock.problem.memory_cap, levels[rank], clock.held(row))
+        for index in range(1, len(row)):
+            pieces += _pause(clock, row, index, memory)
+        pieces.append((clock.end[row[-1]], clock.last, Bubble.COOL_DOWN))
+        yield from (Idle(rank, *piece) for piece in pieces if piece[1] > piece[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Of one row: `levels` while or just after each task, `held` after it."""
-
-    cap: float | None
-    levels: list[float]
-    held: list[float]
-
-    def fits(self, claim: float, index: int, position: int, *, stays: bool) -> bool:
-        """Whether `claim` more would fit before place `index`; till `position` where it stays."""
-        assert self.cap is not None
-        top = self.held[index - 1]
-        if stays:
-            top = max(top, *self.levels[index:position])
-        return claim + top <= self.cap * (1 + REL_TOL)
+def _pause(
+    clock: _Clock, row: tuple[Task, ...], index: int, memory: _Memory
+) -> list[tuple[float, float, Bubble]]:
+    """The time between two tasks of a row, cut by cause; empty pieces may be among them."""
+    begin, end = clock.end[row[index - 1]], clock.start(row[index])
+    if end - begin <= REL_TOL * clock.last:
+        return [(begin, end, Bubble.DEPENDENCY)]  # rounding
+    stall = min(end, max(begin, _stalled_from(clock, row, index, memory, end)))
+    link = min(stall, max(begin, end - clock.latency(row[index])))
+    return [
+        (begin, link, Bubble.DEPENDENCY),
+        (link, stall, Bubble.LINK),
+        (stall, end, Bubble.MEMORY),
+    ]
 
 
 def _stalled_from(

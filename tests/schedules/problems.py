@@ -10,15 +10,18 @@ from rlhfuse.schedules.ir import Pipeline, Problem
 def problems(draw: st.DrawFn, caps: bool = True) -> Problem:
     """One to four pipelines on one to four ranks, with any stage map, links, releases and caps."""
     num_ranks = draw(st.integers(1, 4))
-    names = ("actor", "critic", "reward", "reference")[: draw(st.integers(1, 4))]
+    number = draw(st.integers(1, 4))
+    names = ("actor", "critic", "reward", "reference")[:number]
     pipelines = tuple(draw(_pipelines(name, num_ranks)) for name in names)
     loose = Problem(num_ranks, pipelines)
     least = memory_bound(loose, float("inf"))
-    cap = draw(st.sampled_from([None, 1.0, 1.5, 2.0])) if least and caps else None
+    cap: float | None = draw(st.sampled_from([None, 1.0, 1.5, 2.0]))
+    if not (least and caps):
+        cap = None
     pairs = [(a, b) for a in range(num_ranks) for b in range(a)]
     links: float | dict[tuple[int, int], float] = draw(st.sampled_from([0.0, 0.5]))
     if pairs and draw(st.booleans()):
-        links = draw(st.dictionaries(st.sampled_from(pairs), st.sampled_from([0.25, 3.0])))
+        links = {pair: draw(st.sampled_from([0.0, 0.25, 3.0])) for pair in pairs}
     return Problem(num_ranks, pipelines, None if cap is None else cap * least, links)
 
 

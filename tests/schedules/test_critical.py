@@ -1,5 +1,7 @@
 """Critical paths and causes of idle time: sums that must come out, and textbook cases."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 
@@ -32,7 +34,7 @@ def test_critical_path_is_a_chain_as_long_as_the_makespan(problem: Problem) -> N
     whole = sum(step.end - step.start + step.wait for step in steps)
     assert whole == pytest.approx(makespan(schedule))
     place = {task: (rank, index) for rank, index, task in schedule.tasks()}
-    for before, step in zip(steps, steps[1:], strict=False):
+    for before, step in pairwise(steps):
         assert step.start == pytest.approx(before.end + step.wait)
         if step.reason is Reason.RANK:
             rank, index = place[step.task]

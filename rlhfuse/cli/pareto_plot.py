@@ -1,0 +1,53 @@
+"""Latency against peak memory as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhfuse.schedules.pareto import Point
+
+
+def save_pareto_plot(
+    points: Sequence[Point],
+    path: Path,
+    lower_bound: float,
+    others: Sequence[tuple[str, float, float]] = (),
+) -> None:
+    """Write the front as PNG or SVG. `others`: name, peak memory and makespan of other schedules."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    memory = [point.peak_memory for point in points]
+    times = [point.makespan for point in points]
+    right = 1.06 * max([*memory, *(m for _, m, _ in others)])
+    axes.step([*memory, right], [*times, times[-1]], where="post", color="#4a90c9", linewidth=1.6)
+    axes.plot(memory, times, "o", color="#124d86", markersize=5, label="fused")
+    for point in points:
+        axes.annotate(
+            f"{point.makespan:.4g}",
+            (point.peak_memory, point.makespan),
+            xytext=(4, 5),
+            textcoords="offset points",
+            fontsize=8,
+            color="#124d86",
+        )
+    for name, peak, length in others:
+        axes.plot([peak], [length], "s", color="#f5923e", markersize=5)
+        axes.annotate(name, (peak, length), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    axes.axhline(lower_bound, color="#555555", linestyle=(0, (5, 3)), linewidth=0.9)
+    axes.annotate(
+        f"lower bound {lower_bound:.5g}",
+        (right, lower_bound),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#555555",
+    )
+    axes.set_xlim(0, right)
+    axes.set_xlabel("peak memory of the fullest rank")
+    axes.set_ylabel("makespan")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
