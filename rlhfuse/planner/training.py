@@ -60,8 +60,12 @@ class TrainingPlan:
 class TrainingPlanner:
     """Searches the parallel sizes for one workload on one cluster."""
 
-    def __init__(self, config: Config, workload: Workload, cluster: Cluster) -> None:
+    def __init__(
+        self, config: Config, workload: Workload, cluster: Cluster, *, quick: bool = False
+    ) -> None:
+        """`quick`: a short search, to compare with other plans that were searched as shortly."""
         self._config, self._workload, self._cluster = config, workload, cluster
+        self._quick = quick
         self._weights: dict[tuple[int, int], tuple[float, ...]] = {}
         self._replicas: dict[int, tuple[tuple[int, ...], float]] = {}
         self._total = workload.tokens_per_minibatch
@@ -84,7 +88,8 @@ class TrainingPlanner:
             )
         fused, schedule = self._fuse_best(found, best)
         fused_s = makespan(schedule) + sum(t.exchange_s for t in fused)
-        split = makespan(_fuse(schedule.problem, ITERATIONS // 2, True))
+        rounds = FEW_ITERATIONS if self._quick else ITERATIONS // 2
+        split = makespan(_fuse(schedule.problem, rounds, True))
         ranks = schedule.problem.num_ranks
         return TrainingPlan(best, serial_s, fused, fused_s, schedule, separate, split, ranks)
 
@@ -106,7 +111,7 @@ class TrainingPlanner:
                 bound = latency_bound(self.problem(pair), split_weight=False)
                 rated.append((bound + sum(t.exchange_s for t in pair), len(rated), pair))
         rated.sort(key=lambda item: item[:2])
-        short = [pair for _, _, pair in rated[:SHORT_LIST]]
+        short = [pair for _, _, pair in rated[: 1 if self._quick else SHORT_LIST]]
         if best in [pair for _, _, pair in rated] and best not in short:
             short.append((best[0], best[1]))
         tried = []
@@ -115,11 +120,12 @@ class TrainingPlanner:
                 schedule = _fuse(self.problem(pair), FEW_ITERATIONS, False)
             except ValueError:
                 continue  # both together exceed the memory
-            tried.append((makespan(schedule) + sum(t.exchange_s for t in pair), len(tried), pair))
+            rest = sum(t.exchange_s for t in pair)
+            tried.append((makespan(schedule) + rest, len(tried), pair, schedule))
         if not tried:
             raise ValueError("plan: actor and critic together exceed the memory in every layout")
-        pair = min(tried)[2]
-        return pair, _fuse(self.problem(pair), ITERATIONS, False)
+        _, _, pair, schedule = min(tried, key=lambda item: item[:2])
+        return pair, schedule if self._quick else _fuse(self.problem(pair), ITERATIONS, False)
 
     def problem(self, pair: Sequence[Trained]) -> Problem:
         """One block: as many pipelines of each model as share its ranks, all later ones in
@@ -213,11 +219,18 @@ class TrainingPlanner:
         ]
 
     def _layouts(self, role: str) -> list[Parallel]:
+        """What is asked for, or all sizes; on CPUs the pipelines that `rlhfuse train` runs there,
+        which are neither tensor- nor data-parallel."""
         cluster, plan = self._cluster, self._config.plan
         model = self._workload.models[role]
-        asked_pp = plan.actor_pp if role == "actor" else plan.critic_pp
-        sizes = [plan.tp] if plan.tp else [1, 2, 4, 8]
-        depths = [asked_pp] if asked_pp else [1, 2, 4, 8, 16]
+        actor = role == "actor"
+        tp, pp = (plan.actor_tp, plan.actor_pp) if actor else (plan.critic_tp, plan.critic_pp)
+        if cluster.device.name == "cpu":
+            placed = self._config.placement
+            tp, pp = 1, (placed.actor_pp if actor else placed.critic_pp) or cluster.num_devices
+            return [Parallel(1, pp, 1)] if pp <= model.num_layers else []
+        sizes = [tp] if tp else [1, 2, 4, 8]
+        depths = [pp] if pp else [1, 2, 4, 8, 16]
         return [
             Parallel(tp, pp, cluster.num_devices // (tp * pp))
             for tp in sizes

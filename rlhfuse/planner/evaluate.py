@@ -1,0 +1,162 @@
+"""One workload on one cluster: the best layouts, and what a step takes, serial and fused."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import msgspec
+
+from rlhfuse.config import Config
+from rlhfuse.cost import CostModel
+from rlhfuse.hardware import Cluster
+from rlhfuse.planner import costs
+from rlhfuse.planner import rollout as ro
+from rlhfuse.planner.rollout import RolloutLayout, RolloutPrediction
+from rlhfuse.planner.step import StageSeconds
+from rlhfuse.planner.training import TrainingPlan, TrainingPlanner
+from rlhfuse.planner.workload import Workload
+from rlhfuse.schedules.checks import peak_memory
+
+MOST_SAMPLES = 4096  # of a slice of the cluster that layouts are compared on
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Layouts and predictions. `offload_s`: moving training state out of the way and back."""
+
+    config: Config
+    workload: Workload
+    cluster: Cluster
+    training: TrainingPlan
+    rollout: RolloutPrediction
+    offload_s: float
+
+    @property
+    def intra_pays(self) -> bool:
+        return self.training.fused_s < self.training.serial_s * (1 - 1e-9)
+
+    @property
+    def minibatch_s(self) -> tuple[float, float]:
+        """One mini-batch serial, and as the step should run."""
+        return self.training.serial_s, min(self.training.fused_s, self.training.serial_s)
+
+    @property
+    def _other_s(self) -> float:
+        return self.rollout.cost.weight_sync_s + self.offload_s
+
+    @property
+    def serial(self) -> StageSeconds:
+        stats = self.rollout.serial
+        train = self.workload.num_minibatches * self.minibatch_s[0]
+        return StageSeconds(
+            stats.generation_s, stats.end_s - stats.generation_s, train, self._other_s
+        )
+
+    @property
+    def fused(self) -> StageSeconds:
+        stats = self.rollout.fused if self.inter_pays else self.rollout.serial
+        train = self.workload.num_minibatches * self.minibatch_s[1]
+        return StageSeconds(
+            stats.generation_s, stats.end_s - stats.generation_s, train, self._other_s
+        )
+
+    @property
+    def inter_pays(self) -> bool:
+        return self.rollout.fused.end_s < self.rollout.serial.end_s * (1 - 1e-9)
+
+    @cached_property
+    def activation_bytes(self) -> float:
+        return max(peak_memory(self.training.schedule), default=0.0)
+
+
+def evaluate(
+    config: Config, workload: Workload, cluster: Cluster, *, quick: bool = False
+) -> Evaluated:
+    """Search what the configuration leaves open. `quick`: for comparisons, on a slice.
+
+    Raises:
+        ValueError: something fits in no layout.
+    """
+    training = TrainingPlanner(config, workload, cluster, quick=quick).plan()
+    held = sum(training.held_bytes)
+    offload_s = 0.0
+    found = ro.candidates(config, workload, cluster, held)
+    if not found:
+        # Optimizer and training weights wait in host memory while samples are generated.
+        offload_s = 2 * held / cluster.device.host_bandwidth
+        found = ro.candidates(config, workload, cluster, 0.0)
+    if not found:
+        size = cluster.device.memory_bytes / 1e9
+        raise ValueError(
+            f"plan: {workload.models['actor'].name} does not fit in a generation instance within "
+            f"a node of {cluster.node_size} x {cluster.device.name} ({size:.0f} GB each) with one "
+            f"sample of rollout.response_length {workload.limit}"
+        )
+    layout, cost = _choose(config, workload, found)
+    workload_here, layout_here = (
+        sliced(workload, layout, MOST_SAMPLES // 4) if quick else (workload, layout)
+    )
+    policy = ro.policy_of(config, layout)
+    rollout = replace(
+        ro.predict_rollout(workload_here, layout_here, cost, policy), layout=layout
+    )
+    return Evaluated(config, workload, cluster, training, rollout, offload_s)
+
+
+def _choose(
+    config: Config, workload: Workload, found: list[tuple[RolloutLayout, CostModel]]
+) -> tuple[RolloutLayout, CostModel]:
+    """The instance size with the fastest overlapped rollout, compared on a slice."""
+    if len(found) == 1:
+        return found[0]
+    rated = []
+    for number, (layout, cost) in enumerate(found):
+        some, small = sliced(workload, layout, MOST_SAMPLES // 4)
+        policy = ro.policy_named(ro.policy_of(config, layout), "off")
+        rated.append((ro.run(some, small, cost, policy)[1].end_s, number))
+    return found[min(rated)[1]]
+
+
+def sliced(
+    workload: Workload, layout: RolloutLayout, most_samples: int, most_instances: int = 1 << 30
+) -> tuple[Workload, RolloutLayout]:
+    """A slice of the cluster with its share of the samples: evenly spread over the lengths, so
+    that what is typical stays typical."""
+    parts = 1
+    while (
+        workload.num_samples / parts > most_samples or layout.instances / parts > most_instances
+    ) and (
+        layout.instances % (2 * parts) == 0
+        and (layout.instances // (2 * parts)) % layout.block == 0
+        and workload.num_samples % (2 * parts * workload.per_prompt) == 0
+    ):
+        parts *= 2
+    if parts == 1:
+        return workload, layout
+    order = sorted(range(workload.num_samples), key=lambda i: (-workload.lengths[i], i))
+    kept = sorted(order[::parts])
+    some = replace(
+        workload,
+        lengths=tuple(workload.lengths[i] for i in kept),
+        prompts=tuple(workload.prompts[i] for i in kept),
+        history=workload.history[: max(256, len(kept))],
+    )
+    return some, msgspec.structs.replace(layout, instances=layout.instances // parts)
+
+
+def memory_of(found: Evaluated) -> tuple[float, float, float, float, float]:
+    """Bytes per device: (weights, optimizer, activations, keys and values, total)."""
+    models, cluster, layout = found.workload.models, found.cluster, found.rollout.layout
+    trained, optimizer = found.training.held_bytes
+    engine = costs.engine_bytes(models, cluster, layout.tp)
+    activations = found.activation_bytes
+    samples = -(-found.workload.num_samples // layout.instances)
+    running = min(samples, found.config.rollout.max_num_seqs)
+    limit = layout.cache_tokens
+    asked = running * (found.workload.limit + max(found.workload.prompts))
+    kv = min(asked, limit) * costs.cache_bytes(models, cluster, layout.tp)
+    weights = trained + engine
+    if found.offload_s:
+        total = max(trained + optimizer + activations, engine + kv)
+    else:
+        total = weights + optimizer + max(activations, kv)
+    return weights, optimizer, activations, kv, total

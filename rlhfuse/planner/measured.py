@@ -1,0 +1,122 @@
+"""Prediction of a step as configured, from costs that were measured (or given) on this machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from rlhfuse.config import Config
+from rlhfuse.cost import CostModel
+from rlhfuse.placement import StagePlacement
+from rlhfuse.planner import rollout
+from rlhfuse.planner.rollout import RolloutLayout
+from rlhfuse.planner.step import Round, StageSeconds, joined
+from rlhfuse.planner.workload import Workload
+from rlhfuse.schedules.timing import makespan, simulate
+from rlhfuse.timeline import Timeline
+from rlhfuse.update_plan import StageCosts, TrainedSample, UpdatePlan, plan_update
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """All that a step costs. `update_s`: of an update beside its mini-batches; `minibatch_s`: of
+    a mini-batch beside its schedule; `weights_s`: from the last optimizer step to the next
+    step's start; `origin`: where the numbers come from."""
+
+    rollout: CostModel
+    stages: Mapping[str, StageCosts]
+    update_s: float
+    minibatch_s: float
+    weights_s: float
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrediction:
+    """Seconds by stage and a timeline of all devices, serial and fused."""
+
+    serial: StageSeconds
+    fused: StageSeconds
+    serial_timeline: Timeline
+    fused_timeline: Timeline
+
+
+def predict(
+    config: Config,
+    workload: Workload,
+    pipelines: Mapping[str, StagePlacement],
+    costs: StepCosts,
+    *,
+    step: int = 1,
+) -> StepPrediction:
+    """The step with these samples on ``placement.num_devices`` devices, one instance on each."""
+    off = without_fusion(config)
+    serial_s, serial_line = predict_one(off, workload, pipelines, costs, step=step)
+    fused_s, fused_line = predict_one(config, workload, pipelines, costs, step=step)
+    return StepPrediction(serial_s, fused_s, serial_line, fused_line)
+
+
+def without_fusion(config: Config) -> Config:
+    """The serial baseline of the configuration."""
+    fusion = msgspec.structs.replace(config.fusion, inter_stage="off", intra_stage="off")
+    return msgspec.structs.replace(config, fusion=fusion)
+
+
+def predict_one(
+    config: Config,
+    workload: Workload,
+    pipelines: Mapping[str, StagePlacement],
+    costs: StepCosts,
+    *,
+    step: int,
+) -> tuple[StageSeconds, Timeline]:
+    """With the fusions that `config` says."""
+    devices = config.placement.num_devices
+    room = config.data.max_prompt_length + config.rollout.response_length
+    layout = RolloutLayout(1, devices, 1, config.rollout.max_num_seqs * room)
+    allowed = rollout.policy_of(config, layout)
+    overlap = config.fusion.inter_stage != "off"
+    migration = config.fusion.migration if overlap else "serial"
+    line, stats = rollout.run(
+        workload, layout, costs.rollout, rollout.policy_named(allowed, migration), record=True
+    )
+    plan = _update(config, workload, pipelines, costs, step)
+    rounds = [
+        # The optimizers step once, after the last schedule of the mini-batch.
+        Round(
+            simulate(schedule),
+            makespan(schedule),
+            costs.minibatch_s if schedule is batch.rounds[-1] else 0.0,
+        )
+        for batch in plan.minibatches
+        for schedule in batch.rounds
+    ]
+    start_s = stats.end_s + costs.update_s
+    timeline = joined(line, start_s, rounds, costs.weights_s, lambda i: (f"rank{i}", i), devices)
+    training = costs.update_s + sum(r.makespan_s + r.exchange_s for r in rounds)
+    seconds = StageSeconds(
+        stats.generation_s, stats.end_s - stats.generation_s, training, costs.weights_s
+    )
+    return seconds, timeline
+
+
+def _update(
+    config: Config,
+    workload: Workload,
+    pipelines: Mapping[str, StagePlacement],
+    costs: StepCosts,
+    step: int,
+) -> UpdatePlan:
+    samples = [
+        TrainedSample(i, i // workload.per_prompt, length + prompt)
+        for i, (length, prompt) in enumerate(zip(workload.lengths, workload.prompts, strict=True))
+    ]
+    return plan_update(
+        config,
+        samples,
+        pipelines,
+        costs.stages,
+        roles=tuple(pipelines),
+        fused=config.fusion.intra_stage != "off",
+        step=step,
+    )
