@@ -1,27 +1,18 @@
-"""Schedules and problems as files: the JSON contract, torch's CSV, FlexFusion's text.
+"""Schedules as files: the JSON contract, torch's CSV, FlexFusion's text.
 
 Every mistake in a file is a `ValueError` of one line that names the place.
 """
 
 import csv
-import difflib
 import io
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 
-from rlhfuse.config_file import read_yaml
 from rlhfuse.schedules.checks import completion_times, peak_memory
-from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
+from rlhfuse.schedules.ir import Op, Problem, Schedule, Task
+from rlhfuse.schedules.problem_file import problem_from_tree, problem_to_tree
 
-_PROBLEM_KEYS = ("ranks", "memory_cap", "pipelines", "link_latency")
-_NUMBERS = ("forward", "backward", "weight", "activation", "activation_after_input")
-_PIPELINE_KEYS = (
-    *("name", "stages", "microbatches", *_NUMBERS),
-    *("microbatch_weights", "release", "deadline", "interleaved"),
-)
 _TORCH_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
 _TRACE_ENTRY = re.compile(r"\[([^\]]*)\]")
 
@@ -44,51 +35,6 @@ class ScheduleRecord(msgspec.Struct):
     ranks: list[list[TaskRecord]]
     makespan: float
     peak_memory: float
-
-
-def read_problem(path: str | Path) -> Problem:
-    """The problem in a YAML or JSON file.
-
-    Raises:
-        ValueError: the file is not a problem; place, value and what is expected.
-    """
-    try:
-        return problem_from_tree(read_yaml(path))
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if str(path) in text else f"{path}: {text}") from error
-
-
-def problem_from_tree(tree: Mapping[str, object]) -> Problem:
-    """A problem from the nested lists and mappings of a problem file.
-
-    Raises:
-        ValueError: as `read_problem`.
-    """
-    _check_keys("problem", tree, _PROBLEM_KEYS, ("ranks", "pipelines"))
-    pipelines = tree["pipelines"]
-    if not isinstance(pipelines, list):
-        raise ValueError(f"pipelines is {pipelines!r}, expected a list of pipelines")
-    cap = tree.get("memory_cap")
-    return Problem(
-        _whole("ranks", tree["ranks"]),
-        tuple(_pipeline(f"pipelines[{i}]", value) for i, value in enumerate(pipelines)),
-        None if cap is None else _number("memory_cap", cap),
-        _links(tree.get("link_latency", 0.0)),
-    )
-
-
-def problem_to_tree(problem: Problem) -> dict[str, object]:
-    """What `problem_from_tree` reads back as the same problem."""
-    tree: dict[str, object] = {"ranks": problem.num_ranks}
-    if problem.memory_cap is not None:
-        tree["memory_cap"] = problem.memory_cap
-    if isinstance(problem.link_latency, Mapping):
-        tree["link_latency"] = [[a, b, s] for (a, b), s in problem.link_latency.items()]
-    else:
-        tree["link_latency"] = problem.link_latency
-    tree["pipelines"] = [_pipeline_tree(pipe) for pipe in problem.pipelines]
-    return tree
 
 
 def schedule_to_json(schedule: Schedule) -> bytes:
@@ -245,107 +191,3 @@ def _op(letter: str) -> Op:
     if letter not in Op.__members__:
         raise ValueError(f"op is {letter!r}, expected one of F, B, I, W")
     return Op(letter)
-
-
-def _pipeline(place: str, value: object) -> Pipeline:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{place} is {value!r}, expected name, stages, microbatches, ...")
-    _check_keys(place, value, _PIPELINE_KEYS, ("name", "stages", "microbatches", "forward"))
-    name = value["name"]
-    if not isinstance(name, str):
-        raise ValueError(f"{place}.name is {name!r}, expected a word")
-    stages = value["stages"]
-    if not isinstance(stages, list):
-        raise ValueError(f"{place}.stages is {stages!r}, expected the rank of each stage")
-    weights, deadline = value.get("microbatch_weights"), value.get("deadline")
-    after = value.get("activation_after_input")
-    interleaved = value.get("interleaved", False)
-    if not isinstance(interleaved, bool):
-        raise ValueError(f"{place}.interleaved is {interleaved!r}, expected true or false")
-    return Pipeline.make(
-        name,
-        [_whole(f"{place}.stages[{i}]", rank) for i, rank in enumerate(stages)],
-        _whole(f"{place}.microbatches", value["microbatches"]),
-        _numbers(f"{place}.forward", value["forward"]),
-        _numbers(f"{place}.backward", value.get("backward", 0.0)),
-        weight=_numbers(f"{place}.weight", value.get("weight", 0.0)),
-        activation=_numbers(f"{place}.activation", value.get("activation", 1.0)),
-        activation_after_input=None
-        if after is None
-        else _numbers(f"{place}.activation_after_input", after),
-        microbatch_weights=None
-        if weights is None
-        else _list(f"{place}.microbatch_weights", weights),
-        release=_number(f"{place}.release", value.get("release", 0.0)),
-        deadline=None if deadline is None else _number(f"{place}.deadline", deadline),
-        interleaved=interleaved,
-    )
-
-
-def _pipeline_tree(pipe: Pipeline) -> dict[str, object]:
-    tree: dict[str, object] = {
-        "name": pipe.name,
-        "stages": list(pipe.stages),
-        "microbatches": pipe.num_microbatches,
-    }
-    for key in _NUMBERS:
-        values: tuple[float, ...] = getattr(pipe, key)
-        tree[key] = values[0] if len(set(values)) == 1 else list(values)
-    if set(pipe.microbatch_weights) != {1.0}:
-        tree["microbatch_weights"] = list(pipe.microbatch_weights)
-    if pipe.release:
-        tree["release"] = pipe.release
-    if pipe.deadline is not None:
-        tree["deadline"] = pipe.deadline
-    if pipe.interleaved:
-        tree["interleaved"] = True
-    return tree
-
-
-def _check_keys(
-    place: str, tree: Mapping[str, object], known: Sequence[str], needed: Sequence[str]
-) -> None:
-    for key in tree:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{place}: unknown key {key!r}; {hint}")
-    for key in needed:
-        if key not in tree:
-            raise ValueError(f"{place}: the key {key!r} is missing")
-
-
-def _whole(place: str, value: object) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{place} is {value!r}, expected a whole number")
-    return value
-
-
-def _number(place: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{place} is {value!r}, expected a number")
-    return float(value)
-
-
-def _list(place: str, value: object) -> list[float]:
-    if not isinstance(value, list):
-        raise ValueError(f"{place} is {value!r}, expected a list of numbers")
-    return [_number(f"{place}[{i}]", item) for i, item in enumerate(value)]
-
-
-def _numbers(place: str, value: object) -> float | list[float]:
-    return _list(place, value) if isinstance(value, list) else _number(place, value)
-
-
-def _links(value: object) -> float | dict[tuple[int, int], float]:
-    if not isinstance(value, list):
-        return _number("link_latency", value)
-    links: dict[tuple[int, int], float] = {}
-    for i, item in enumerate(value):
-        if not isinstance(item, list) or len(item) != 3:
-            raise ValueError(f"link_latency[{i}] is {item!r}, expected [from, to, seconds]")
-        pair = (_whole(f"link_latency[{i}]", item[0]), _whole(f"link_latency[{i}]", item[1]))
-        links[pair] = _number(f"link_latency[{i}]", item[2])
-    return links

@@ -62,7 +62,7 @@ def pareto(
 
     fastest = search(problem, None)
     least = _least_cap(problem)
-    found = []
+    found: list[Point] = []
     for number in range(points - 1):
         cap = least + (fastest.peak_memory - least) * number / (points - 1)
         if cap <= 0 or cap >= fastest.peak_memory:

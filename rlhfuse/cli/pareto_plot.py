@@ -12,7 +12,10 @@ def save_pareto_plot(
     lower_bound: float,
     others: Sequence[tuple[str, float, float]] = (),
 ) -> None:
-    """Write the front as PNG or SVG. `others`: name, peak memory and makespan of other schedules."""
+    """Write the front as PNG or SVG.
+
+    `others`: name, peak memory and makespan of schedules to compare with.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,26 +31,46 @@ def save_pareto_plot(
         axes.annotate(
             f"{point.makespan:.4g}",
             (point.peak_memory, point.makespan),
-            xytext=(4, 5),
+            xytext=(-4, -12),
             textcoords="offset points",
+            ha="right",
             fontsize=8,
             color="#124d86",
         )
+    places: dict[tuple[float, float], list[str]] = {}
     for name, peak, length in others:
-        axes.plot([peak], [length], "s", color="#f5923e", markersize=5)
-        axes.annotate(name, (peak, length), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        places.setdefault((round(peak, 9), round(length, 9)), []).append(name)
+    for place, names in places.items():
+        axes.plot(*([value] for value in place), "s", color="#f5923e", markersize=5)
+        axes.annotate(
+            ", ".join(names),
+            place,
+            xytext=(6, -1),
+            textcoords="offset points",
+            fontsize=8,
+            color="#a8480c",
+        )
     axes.axhline(lower_bound, color="#555555", linestyle=(0, (5, 3)), linewidth=0.9)
     axes.annotate(
         f"lower bound {lower_bound:.5g}",
         (right, lower_bound),
-        xytext=(-4, 4),
+        xytext=(-4, -11),
         textcoords="offset points",
         ha="right",
         fontsize=8,
         color="#555555",
     )
     axes.set_xlim(0, right)
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(lower_bound * 0.94, 1.05 * max([*times, *(t for _, _, t in others)]))
+    ticks = [
+        k
+        for k in (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
+        if k * lower_bound <= axes.get_ylim()[1]
+    ]
+    axes.set_yticks([k * lower_bound for k in ticks], [f"{k:g}x" for k in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("peak memory of the fullest rank")
-    axes.set_ylabel("makespan")
+    axes.set_ylabel("makespan / lower bound")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

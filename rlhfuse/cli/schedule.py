@@ -10,9 +10,10 @@ from rich.table import Table
 
 from rlhfuse.cli.common import emit_json, stdout_kept_clean, user_errors
 from rlhfuse.cli.schedule_plot import save_plot
-from rlhfuse.schedules.formats import read_problem, schedule_to_json
+from rlhfuse.schedules.formats import schedule_to_json
 from rlhfuse.schedules.fused import Progress, fuse
 from rlhfuse.schedules.ir import Problem, Schedule
+from rlhfuse.schedules.problem_file import read_problem
 from rlhfuse.schedules.summary import Summary, standard_policies, summarize
 from rlhfuse.schedules.timing import check_channels
 

@@ -10,9 +10,6 @@ from torch.distributed.pipelining.schedules import _Action, _validate_schedule
 from rlhfuse.schedules.formats import (
     from_flexfusion,
     from_torch_csv,
-    problem_from_tree,
-    problem_to_tree,
-    read_problem,
     schedule_from_json,
     schedule_to_json,
     to_flexfusion,
@@ -20,6 +17,7 @@ from rlhfuse.schedules.formats import (
 )
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem
+from rlhfuse.schedules.problem_file import problem_from_tree, problem_to_tree, read_problem
 from rlhfuse.schedules.standard import serial, zb_h1
 from rlhfuse.schedules.timing import makespan
 
