@@ -21,7 +21,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +42,7 @@ from rlhfuse.config import (
     TrainerConfig,
 )
 from rlhfuse.models.partition import partition
+from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
 from rlhfuse.schedules.standard import one_f_one_b
@@ -50,7 +51,7 @@ from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import HostClock
 from rlhfuse.training.executor import Executor
-from rlhfuse.training.records import MiniBatchPlan, RolePlacement, SampleData, TrainingPlacement
+from rlhfuse.training.records import MiniBatchPlan, SampleData
 from rlhfuse.training.update import RankTrainer
 
 Result = TypeVar("Result")
@@ -241,10 +242,12 @@ def cut(samples: Sequence[SampleData], count: int) -> tuple[tuple[int, ...], ...
     return tuple(tuple(sorted(b)) for b in bins)
 
 
-def problem_of(durations: dict[str, float], place: TrainingPlacement, count: int) -> Problem:
+def problem_of(
+    durations: dict[str, float], place: Mapping[str, StagePlacement], count: int
+) -> Problem:
     """A problem from mean task times (``actor:0F``)."""
     pipelines = []
-    for role, at in place.roles.items():
+    for role, at in place.items():
         stages = range(len(at.ranks))
         weight = [durations.get(f"{role}:{s}W", 0.0) for s in stages]
         if any(weight):
@@ -253,7 +256,7 @@ def problem_of(durations: dict[str, float], place: TrainingPlacement, count: int
             backward = [durations[f"{role}:{s}B"] for s in stages]
         forward = [durations[f"{role}:{s}F"] for s in stages]
         pipelines.append(Pipeline.make(role, at.ranks, count, forward, backward, weight=weight))
-    return Problem(len(place.roles["actor"].ranks), tuple(pipelines))
+    return Problem(len(place["actor"].ranks), tuple(pipelines))
 
 
 def mean_durations(spans: Sequence[Span]) -> dict[str, float]:
@@ -322,15 +325,13 @@ def serial(problem: Problem) -> tuple[Schedule, ...]:
 
 def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
     samples = make_samples(arguments.tokens * count, arguments.vocabulary)
-    place = TrainingPlacement(
-        {
-            role: RolePlacement(ranks, layers)
-            for role, ranks, layers in (
-                ("actor", (0, 1), _layers(arguments.layers, arguments.actor_head)),
-                ("critic", (1, 0), _layers(arguments.layers, 0.0)),
-            )
-        }
-    )
+    place = {
+        role: StagePlacement(ranks, layers)
+        for role, ranks, layers in (
+            ("actor", (0, 1), _layers(arguments.layers, arguments.actor_head)),
+            ("critic", (1, 0), _layers(arguments.layers, 0.0)),
+        )
+    }
     config = Config(
         actor=ActorConfig(path=str(folder / "actor")),
         critic=CriticConfig(path=str(folder / "critic")),
@@ -346,7 +347,7 @@ def models(arguments: argparse.Namespace, count: int, folder: Path) -> None:
             config,
             rank=rank,
             world_size=2,
-            placement=place,
+            pipelines=place,
             device=CPU,
             dtype=torch.float32,
             total_steps=100,

@@ -98,6 +98,16 @@ class RewardConfig(Section, frozen=True):
     clip: PositiveFloat | None = None  # clip scores to [-clip, clip]
 
 
+class VllmConfig(Section, frozen=True):
+    """What only the vLLM engine has. `speculative_config` is vLLM's own: exact in distribution."""
+
+    block_size: NonNegative = 0  # tokens per key-value block; 0: 32 on a CPU, else vLLM's choice
+    max_num_batched_tokens: NonNegative = 0  # tokens of a step, prefill included; 0: vLLM's choice
+    enforce_eager: Switch = "auto"  # no CUDA graphs; auto: on a CPU
+    kv_transfer: Switch = "auto"  # migrating samples may take their key-value blocks along
+    speculative_config: dict[str, str | int | float | bool] | None = None
+
+
 class RolloutConfig(Section, frozen=True):
     """Generation."""
 
@@ -115,6 +125,7 @@ class RolloutConfig(Section, frozen=True):
     score_token_budget: Positive = 2048  # tokens per scoring batch
     old_log_probs: Literal["recompute", "engine"] = "recompute"
     exactness: Literal["auto", "token", "distribution"] = "auto"
+    vllm: VllmConfig = VllmConfig()
 
 
 class KlControlConfig(Section, frozen=True):
@@ -195,8 +206,9 @@ class PlacementConfig(Section, frozen=True):
     num_devices: Positive = 2
     pin_cpus: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    actor_pp: NonNegative = 0  # pipeline stages of the actor; 0: all devices
+    actor_pp: NonNegative = 0  # pipeline stages; 0: all devices, else the rest are replicas (dp)
     critic_pp: NonNegative = 0
+    shard_optimizer: bool = True  # over data-parallel replicas (ZeRO stage 1)
     ray_address: str = ""  # empty: a private local cluster
 
 
@@ -219,8 +231,9 @@ class PlanConfig(Section, frozen=True):
     devices_per_node: Positive = 8
     network_gbps: NonNegativeFloat = 0.0  # per device, one direction; 0: the hardware's usual
     rollout_tp: NonNegative = 0  # devices of one generation instance; 0: searched, as all below
-    tp: NonNegative = 0  # tensor-parallel devices of both training pipelines
-    actor_pp: NonNegative = 0
+    actor_tp: NonNegative = 0  # tensor-parallel devices of a pipeline stage
+    actor_pp: NonNegative = 0  # pipeline stages; all other devices are data-parallel replicas
+    critic_tp: NonNegative = 0
     critic_pp: NonNegative = 0
     # Lengths: recorded ones, or a lognormal distribution cut off at the response limit.
     lengths_file: str = ""  # JSONL or CSV with response_length, or one number a line

@@ -87,14 +87,17 @@ def _batches(config: Config) -> Iterator[str]:
     longest = config.data.max_prompt_length + config.rollout.response_length
     for role, model in _trained(config):
         size = model.ppo_mini_batch_size
+        replicas = data_parallel(config, role)
         if prompts % size:
             yield (
                 f"data.train_batch_size: {prompts} prompts do not divide into mini-batches of "
                 f"{size} ({role}.ppo_mini_batch_size), choose one of {_divisors(prompts)}"
             )
-        if model.num_microbatches > size * config.rollout.n:
+        least = max(1, model.num_microbatches) * replicas
+        if least > size * config.rollout.n:
+            over = f" on each of {replicas} data-parallel replicas" if replicas > 1 else ""
             yield (
-                f"{role}.num_microbatches: {model.num_microbatches} is more than the "
+                f"{role}.num_microbatches: {max(1, model.num_microbatches)}{over} is more than the "
                 f"{size * config.rollout.n} samples of a mini-batch"
             )
         if model.num_microbatches == 0 and model.ppo_max_token_len_per_gpu < longest:
@@ -114,8 +117,11 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     rollout, estimator = config.rollout, config.algorithm.adv_estimator
-    if rollout.engine == "vllm":
-        yield "rollout.engine: vllm is not there in this version, choose torch (or auto)"
+    if rollout.vllm.speculative_config is not None and rollout.exactness == "token":
+        yield (
+            "rollout.exactness: token is not possible with rollout.vllm.speculative_config, "
+            "choose distribution"
+        )
     if estimator in ("grpo", "rloo") and rollout.n < 2:
         yield f"rollout.n: {estimator} compares the responses of a prompt and needs 2 or more"
     if rollout.min_response_length > rollout.response_length:
@@ -183,6 +189,13 @@ _RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _data)
 def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:
     critic: list[tuple[str, TrainedModelConfig]] = [("critic", config.critic)]
     return [("actor", config.actor), *(critic if config.uses_critic else [])]
+
+
+def data_parallel(config: Config, role: str) -> int:
+    """Data-parallel replicas of a trained role (1 where the stages do not divide the devices)."""
+    devices, place = config.placement.num_devices, config.placement
+    stages = (place.actor_pp if role == "actor" else place.critic_pp) or devices
+    return max(1, devices // stages)
 
 
 def _updates(config: Config, model: TrainedModelConfig) -> int:

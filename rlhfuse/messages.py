@@ -137,8 +137,8 @@ class TrainSample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MiniBatch(msgspec.Struct, frozen=True, array_like=True):
-    """One optimizer step: micro-batches of sample ids per role, and the schedules that run them
-    one after another (one round when fused, one per model when serial)."""
+    """One optimizer step: micro-batches of sample ids per pipeline, and the schedules that run
+    them one after another (one round when fused, one per model when serial)."""
 
     microbatches: dict[str, tuple[SampleIds, ...]]
     rounds: tuple[Schedule, ...]
@@ -240,10 +240,12 @@ class Training(Message, frozen=True):
 
 
 class Trained(Message, frozen=True):
-    """This rank's part of an update: the metrics that it knows."""
+    """What this rank knows of an update's metrics: means as (total, weight), sums, maxima."""
 
     step: int
-    metrics: dict[str, float]
+    means: dict[str, tuple[float, float]]
+    sums: dict[str, float]
+    maxima: dict[str, float]
 
 
 class Failed(Message, frozen=True):

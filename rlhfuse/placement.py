@@ -1,5 +1,10 @@
-"""Which pipeline stage sits on which device, and what a worker process is told at its start."""
+"""Which pipeline stage sits on which device, and what a worker process is told at its start.
 
+A trained role is one *pipeline*, or several equal ones: its data-parallel replicas. Pipelines are
+named by their role, and from the second replica on by role and number: ``actor``, ``actor.1``.
+"""
+
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -8,7 +13,7 @@ from rlhfuse.config import Config
 
 
 class StagePlacement(msgspec.Struct, frozen=True):
-    """One role's training pipeline: `ranks[s]` runs pp_stage s, which holds the decoder layers
+    """One training pipeline: `ranks[s]` runs pp_stage s, which holds the decoder layers
     from ``layers[s][0]`` up to, not including, ``layers[s][1]``."""
 
     ranks: tuple[int, ...]
@@ -24,29 +29,57 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     hub: str  # the controller's endpoint
     config: Config
     core: int | None  # CPU core to stay on
-    pipelines: dict[str, StagePlacement]  # by role
+    pipelines: dict[str, StagePlacement]  # by name
     master_port: int  # where the training workers meet; 0 for rollout workers
     total_optimizer_steps: int
 
 
+def pipeline_name(role: str, replica: int) -> str:
+    """``actor`` for replica 0, then ``actor.1`` and so on."""
+    return f"{role}.{replica}" if replica else role
+
+
+def role_of(pipeline: str) -> str:
+    """The role of a pipeline's name."""
+    return pipeline.partition(".")[0]
+
+
+def replica_of(pipeline: str) -> int:
+    """Which data-parallel replica of its role a pipeline's name means."""
+    return int(pipeline.partition(".")[2] or 0)
+
+
+def roles_of(pipelines: Iterable[str]) -> tuple[str, ...]:
+    """The roles of some pipelines, each once, in order."""
+    return tuple(dict.fromkeys(role_of(name) for name in pipelines))
+
+
+def replicas(pipelines: Iterable[str], role: str) -> tuple[str, ...]:
+    """The names of a role's pipelines, by replica."""
+    return tuple(sorted((p for p in pipelines if role_of(p) == role), key=replica_of))
+
+
 def pipeline_ranks(config: Config) -> dict[str, tuple[int, ...]]:
-    """Ranks of each trained role's stages: the actor forwards from rank 0, the critic in reverse,
-    so that one fills the other's bubbles (RLHFuse, arXiv 2409.13221).
+    """Ranks of each pipeline's stages. Replica k of a role of p stages fills ranks k p and up: the
+    actor's forwards, the critic's in reverse, so that one fills the other's bubbles (RLHFuse,
+    arXiv 2409.13221).
 
     Raises:
-        ValueError: more pipeline stages than devices.
+        ValueError: the stages of a role do not divide the devices.
     """
     devices = config.placement.num_devices
     sizes = {"actor": config.placement.actor_pp or devices}
     if config.uses_critic:
         sizes["critic"] = config.placement.critic_pp or devices
+    ranks = {}
     for role, size in sizes.items():
-        if size > devices:
+        if devices % size:
             raise ValueError(
-                f"placement.{role}_pp={size}: there are only {devices} devices "
+                f"placement.{role}_pp={size}: does not divide {devices} devices "
                 "(placement.num_devices)"
             )
-    ranks = {"actor": tuple(range(sizes["actor"]))}
-    if "critic" in sizes:
-        ranks["critic"] = tuple(range(devices - 1, devices - 1 - sizes["critic"], -1))
+        for replica in range(devices // size):
+            block = tuple(range(replica * size, (replica + 1) * size))
+            name = pipeline_name(role, replica)
+            ranks[name] = block if role == "actor" else block[::-1]
     return ranks

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -17,10 +18,11 @@ from rlhfuse.data import (
     load_rows,
     load_tokenizer,
 )
+from rlhfuse.engines import vllm_setup
 from rlhfuse.models.loading import load_config
 from rlhfuse.models.partition import partition, stage_costs
 from rlhfuse.models.stage import ModelConfig
-from rlhfuse.placement import StagePlacement, pipeline_ranks
+from rlhfuse.placement import StagePlacement, pipeline_ranks, role_of
 from rlhfuse.update_plan import StageCosts
 
 # Before the first measurement only ratios matter: a backward pass costs twice a forward pass,
@@ -39,8 +41,8 @@ class Resolved:
     stop_token_ids: tuple[int, ...]
     prompts: tuple[Prompt, ...]
     validation_prompts: Mapping[str, tuple[Prompt, ...]]
-    pipelines: dict[str, StagePlacement]
-    costs: dict[str, StageCosts]
+    pipelines: dict[str, StagePlacement]  # by name: replicas apart
+    costs: dict[str, StageCosts]  # by role
     total_steps: int
     optimizer_steps: int
 
@@ -65,6 +67,7 @@ def resolve(config: Config) -> Resolved:
     """
     check(config)
     check_files(config)
+    config = _with_engine(config)
     models = {"actor": load_config(config.actor.path)}
     if config.uses_critic:
         models["critic"] = load_config(config.critic.path)
@@ -86,11 +89,23 @@ def resolve(config: Config) -> Resolved:
         stop_token_ids=_stop_token_ids(config, tokenizer),
         prompts=tuple(prompts),
         validation_prompts={name: tuple(found) for name, found in validation.items()},
-        pipelines={role: StagePlacement(ranks[role], layers[role]) for role in models},
+        pipelines={name: StagePlacement(r, layers[role_of(name)]) for name, r in ranks.items()},
         costs={role: _guessed_costs(model, role, layers[role]) for role, model in models.items()},
         total_steps=steps,
         optimizer_steps=steps * per_step,
     )
+
+
+def _with_engine(config: Config) -> Config:
+    """`rollout.engine: auto` decided: vLLM where it is installed. What runs is in the run's
+    config.yaml, so that it resumes with the same engine."""
+    engine = config.rollout.engine
+    if engine == "auto":
+        engine = "torch" if vllm_setup.installed_version() is None else "vllm"
+    if engine == "vllm":
+        vllm_setup.prepare()
+    replace = msgspec.structs.replace
+    return replace(config, rollout=replace(config.rollout, engine=engine))
 
 
 def _updates(model: TrainedModelConfig, prompts: int) -> int:

@@ -13,6 +13,7 @@ import msgspec
 
 from rlhfuse import messages as m
 from rlhfuse.algorithms.kl import KlControl, next_control
+from rlhfuse.algorithms.tally import Tally, merge, named
 from rlhfuse.batches import training_records
 from rlhfuse.cost import CostModel, fit
 from rlhfuse.progress import TrainingWatch
@@ -126,10 +127,8 @@ class Trainer:
             m.Trained, fleet.training, f"the update of step {step}", meanwhile=watch.heard
         )
         watch.finish()
-        metrics: dict[str, float] = {}
-        for _worker, event in trained:
-            metrics.update(event.metrics)
-        return plan, metrics
+        tallies = [Tally(event.means, event.sums, event.maxima) for _worker, event in trained]
+        return plan, named(merge(tallies))
 
     def advance(self, step: int, metrics: dict[str, float]) -> None:
         """The state after a step: what a checkpoint holds."""

@@ -14,9 +14,9 @@ import msgspec
 from rlhfuse import packing
 from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.messages import MiniBatch, SampleIds
-from rlhfuse.placement import StagePlacement
+from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Pipeline, Problem, Task
+from rlhfuse.schedules.ir import Pipeline, Problem, Schedule, Task
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.timeline import Kind, Span
@@ -57,7 +57,7 @@ class UpdatePlan:
 
     @property
     def num_microbatches(self) -> int:
-        """Of all mini-batches and roles."""
+        """Of all mini-batches and pipelines."""
         return sum(len(ids) for batch in self.minibatches for ids in batch.microbatches.values())
 
 
@@ -72,29 +72,54 @@ def plan_update(
     step: int,
 ) -> UpdatePlan:
     """Every sample once per role and epoch; mini-batch k of the actor runs with mini-batch k of
-    the critic, and what one of them has more runs alone."""
+    the critic, and what one of them has more runs alone. Replicas of a role share its samples, by
+    their lengths."""
     tokens = {sample.id: sample.tokens for sample in samples}
-    cut = {role: _cut(_model(config, role), samples, tokens, step) for role in roles}
+    cut = {
+        role: _cut(_model(config, role), samples, tokens, step, replicas(pipelines, role))
+        for role in roles
+    }
     minibatches: list[MiniBatch] = []
     predicted_s = serial_s = 0.0
     for parts in zip_longest(*cut.values()):
-        mine = {role: part for role, part in zip(cut, parts, strict=True) if part is not None}
+        mine = {name: ids for part in parts if part is not None for name, ids in part.items()}
         problem = make_problem(mine, tokens, pipelines, costs, config.placement.num_devices)
-        serial = tuple(one_f_one_b(_alone(problem, name)) for name in mine)
+        present = roles_of(mine)
+        serial = tuple(one_f_one_b(_only(problem, replicas(mine, role))) for role in present)
         rounds = serial
         serial_time = sum(makespan(schedule) for schedule in serial)
-        if fused and len(mine) > 1:
-            rounds = (
-                fuse(
-                    problem,
-                    iterations=SEARCH_ITERATIONS,
-                    split_weight=config.fusion.split_weight,
-                ),
-            )
+        if fused and len(present) > 1:
+            rounds = (_fused(problem, split_weight=config.fusion.split_weight),)
         minibatches.append(MiniBatch(mine, rounds))
         serial_s += serial_time
         predicted_s += sum(makespan(schedule) for schedule in rounds)
     return UpdatePlan(tuple(minibatches), predicted_s, serial_s)
+
+
+def _fused(problem: Problem, *, split_weight: bool) -> Schedule:
+    """Blocks of ranks that share no pipeline are searched one by one, and run side by side."""
+    rows: list[tuple[Task, ...]] = [()] * problem.num_ranks
+    for names in _blocks(problem):
+        found = fuse(_only(problem, names), iterations=SEARCH_ITERATIONS, split_weight=split_weight)
+        for rank, row in enumerate(found.rows):
+            rows[rank] = row or rows[rank]
+    return Schedule(problem, tuple(rows))
+
+
+def _blocks(problem: Problem) -> list[tuple[str, ...]]:
+    """Pipelines that meet on some rank, directly or over others, together."""
+    blocks: list[tuple[set[int], tuple[str, ...]]] = []
+    for pipeline in problem.pipelines:
+        ranks = set(pipeline.stages)
+        names: tuple[str, ...] = (pipeline.name,)
+        apart = []
+        for other_ranks, other_names in blocks:
+            if ranks & other_ranks:
+                ranks, names = ranks | other_ranks, other_names + names
+            else:
+                apart.append((other_ranks, other_names))
+        blocks = [*apart, (ranks, names)]
+    return [names for _, names in blocks]
 
 
 def make_problem(
@@ -104,16 +129,17 @@ def make_problem(
     costs: Mapping[str, StageCosts],
     num_ranks: int,
 ) -> Problem:
-    """The pipelines of one mini-batch; a micro-batch weighs as many tokens as it has."""
+    """The pipelines of one mini-batch, which `microbatches` names; a micro-batch weighs as many
+    tokens as it has."""
     made = []
-    for role, batches in microbatches.items():
+    for name, batches in microbatches.items():
         sizes = [sum(tokens[i] for i in batch) for batch in batches]
         mean = sum(sizes) / len(sizes)
-        cost = costs[role]
+        cost = costs[role_of(name)]
         made.append(
             Pipeline.make(
-                role,
-                pipelines[role].ranks,
+                name,
+                pipelines[name].ranks,
                 len(batches),
                 [c * mean for c in cost.forward],
                 [c * mean for c in cost.backward],
@@ -134,7 +160,7 @@ def measured_costs(
     for span in spans:
         if span.kind in (Kind.F, Kind.B, Kind.I, Kind.W):
             task = Task.parse(span.name)
-            seconds[task.pipeline, task.pp_stage, span.kind] += span.duration_s
+            seconds[role_of(task.pipeline), task.pp_stage, span.kind] += span.duration_s
     costs = dict(previous)
     for role, old in previous.items():
         if not tokens.get(role):
@@ -160,8 +186,9 @@ def _cut(
     samples: Sequence[TrainedSample],
     tokens: Mapping[int, int],
     step: int,
-) -> list[tuple[SampleIds, ...]]:
-    """Micro-batches of every mini-batch of every epoch of one role."""
+    pipelines: Sequence[str],
+) -> list[dict[str, tuple[SampleIds, ...]]]:
+    """Micro-batches of every mini-batch of every epoch of one role, by pipeline."""
     cut = []
     for epoch in range(model.ppo_epochs):
         for ids in packing.minibatches(
@@ -169,19 +196,30 @@ def _cut(
             prompts_per_minibatch=model.ppo_mini_batch_size,
             seed=step * 1000 + epoch,
         ):
-            members = [(i, tokens[i]) for i in ids]
-            if model.num_microbatches:
-                cut.append(packing.microbatches(members, num_microbatches=model.num_microbatches))
-            else:
-                cut.append(
-                    packing.microbatches(members, token_budget=model.ppo_max_token_len_per_gpu)
-                )
+            parts = packing.balanced([(i, tokens[i]) for i in ids], len(pipelines))
+            cut.append(
+                {
+                    name: _microbatches(model, [(i, tokens[i]) for i in part])
+                    for name, part in zip(pipelines, parts, strict=True)
+                }
+            )
     return cut
+
+
+def _microbatches(
+    model: TrainedModelConfig, members: Sequence[tuple[int, int]]
+) -> tuple[SampleIds, ...]:
+    if model.num_microbatches:
+        # A replica may have got few long samples.
+        count = min(model.num_microbatches, len(members))
+        return packing.microbatches(members, num_microbatches=count)
+    return packing.microbatches(members, token_budget=model.ppo_max_token_len_per_gpu)
 
 
 def _model(config: Config, role: str) -> TrainedModelConfig:
     return config.actor if role == "actor" else config.critic
 
 
-def _alone(problem: Problem, name: str) -> Problem:
-    return Problem(problem.num_ranks, (problem.pipeline(name),), problem.memory_cap)
+def _only(problem: Problem, names: Sequence[str]) -> Problem:
+    pipelines = tuple(problem.pipeline(name) for name in names)
+    return Problem(problem.num_ranks, pipelines, problem.memory_cap)

@@ -1,15 +1,16 @@
 """Checkpoints of training: safetensors and JSON, nothing pickled.
 
 ``ROLE/stage_S.safetensors`` holds a pipeline stage's weights and optimizer moments,
-``ROLE/stage_S.json`` says what it is, with a digest of every tensor; ``rank_R.safetensors`` holds
-a rank's random number states. Each rank writes its own files into a folder that the caller puts in
+``ROLE/stage_S.json`` says what it is, with a digest of every tensor. Moments that data-parallel
+replicas share out are in ``ROLE/shard_R_stage_S`` files beside it. ``rank_R.safetensors`` holds a
+rank's random number states. Each rank writes its own files into a folder that the caller puts in
 place when it is whole. Tensors are found by name, so a checkpoint also loads into other stages.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhfuse.models.loading import INDEX, save_description
 from rlhfuse.models.stage import EMBEDDING, LM_HEAD, SCORE, ModelConfig
+from rlhfuse.placement import StagePlacement
 from rlhfuse.training.optimizer import OptimizerState
-from rlhfuse.training.records import RolePlacement
 from rlhfuse.training.trained_stage import TrainedStage
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,15 @@ _CPU_STATE, _CUDA_STATE = "cpu", "cuda"
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a stage's file holds. `layers`: of all stages; `tensors`: digest by name."""
+    """What a stage's file holds. `layers`: of all stages; `tensors`: digest by name; `shards`:
+    files that the stage's moments are spread over."""
 
     role: str
     pp_stage: int
     layers: tuple[tuple[int, int], ...]
     optimizer_steps: int
     tensors: dict[str, str]
+    shards: int = 1
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -46,10 +49,15 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(head.encode() + flat.numpy().tobytes()).hexdigest()
 
 
-def save_stage(folder: Path, stage: TrainedStage, placement: RolePlacement) -> None:
-    """Write one stage's file and record. Raises OSError, such as for a full disk."""
+def save_stage(folder: Path, stage: TrainedStage, placement: StagePlacement) -> None:
+    """Write one stage's file and record: the first replica all of it, the others their shards.
+    Raises OSError, such as for a full disk."""
+    if stage.replica >= stage.num_shards:
+        return
     state = stage.optimizer.state()
-    tensors = {f"{WEIGHT}/{name}": p.detach() for name, p in stage.stage.named_parameters()}
+    tensors = {}
+    if stage.replica == 0:
+        tensors = {f"{WEIGHT}/{name}": p.detach() for name, p in stage.stage.named_parameters()}
     held = {name: t.cpu().contiguous() for name, t in {**tensors, **state.tensors}.items()}
     record = StageRecord(
         role=stage.role,
@@ -57,8 +65,10 @@ def save_stage(folder: Path, stage: TrainedStage, placement: RolePlacement) -> N
         layers=placement.layers,
         optimizer_steps=state.steps,
         tensors={name: tensor_digest(tensor) for name, tensor in held.items()},
+        shards=stage.num_shards,
     )
-    path = folder / stage.role / f"stage_{stage.pp_stage}.safetensors"
+    shard = f"shard_{stage.replica}_" if stage.replica else ""
+    path = folder / stage.role / f"{shard}stage_{stage.pp_stage}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(held, path)
@@ -83,8 +93,8 @@ def load_stage_state(folder: Path, stage: TrainedStage) -> None:
             stage.layers,
         )
     where = {
-        name: (folder / stage.role / f"stage_{record.pp_stage}.safetensors", digest)
-        for record in records
+        name: (path.with_suffix(".safetensors"), digest)
+        for path, record in _with_shards(folder / stage.role, records)
         for name, digest in record.tensors.items()
     }
     moments = {}
@@ -110,12 +120,7 @@ def read_records(folder: Path, role: str) -> tuple[StageRecord, ...]:
     paths = sorted((folder / role).glob("stage_*.json"), key=_stage_number)
     if not paths:
         raise ValueError(f"checkpoint {folder}: holds no {role}")
-    try:
-        records = tuple(msgspec.json.decode(p.read_bytes(), type=StageRecord) for p in paths)
-    except msgspec.DecodeError as error:
-        raise ValueError(
-            f"checkpoint {folder}: a record of the {role} is damaged: {error}"
-        ) from error
+    records = tuple(_record(path) for path in paths)
     expected = list(range(len(records[0].layers)))
     if [record.pp_stage for record in records] != expected:
         raise ValueError(
@@ -123,6 +128,27 @@ def read_records(folder: Path, role: str) -> tuple[StageRecord, ...]:
             f"{', '.join(path.stem for path in paths)}"
         )
     return records
+
+
+def _with_shards(
+    folder: Path, records: Sequence[StageRecord]
+) -> Iterator[tuple[Path, StageRecord]]:
+    """The files of all stages and of their shards, with their records."""
+    for record in records:
+        name = f"stage_{record.pp_stage}.json"
+        yield folder / name, record
+        for shard in range(1, record.shards):
+            path = folder / f"shard_{shard}_{name}"
+            if not path.is_file():
+                raise ValueError(f"checkpoint {folder}: {path.name} is missing")
+            yield path, _record(path)
+
+
+def _record(path: Path) -> StageRecord:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=StageRecord)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"checkpoint record {path} is damaged: {error}") from error
 
 
 def recorded_layers(folder: Path, role: str) -> tuple[tuple[int, int], ...]:

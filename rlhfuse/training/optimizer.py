@@ -38,7 +38,11 @@ class OptimizerState:
 
 
 class StageOptimizer:
-    """Weight decay applies to matrices alone, as in Megatron: not to norms and biases."""
+    """Weight decay applies to matrices alone, as in Megatron: not to norms and biases.
+
+    With several shards (ZeRO stage 1, arXiv 1910.02054) it keeps moments and masters of its own
+    share of the parameters and steps those alone: the others' new values must be brought to it.
+    """
 
     def __init__(
         self,
@@ -46,8 +50,13 @@ class StageOptimizer:
         sums: GradientSums,
         config: OptimConfig,
         total_steps: int,
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
     ) -> None:
-        self._parameters = dict(parameters)
+        self._all = dict(parameters)
+        self.shards = divide(self._all, num_shards)
+        self._parameters = {name: self._all[name] for name in self.shards[shard]}
         self._sums = sums
         self._config = config
         self._total_steps = total_steps
@@ -70,7 +79,7 @@ class StageOptimizer:
         """Sum of squares of all gradients, float64. `leave_out`: counted on another stage."""
         norms = [
             torch.linalg.vector_norm(gradient, dtype=torch.float64)
-            for parameter in self._parameters.values()
+            for parameter in self._all.values()
             if parameter is not leave_out and (gradient := self._sums.of(parameter)) is not None
         ]
         return float(torch.stack(norms).square().sum()) if norms else 0.0
@@ -127,6 +136,19 @@ class StageOptimizer:
         for group in self._adam.param_groups:
             if not isinstance(self._adam, torch.optim.AdamW):
                 group["step"] = state.steps  # apex counts per group
+
+
+def divide(parameters: Mapping[str, nn.Parameter], num_shards: int) -> tuple[tuple[str, ...], ...]:
+    """Names by shard, of nearly equal numbers of elements: large ones first, each to the shard
+    that has least. Every name once; a function of names and shapes alone."""
+    shards: list[list[str]] = [[] for _ in range(num_shards)]
+    filled = [0] * num_shards
+    for name in sorted(parameters, key=lambda n: (-parameters[n].numel(), n)):
+        least = filled.index(min(filled))
+        shards[least].append(name)
+        filled[least] += parameters[name].numel()
+    order = list(parameters)
+    return tuple(tuple(sorted(shard, key=order.index)) for shard in shards)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

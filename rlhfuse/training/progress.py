@@ -28,10 +28,10 @@ class UpdateProgress:
 
     @classmethod
     def of(
-        cls, minibatches: Sequence[MiniBatchPlan], roles: Sequence[str], tell: Tell | None
+        cls, minibatches: Sequence[MiniBatchPlan], pipelines: Sequence[str], tell: Tell | None
     ) -> "UpdateProgress":
-        """`roles`: of each stage of this rank."""
-        counts = [len(b.microbatches.get(role, ())) for b in minibatches for role in roles]
+        """`pipelines`: of each stage of this rank."""
+        counts = [len(b.microbatches.get(name, ())) for b in minibatches for name in pipelines]
         return cls(sum(counts), tell)
 
     def task_done(self, task: Task) -> None:

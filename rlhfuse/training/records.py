@@ -12,22 +12,6 @@ TokenIds = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class RolePlacement:
-    """One model's pipeline: `ranks[s]` runs pp_stage s, which holds the decoder layers from
-    ``layers[s][0]`` up to, not including, ``layers[s][1]``."""
-
-    ranks: tuple[int, ...]
-    layers: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingPlacement:
-    """Where each trained role ("actor", "critic") lives."""
-
-    roles: Mapping[str, RolePlacement]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleData:
     """A scored sample. Per-token arrays have one number per response token [L].
@@ -49,10 +33,11 @@ class SampleData:
 
 @dataclass(frozen=True, slots=True)
 class MiniBatchPlan:
-    """One optimizer step of each role in `microbatches` (sample ids of each micro-batch).
+    """One optimizer step of each role in `microbatches`: by pipeline (``actor``, and its replicas
+    ``actor.1`` ...), the sample ids of each micro-batch.
 
     `rounds` run one after another with a barrier between: one schedule when fused, one per model
-    when serial. Their pipelines are named by role.
+    when serial.
     """
 
     microbatches: Mapping[str, tuple[tuple[int, ...], ...]]

@@ -8,33 +8,37 @@ from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.models.loading import load_stage
 from rlhfuse.models.stage import Head, ModelStage
+from rlhfuse.placement import StagePlacement, replica_of, role_of
 from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.gradients import GradientSums
 from rlhfuse.training.losses import LossFunction, actor_loss, critic_loss
 from rlhfuse.training.optimizer import StageOptimizer
-from rlhfuse.training.records import RolePlacement
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner
 
 
 class TrainedStage:
-    """A stage of `role`, read from the role's model folder."""
+    """A stage of a pipeline, read from its role's model folder."""
 
     def __init__(
         self,
         config: Config,
-        role: str,
+        pipeline: str,
         pp_stage: int,
-        placement: RolePlacement,
+        placement: StagePlacement,
         *,
+        num_replicas: int = 1,
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
     ) -> None:
         """Raises ValueError where the model folder does not fit (see `load_stage`)."""
+        role = role_of(pipeline)
         model = model_config(config, role)
         self._config = config
+        self.pipeline = pipeline
         self.role = role
+        self.replica = replica_of(pipeline)
         self.pp_stage = pp_stage
         self.layers = placement.layers[pp_stage]
         self.stage: ModelStage = load_stage(
@@ -57,15 +61,23 @@ class TrainedStage:
             weights=store,
             recompute=model.gradient_checkpointing,
         )
+        sharded = config.placement.shard_optimizer and num_replicas > 1
+        self.num_shards = num_replicas if sharded else 1
         self.optimizer = StageOptimizer(
-            dict(self.stage.named_parameters()), self.sums, model.optim, total_steps
+            dict(self.stage.named_parameters()),
+            self.sums,
+            model.optim,
+            total_steps,
+            shard=self.replica if sharded else 0,
+            num_shards=self.num_shards,
         )
         self._batches: Sequence[MicroBatch] = ()
         self._loss: LossFunction | None = None
         self._losses: dict[int, tuple[torch.Tensor, Stats]] = {}
 
-    def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """Get ready for the micro-batches of one mini-batch."""
+    def begin(self, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int) -> None:
+        """Get ready for the micro-batches of one mini-batch; the counts are those of all
+        replicas: what losses are divided by."""
         self._batches = batches
         self._losses = {}
         if self.stage.last:
@@ -73,8 +85,8 @@ class TrainedStage:
             self._loss = make(
                 self._config,
                 self.stage,
-                num_tokens=sum(batch.labels.numel() for batch in batches),
-                num_samples=sum(batch.cu_seqlens.numel() - 1 for batch in batches),
+                num_tokens=num_tokens,
+                num_samples=num_samples,
             )
 
     def loss(self) -> float:

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from rlhfuse.algorithms.tally import Tally, merge, named
+from rlhfuse.algorithms.tally import Tally, merge
 from rlhfuse.config import Config
 from rlhfuse.models.loading import load_config
 from rlhfuse.models.packed import padded_rows
+from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
+from rlhfuse.schedules.ir import Op, Task
 from rlhfuse.schedules.timing import check_channels
 from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training import checkpoint
@@ -25,22 +27,16 @@ from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StepFailed, publish_failure
 from rlhfuse.training.numbers import Numbers, exchange
 from rlhfuse.training.progress import Tell, UpdateProgress
-from rlhfuse.training.records import (
-    MiniBatchPlan,
-    NonFiniteLoss,
-    RolePlacement,
-    SampleData,
-    TrainingPlacement,
-)
+from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
+from rlhfuse.training.replicas import Replicas
+from rlhfuse.training.tied import TiedEmbeddings
 from rlhfuse.training.trained_stage import TrainedStage, model_config
 
 __all__ = [
     "MiniBatchPlan",
     "NonFiniteLoss",
     "RankTrainer",
-    "RolePlacement",
     "SampleData",
-    "TrainingPlacement",
 ]
 
 logger = logging.getLogger(__name__)
@@ -60,12 +56,13 @@ class RankTrainer:
         *,
         rank: int,
         world_size: int,
-        placement: TrainingPlacement,
+        pipelines: Mapping[str, StagePlacement],
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
     ) -> None:
-        """Collective. `total_steps`: optimizer steps of each role over the whole run.
+        """Collective. `pipelines`: by name, replicas apart. `total_steps`: optimizer steps of each
+        role over the whole run.
 
         Raises:
             ValueError: a model folder does not fit the configuration.
@@ -73,29 +70,37 @@ class RankTrainer:
         self._config = config
         self._rank = rank
         self._lane = f"rank{rank}"
-        self._placement = placement
+        self._pipelines = dict(pipelines)
         self._device = device
         self._truncate = uses_truncation(config, dtype)
         timeout = timedelta(seconds=config.trainer.wait_timeout_s)
         self._store = _get_default_store()
         self._hidden = {
             role: load_config(model_config(config, role).path).hidden_size
-            for role in placement.roles
+            for role in roles_of(pipelines)
         }
         self._stages = [
             TrainedStage(
-                config, role, s, place, device=device, dtype=dtype, total_steps=total_steps
+                config,
+                name,
+                s,
+                place,
+                num_replicas=len(replicas(pipelines, role_of(name))),
+                device=device,
+                dtype=dtype,
+                total_steps=total_steps,
             )
-            for role, place in sorted(placement.roles.items())
+            for name, place in sorted(pipelines.items())
             for s, home in enumerate(place.ranks)
             if home == rank
         ]
         # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
         self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
-        self._tied = _tied_groups(placement, rank, timeout)
+        self._tied = TiedEmbeddings(pipelines, rank, timeout)
+        self._replicas = Replicas(pipelines, rank, timeout)
         self._channels = Channels(
             rank,
-            {role: place.ranks for role, place in placement.roles.items()},
+            {name: place.ranks for name, place in pipelines.items()},
             device=device,
             dtype=dtype,
             timeout=timeout,
@@ -103,7 +108,7 @@ class RankTrainer:
         self._executor = Executor(
             rank,
             self._channels,
-            {(s.role, s.pp_stage): s.runner for s in self._stages},
+            {(s.pipeline, s.pp_stage): s.runner for s in self._stages},
             clock_of(device),
             self._store,
         )
@@ -116,10 +121,10 @@ class RankTrainer:
         kl_coef: float,
         spans: list[Span],
         tell: Tell | None = None,
-    ) -> dict[str, float]:
+    ) -> Tally:
         """Every mini-batch in order: schedules, then one optimizer step per role. Collective.
 
-        Returns the metrics that this rank knows (ranks that hold a loss know some). Appends what
+        Returns what this rank knows of the metrics (ranks that hold a loss know some). Appends what
         was measured to `spans`. `tell` hears of progress, a few times a second.
 
         Raises:
@@ -135,14 +140,14 @@ class RankTrainer:
                 if self._knows_batch():
                     tallies += [stats.tally() for stats in data.stats]
             by_id = {sample.sample_id: sample for sample in samples}
-            progress = UpdateProgress.of(minibatches, [s.role for s in self._stages], tell)
+            progress = UpdateProgress.of(minibatches, [s.pipeline for s in self._stages], tell)
             for index, plan in enumerate(minibatches):
                 for schedule in plan.rounds:
                     check_channels(schedule)
                 self._begin(plan, by_id, data)
                 self._run_rounds(plan, spans, progress)
                 tallies += self._finish(step, index, plan, spans, progress)
-            return named(merge(tallies))
+            return merge(tallies)
 
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
         """The parameters of this rank's stages of `role`, by Hugging Face name."""
@@ -162,7 +167,7 @@ class RankTrainer:
         a full disk."""
         with self._failing_together("writing a checkpoint"):
             for stage in self._stages:
-                checkpoint.save_stage(folder, stage, self._placement.roles[stage.role])
+                checkpoint.save_stage(folder, stage, self._pipelines[stage.pipeline])
             checkpoint.save_rng(folder, self._rank, self._device)
             dist.barrier(self._control)
 
@@ -180,10 +185,12 @@ class RankTrainer:
         """Write `role` as a Hugging Face model folder, one file per stage. Collective; `folder`
         must be the same place for all ranks."""
         with self._failing_together(f"exporting the {role}"):
+            place = self._pipelines[role]
             for stage in self._of(role):
-                checkpoint.export_stage(folder, stage, len(self._placement.roles[role].ranks))
+                if stage.replica == 0:
+                    checkpoint.export_stage(folder, stage, len(place.ranks))
             dist.barrier(self._control)
-            if self._placement.roles[role].ranks[0] == self._rank:
+            if place.ranks[0] == self._rank:
                 config = self._of(role)[0].stage.config
                 source = model_config(self._config, role).path
                 checkpoint.complete_export(folder, config, source)
@@ -192,40 +199,64 @@ class RankTrainer:
     def close(self) -> None:
         """Leave the process groups that this trainer made."""
         self._channels.close()
+        self._replicas.close()
+        self._tied.close()
 
     def _of(self, role: str) -> list[TrainedStage]:
         return [stage for stage in self._stages if stage.role == role]
 
     def _knows_batch(self) -> bool:
-        """One rank reports the metrics of the whole batch: the actor's last."""
-        return self._placement.roles["actor"].ranks[-1] == self._rank
+        """One rank reports the metrics of the whole batch: the first actor's last."""
+        return self._pipelines["actor"].ranks[-1] == self._rank
 
     def _begin(
         self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], data: LossData | None
     ) -> None:
         for stage in self._stages:
-            if stage.role in plan.microbatches:
+            if stage.pipeline in plan.microbatches:
                 mine = data if stage.stage.last else None
+                whole = [
+                    by_id[i]
+                    for name in replicas(plan.microbatches, stage.role)
+                    for ids in plan.microbatches[name]
+                    for i in ids
+                ]
                 stage.begin(
                     [
                         make_microbatch([by_id[i] for i in ids], mine, self._device)
-                        for ids in plan.microbatches[stage.role]
-                    ]
+                        for ids in plan.microbatches[stage.pipeline]
+                    ],
+                    num_tokens=sum(len(sample.response) for sample in whole),
+                    num_samples=len(whole),
                 )
         self._shapes: dict[str, list[Shape]] = {
-            role: [
-                (padded_rows(sum(_num_tokens(by_id[i]) for i in ids)), self._hidden[role])
+            name: [
+                (padded_rows(sum(_num_tokens(by_id[i]) for i in ids)), self._hidden[role_of(name)])
                 for ids in microbatches
             ]
-            for role, microbatches in plan.microbatches.items()
+            for name, microbatches in plan.microbatches.items()
         }
 
     def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span], progress: UpdateProgress) -> None:
+        left = {
+            (stage.pipeline, stage.pp_stage): (stage, len(plan.microbatches[stage.pipeline]))
+            for stage in self._stages
+            if stage.pipeline in plan.microbatches
+        }
+
+        def done(task: Task) -> None:
+            progress.task_done(task)
+            if task.op in (Op.B, Op.W):
+                stage, count = left[task.pipeline, task.pp_stage]
+                left[task.pipeline, task.pp_stage] = (stage, count - 1)
+                if count == 1:
+                    self._replicas.start(stage)
+
         for number, schedule in enumerate(plan.rounds):
             if number:
                 with self._span(spans, Kind.WAIT, "barrier between models"):
                     dist.barrier(self._control)
-            self._executor.run(schedule, self._shapes, spans, progress.task_done)
+            self._executor.run(schedule, self._shapes, spans, done)
 
     def _finish(
         self,
@@ -236,11 +267,16 @@ class RankTrainer:
         progress: UpdateProgress,
     ) -> list[Tally]:
         """Exchange norms and losses, stop on what is not finite, clip, and step."""
-        mine = [stage for stage in self._stages if stage.role in plan.microbatches]
-        for role in sorted(plan.microbatches):
-            self._sum_tied(role)
+        mine = [stage for stage in self._stages if stage.pipeline in plan.microbatches]
+        if len(self._pipelines) > len(roles_of(self._pipelines)):
+            with self._span(spans, Kind.WAIT, "gradients of all replicas"):
+                for stage in mine:
+                    self._replicas.finish(stage)
+        for stage in mine:
+            self._tied.sum_up(stage)
         with self._span(spans, Kind.WAIT, "norms and losses of all ranks"):
-            numbers = exchange(mine, self._placement, sorted(plan.microbatches), self._control)
+            stages = {r: len(self._pipelines[r].ranks) for r in roles_of(plan.microbatches)}
+            numbers = exchange(mine, stages, self._control)
         self._stop_on_non_finite(step, index, numbers)
         progress.minibatch_done({role: both.loss for role, both in numbers.items()})
         tallies = []
@@ -254,6 +290,7 @@ class RankTrainer:
                     tallies += [s.tally() for s in stage.stats()]
                     tallies.append(Tally(means, {}, {}))
                 stage.optimizer.step(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+                self._replicas.share(stage)
         return tallies
 
     def _stop_on_non_finite(self, step: int, index: int, numbers: Mapping[str, Numbers]) -> None:
@@ -263,18 +300,6 @@ class RankTrainer:
                     for stage in self._stages:
                         stage.clear()
                     raise NonFiniteLoss(step, index, role, f"the {what} is {number}")
-
-    def _sum_tied(self, role: str) -> None:
-        """Embedding and head of a tied model on two ranks: both get the sum of both gradients."""
-        group = self._tied.get(role)
-        for stage in self._of(role):
-            tied = stage.stage.tied_parameter
-            if tied is None:
-                continue
-            assert group is not None, f"{role}: tied embeddings on stages of one rank"
-            gradient = stage.sums.of(tied)
-            assert gradient is not None, f"{role} stage {stage.pp_stage}: no gradient"
-            dist.all_reduce(gradient, group=group)
 
     @contextmanager
     def _failing_together(self, place: str) -> Iterator[None]:
@@ -294,9 +319,8 @@ class RankTrainer:
 
     def _leave(self) -> None:
         """Whoever waits for this rank fails now, not at the time limit."""
-        self._channels.close()
-        for group in (self._control, *self._tied.values()):
-            dist.destroy_process_group(group)
+        self.close()
+        dist.destroy_process_group(self._control)
 
     @contextmanager
     def _span(self, spans: list[Span], kind: Kind, name: str) -> Iterator[None]:
@@ -318,20 +342,3 @@ def uses_truncation(config: Config, dtype: torch.dtype) -> bool:
 
 def _num_tokens(sample: SampleData) -> int:
     return len(sample.prompt) + len(sample.response)
-
-
-def _tied_groups(
-    placement: TrainingPlacement, rank: int, timeout: timedelta
-) -> dict[str, dist.ProcessGroup]:
-    """First and last rank of each role with several stages, if `rank` is one of them. Collective.
-
-    All ranks make all groups: torch requires it.
-    """
-    groups = {}
-    for role, place in sorted(placement.roles.items()):
-        ends = sorted({place.ranks[0], place.ranks[-1]})
-        if len(ends) == 2:
-            group = dist.new_group(ends, timeout=timeout)
-            if rank in ends:
-                groups[role] = group
-    return groups

@@ -16,13 +16,7 @@ from rlhfuse.config import Config
 from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
-from rlhfuse.training.records import (
-    MiniBatchPlan,
-    NonFiniteLoss,
-    RolePlacement,
-    SampleData,
-    TrainingPlacement,
-)
+from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
 from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Outbox
@@ -55,9 +49,6 @@ class TrainingWorker:
             world_size=spec.config.placement.num_devices,
             timeout=timedelta(seconds=spec.config.trainer.wait_timeout_s),
         )
-        placement = TrainingPlacement(
-            {role: RolePlacement(p.ranks, p.layers) for role, p in spec.pipelines.items()}
-        )
         self._roles: tuple[m.Role, ...] = (
             ("actor", "critic") if "critic" in spec.pipelines else ("actor",)
         )
@@ -67,7 +58,7 @@ class TrainingWorker:
             spec.config,
             rank=spec.index,
             world_size=spec.config.placement.num_devices,
-            placement=placement,
+            pipelines=spec.pipelines,
             device=device,
             dtype=dtype_of(spec.config.placement, device),
             total_steps=spec.total_optimizer_steps,
@@ -119,14 +110,21 @@ class TrainingWorker:
         spans.append(Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {}))
         plans = [MiniBatchPlan(dict(b.microbatches), b.rounds) for b in command.minibatches]
         try:
-            metrics = self._trainer.update(
+            seen = self._trainer.update(
                 command.step, samples, plans, command.kl_coef, spans, self._tell
             )
         except NonFiniteLoss:
             self._keep_batch(command.step, samples)
             raise
         self._link.send(m.Spans(spans=tuple(spans)))
-        self._link.send(m.Trained(step=command.step, metrics=metrics))
+        self._link.send(
+            m.Trained(
+                step=command.step,
+                means=dict(seen.means),
+                sums=dict(seen.sums),
+                maxima=dict(seen.maxima),
+            )
+        )
 
     def _tell(self, done: int, total: int, losses: Mapping[str, float]) -> None:
         self._link.send(m.Training(done=done, total=total, losses=dict(losses)))

@@ -82,8 +82,9 @@ def _holds(config: Config, folder: Path) -> None:
 
 
 def test_qwen2_with_tied_embeddings_and_without_a_critic(tmp_path: Path) -> None:
+    """On two data-parallel replicas."""
     config = _with(_config(tmp_path, "qwen2"), "rloo")
-    _holds(config, tmp_path)
+    _holds(replace(config, placement=replace(config.placement, actor_pp=1)), tmp_path)
 
 
 def test_qwen3_with_warm_up_adaptive_kl_and_the_engine_s_log_probabilities(tmp_path: Path) -> None:
@@ -101,6 +102,11 @@ def test_qwen3_with_warm_up_adaptive_kl_and_the_engine_s_log_probabilities(tmp_p
         rollout=replace(config.rollout, old_log_probs="engine"),
         placement=replace(config.placement, critic_pp=1),
     )
+    _holds(config, tmp_path)
+
+
+def test_tied_embeddings_over_two_stages(tmp_path: Path) -> None:
+    config = _config(tmp_path, "qwen2")
     _holds(config, tmp_path)
 
 

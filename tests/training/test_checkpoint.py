@@ -124,7 +124,7 @@ def test_bfloat16_updates_keep_float32_masters_and_resume_to_the_same_bits(
             config,
             rank=rank,
             world_size=2,
-            placement=make_placement(2),
+            pipelines=make_placement(2),
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
             total_steps=10,

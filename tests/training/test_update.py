@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from rlhfuse.algorithms.tally import named
 from rlhfuse.config import AlgorithmConfig
+from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.timeline import Kind
 from rlhfuse.training.records import (
     MiniBatchPlan,
     NonFiniteLoss,
-    RolePlacement,
     SampleData,
-    TrainingPlacement,
 )
 from rlhfuse.training.update import RankTrainer
 from tests.training.ranks import run_ranks
@@ -84,17 +84,17 @@ def test_losses_and_gradients_are_those_of_a_plain_loop_over_unsplit_models(
 def test_models_may_have_different_numbers_of_stages(models: Models) -> None:
     config = make_config(models)
     samples = make_samples(8)
-    one = make_placement(1).roles["critic"].layers
-    placement = TrainingPlacement(
-        {"actor": make_placement(2).roles["actor"], "critic": RolePlacement((1,), one)}
-    )
+    one = make_placement(1)["critic"].layers
+    pipelines = {"actor": make_placement(2)["actor"], "critic": StagePlacement((1,), one)}
     problem = Problem(
         2, (Pipeline.make("actor", (0, 1), 2, 1, 2), Pipeline.make("critic", (1,), 2, 2, 4))
     )
     plans = make_plans(cut(samples, 1, 2), (fuse(problem, iterations=5),))
 
     def run(rank: int) -> dict[str, float]:
-        return make_trainer(config, rank, 2, placement).update(0, samples, plans, KL_COEF, [])
+        return named(
+            make_trainer(config, rank, 2, pipelines).update(0, samples, plans, KL_COEF, [])
+        )
 
     metrics = {k: v for result in run_ranks(2, run) for k, v in result.items()}
     plain = plain_update(config, samples)
@@ -163,7 +163,7 @@ def test_critic_warm_up_leaves_the_actor_alone(models: Models) -> None:
     def run(rank: int) -> tuple[bool, bool, dict[str, float]]:
         trainer = make_trainer(config, rank, 2)
         before = {role: trainer.digest(role) for role in ("actor", "critic")}
-        metrics = trainer.update(0, samples, plans, KL_COEF, [])
+        metrics = named(trainer.update(0, samples, plans, KL_COEF, []))
         after = {role: trainer.digest(role) for role in ("actor", "critic")}
         return before["actor"] == after["actor"], before["critic"] != after["critic"], metrics
 
@@ -227,20 +227,20 @@ def test_critic_free_algorithms_train_the_actor_alone(
     samples = [replace(sample, values=None) for sample in make_samples(8)]
     rounds = serial_rounds(make_problem(2, 2))[:1]
     plans = [MiniBatchPlan({"actor": c}, rounds) for c in cut(samples, 2, 2)]
-    placement = TrainingPlacement({"actor": make_placement(2).roles["actor"]})
+    pipelines = {"actor": make_placement(2)["actor"]}
 
     def run(rank: int) -> tuple[Digests, dict[str, float]]:
         trainer = RankTrainer(
             config,
             rank=rank,
             world_size=2,
-            placement=placement,
+            pipelines=pipelines,
             device=torch.device("cpu"),
             dtype=torch.float32,
             total_steps=10,
         )
         before = trainer.digest("actor")
-        metrics = trainer.update(0, samples, plans, KL_COEF, [])
+        metrics = named(trainer.update(0, samples, plans, KL_COEF, []))
         after = trainer.digest("actor")
         assert all(before[name] != after[name] for name in before)
         return after, metrics

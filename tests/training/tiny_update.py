@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhfuse.algorithms.tally import named
 from rlhfuse.config import (
     ActorConfig,
     AlgorithmConfig,
@@ -21,10 +22,11 @@ from rlhfuse.config import (
 )
 from rlhfuse.models.partition import partition
 from rlhfuse.models.stage import Head
+from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.timeline import Span
-from rlhfuse.training.records import MiniBatchPlan, RolePlacement, SampleData, TrainingPlacement
+from rlhfuse.training.records import MiniBatchPlan, SampleData
 from rlhfuse.training.update import RankTrainer
 from tests.models.tiny import save_tiny
 from tests.training.ranks import run_ranks
@@ -94,14 +96,12 @@ def make_samples(count: int, seed: int = 0) -> list[SampleData]:
     return samples
 
 
-def make_placement(num_ranks: int) -> TrainingPlacement:
+def make_placement(num_ranks: int) -> dict[str, StagePlacement]:
     layers = tuple((r.start, r.stop) for r in partition(4, num_ranks, layer_cost=1.0))
-    return TrainingPlacement(
-        {
-            "actor": RolePlacement(tuple(range(num_ranks)), layers),
-            "critic": RolePlacement(tuple(range(num_ranks))[::-1], layers),
-        }
-    )
+    return {
+        "actor": StagePlacement(tuple(range(num_ranks)), layers),
+        "critic": StagePlacement(tuple(range(num_ranks))[::-1], layers),
+    }
 
 
 def cut(
@@ -209,13 +209,16 @@ Digests = dict[str, str]
 
 
 def make_trainer(
-    config: Config, rank: int, num_ranks: int, placement: TrainingPlacement | None = None
+    config: Config,
+    rank: int,
+    num_ranks: int,
+    pipelines: Mapping[str, StagePlacement] | None = None,
 ) -> RankTrainer:
     return RankTrainer(
         config,
         rank=rank,
         world_size=num_ranks,
-        placement=placement or make_placement(num_ranks),
+        pipelines=pipelines or make_placement(num_ranks),
         device=torch.device("cpu"),
         dtype=torch.float32,
         total_steps=10,
@@ -242,7 +245,7 @@ def two_updates(
         metrics: dict[str, float] = {}
         for step, samples in enumerate(batches):
             plans = make_plans(cut(samples, 2, num_microbatches), rounds)
-            metrics = trainer.update(step, samples, plans, KL_COEF, spans)
+            metrics = named(trainer.update(step, samples, plans, KL_COEF, spans))
         return digests(trainer), metrics, spans
 
     results = run_ranks(num_ranks, run)
@@ -258,7 +261,7 @@ def one_update(config: Config, num_ranks: int, folder: Path) -> dict[str, float]
 
     def run(rank: int) -> dict[str, float]:
         trainer = make_trainer(config, rank, num_ranks)
-        metrics = trainer.update(0, samples, plans, KL_COEF, [])
+        metrics = named(trainer.update(0, samples, plans, KL_COEF, []))
         trainer.save(folder)
         return metrics
 
@@ -268,7 +271,7 @@ def one_update(config: Config, num_ranks: int, folder: Path) -> dict[str, float]
 def first_moments(folder: Path, role: str) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("exp_avg/"): tensor
-        for path in sorted((folder / role).glob("stage_*.safetensors"))
+        for path in sorted((folder / role).glob("*stage_*.safetensors"))
         for name, tensor in load_file(path).items()
         if name.startswith("exp_avg/")
     }
