@@ -1,19 +1,25 @@
 """What a run would do, before anything starts: arithmetic, placement, predicted step."""
 
 import math
+from dataclasses import replace
 
 import msgspec
-import numpy as np
 
 from rlhfuse.config import Config
 from rlhfuse.config_check import batch_arithmetic
 from rlhfuse.placement import StagePlacement
+from rlhfuse.planner.measured import predict
+from rlhfuse.planner.step import LEGEND, bubbles, drawn
+from rlhfuse.planner.summary import Pair, StagePair, stage_pairs
+from rlhfuse.planner.workload import Workload, workload_of
 from rlhfuse.resolve import Resolved
-from rlhfuse.update_plan import TrainedSample, plan_update
+from rlhfuse.run_costs import step_costs
 
 
-class DryRun(msgspec.Struct, frozen=True):
-    """`update_ratio`: predicted serial over fused time of one update, from relative stage costs."""
+class DryRun(msgspec.Struct, frozen=True, kw_only=True):
+    """`update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and
+    `bubble` (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn
+    in letters, serial and fused."""
 
     total_steps: int
     num_prompts: int
@@ -21,6 +27,11 @@ class DryRun(msgspec.Struct, frozen=True):
     pipelines: dict[str, StagePlacement]
     scored_roles: tuple[str, ...]
     update_ratio: float
+    step_s: Pair
+    stages: dict[str, StagePair]
+    bubble: dict[str, float]
+    timeline: dict[str, list[str]]
+    costs_from: str
     assumed: str
 
     def text(self) -> str:
@@ -33,47 +44,72 @@ class DryRun(msgspec.Struct, frozen=True):
             )
             lines.append(f"  {role} pipeline: {stages}")
         lines.append(f"  scored on rollout workers: {', '.join(self.scored_roles) or 'nothing'}")
-        lines.append("Predicted")
-        lines.append(
-            f"  one update: fused {self.update_ratio:.2f} times as fast as serial ({self.assumed})"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._predicted()])
+
+    def _predicted(self) -> list[str]:
+        step = self.step_s
+        lines = [
+            "Predicted step (a prediction, nothing ran)",
+            f"  costs: {self.costs_from}",
+            f"  lengths: {self.assumed}",
+            f"  {step.fused:.3g} s as configured, {step.serial:.3g} s serial: "
+            f"{step.serial / step.fused:.2f} times as fast; "
+            f"one update: {self.update_ratio:.2f} times as fast",
+            f"  {'':<12}{'serial s':>10}{'fused s':>10}",
+        ]
+        for name, pair in self.stages.items():
+            lines.append(f"  {name:<12}{pair.serial_s:>10.3g}{pair.fused_s:>10.3g}")
+        idle = ", ".join(f"{name} {part:.1%}" for name, part in [*self.bubble.items()][:4])
+        lines.append(f"  not computing when fused: {idle or 'nothing'}")
+        for name, rows in self.timeline.items():
+            lines += [f"  {name}", *rows]
+        return [*lines, f"  {LEGEND}"]
 
 
 def describe(run: Resolved) -> DryRun:
-    """Plan the first step with assumed response lengths. Nothing is measured, nothing starts."""
+    """Plan and predict a typical step. Nothing is measured, nothing starts."""
     config = run.config
-    plan = plan_update(
-        config,
-        _assumed_samples(config, run),
-        run.pipelines,
-        run.costs,
-        roles=tuple(run.pipelines),
-        fused=config.fusion.intra_stage != "off",
-        step=1,
-    )
+    workload = _workload(run, config)
+    costs, metrics = step_costs(run, workload)
+    if "response_length/p99" in metrics and not config.plan.response_median:
+        # The earlier run's responses say more than any default.
+        workload = _workload(run, _with_lengths_of(config, metrics))
+    found = predict(config, workload, run.pipelines, costs)
+    wall_s = max(found.serial_timeline.end_s, found.fused_timeline.end_s)
     return DryRun(
         total_steps=run.total_steps,
         num_prompts=len(run.prompts),
         arithmetic=tuple(batch_arithmetic(config, len(run.prompts))),
         pipelines=run.pipelines,
         scored_roles=config.scored_roles,
-        update_ratio=plan.serial_s / plan.predicted_s,
-        assumed="response lengths assumed lognormal, stage costs from the models' shapes",
+        update_ratio=found.serial.training / found.fused.training,
+        step_s=Pair(found.serial.step, found.fused.step),
+        stages=stage_pairs(found.serial, found.fused),
+        bubble=bubbles(found.fused_timeline),
+        timeline={
+            "serial": drawn(found.serial_timeline, wall_s),
+            "as configured": drawn(found.fused_timeline, wall_s),
+        },
+        costs_from=costs.origin,
+        assumed=workload.described,
     )
 
 
-def _assumed_samples(config: Config, run: Resolved) -> list[TrainedSample]:
-    """A batch with lengths of a usual, long-tailed shape: median a sixth of the limit."""
-    count = config.data.train_batch_size * config.rollout.n
-    limit = config.rollout.response_length
-    median = max(1.0, limit / 6)
-    quantiles = (np.arange(count) + 0.5) / count
-    # The normal quantile function by the logistic approximation: a shape, not a statistic.
-    normal = np.log(quantiles / (1 - quantiles)) / (math.pi / math.sqrt(3))
-    lengths = np.minimum(limit, np.maximum(1, median * np.exp(0.8 * normal))).astype(int)
-    prompts = [len(prompt.tokens) for prompt in run.prompts[:count]]
-    return [
-        TrainedSample(i, i // config.rollout.n, int(length) + prompts[i % len(prompts)])
-        for i, length in enumerate(lengths)
-    ]
+def _workload(run: Resolved, config: Config) -> Workload:
+    """The step with the run's own prompts."""
+    made = workload_of(config)
+    prompts = [len(prompt.tokens) for prompt in run.prompts[: config.data.train_batch_size]]
+    count = [prompts[(i // config.rollout.n) % len(prompts)] for i in range(made.num_samples)]
+    return replace(made, prompts=tuple(count))
+
+
+def _with_lengths_of(config: Config, metrics: dict[str, float]) -> Config:
+    """The lognormal distribution with the median and the 99th percentile of a measured step."""
+    middle = max(1.0, metrics["response_length/median"])
+    high = max(middle * 1.05, metrics["response_length/p99"])
+    plan = msgspec.structs.replace(
+        config.plan,
+        response_median=round(middle),
+        response_sigma=math.log(high / middle) / 2.326,
+    )
+    return msgspec.structs.replace(config, plan=plan)

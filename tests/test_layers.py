@@ -60,6 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "resolve",
         "rollout.loop",
         "batches",
+        "run_costs",
         "dry_run",
         "session",
         "rollout.stage",

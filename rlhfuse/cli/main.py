@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train"),
     "verify": ("verify", "verify"),
     "eval": ("evaluate", "evaluate"),
+    "plan": ("plan", "plan"),
     "schedule": ("schedule", "schedule"),
     "profile": ("profile", "profile"),
     "report": ("report", "report"),

@@ -72,7 +72,9 @@ def recommendation(found: Evaluated) -> dict[str, int | float | str | bool]:
         role, parallel = trained.role, trained.parallel
         told[f"plan.{role}_tp"] = parallel.tp
         told[f"plan.{role}_pp"] = parallel.pp
-        told[f"{role}.num_microbatches"] = trained.num_microbatches * parallel.dp
+        told[f"{role}.num_microbatches"] = trained.num_microbatches
+        if parallel.tp == 1:
+            told[f"placement.{role}_pp"] = parallel.pp
     worth = worthwhile(found)
     told["fusion.inter_stage"] = "auto" if worth.inter_stage.worthwhile else "off"
     told["fusion.intra_stage"] = "auto" if worth.intra_stage.worthwhile else "off"
@@ -97,8 +99,11 @@ def limits(found: Evaluated) -> list[str]:
         ),
         (fused.inference, "inference that is left after the last response"),
         (fused.training, _training_limit(found)),
-        (fused.other, "weights to the engines" + (", training state to the host and back"
-                                                  if found.offload_s else "")),  # fmt: skip
+        (
+            fused.other,
+            "weights to the engines"
+            + (", training state to the host and back" if found.offload_s else ""),
+        ),  # fmt: skip
     ]
     told.sort(key=lambda item: -item[0])
     step_s = fused.step
@@ -141,10 +146,9 @@ def warnings(found: Evaluated) -> list[str]:
         if not one.worthwhile
     ]
     chosen = found.training.fused if found.intra_pays else found.training.serial
-    if any(t.parallel.tp * t.parallel.dp > 1 for t in chosen) or found.rollout.layout.tp > 1:
+    if any(t.parallel.tp > 1 for t in chosen) or found.rollout.layout.tp > 1:
         told.append(
-            "tensor- and data-parallel layouts are predicted; `rlhfuse train` runs pipeline "
-            "stages and one-device instances so far"
+            "tensor-parallel layouts are predicted; `rlhfuse train` itself does not run them yet"
         )
     paper = found.rollout.policies["paper"]
     if paper > 1.005 * found.rollout.policies["serial"]:

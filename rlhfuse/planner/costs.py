@@ -151,14 +151,16 @@ def stage_times(
     mean_total: float,
     *,
     recompute: bool,
+    layers: Sequence[int] = (),
 ) -> StageTimes:
-    """One micro-batch of `tokens` tokens in samples of `mean_total` tokens."""
+    """One micro-batch of `tokens` tokens in samples of `mean_total` tokens. `layers` per stage;
+    by default `split_layers`."""
     device, efficiency = cluster.device, cluster.device.efficiency
     scalar = role == "critic"
     rate = device.flops * efficiency.train * parallel.tp
     reduced = _tensor_s(model, cluster, parallel.tp, tokens, 0.0) / model.num_layers
     launch = efficiency.launch_s
-    layers = split_layers(model, parallel.pp, scalar_head=scalar)
+    layers = layers or split_layers(model, parallel.pp, scalar_head=scalar)
     forward, backward, weight, activation = [], [], [], []
     for stage, count in enumerate(layers):
         flops = count * model.layer_flops(mean_total / 2)

@@ -96,9 +96,7 @@ def evaluate(
         sliced(workload, layout, MOST_SAMPLES // 4) if quick else (workload, layout)
     )
     policy = ro.policy_of(config, layout)
-    rollout = replace(
-        ro.predict_rollout(workload_here, layout_here, cost, policy), layout=layout
-    )
+    rollout = replace(ro.predict_rollout(workload_here, layout_here, cost, policy), layout=layout)
     return Evaluated(config, workload, cluster, training, rollout, offload_s)
 
 

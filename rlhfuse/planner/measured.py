@@ -1,20 +1,28 @@
 """Prediction of a step as configured, from costs that were measured (or given) on this machine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 import msgspec
 
 from rlhfuse.config import Config
-from rlhfuse.cost import CostModel
-from rlhfuse.placement import StagePlacement
+from rlhfuse.cost import CostModel, fit
+from rlhfuse.placement import StagePlacement, roles_of
 from rlhfuse.planner import rollout
 from rlhfuse.planner.rollout import RolloutLayout
 from rlhfuse.planner.step import Round, StageSeconds, joined
 from rlhfuse.planner.workload import Workload
 from rlhfuse.schedules.timing import makespan, simulate
-from rlhfuse.timeline import Timeline
-from rlhfuse.update_plan import StageCosts, TrainedSample, UpdatePlan, plan_update
+from rlhfuse.timeline import Kind, Timeline
+from rlhfuse.update_plan import (
+    StageCosts,
+    TrainedSample,
+    UpdatePlan,
+    measured_costs,
+    plan_update,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +124,58 @@ def _update(
         samples,
         pipelines,
         costs.stages,
-        roles=tuple(pipelines),
+        roles=roles_of(pipelines),
         fused=config.fusion.intra_stage != "off",
         step=step,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """What one step of a run left behind. `tokens`: of all its samples, prompts included."""
+
+    timeline: Timeline
+    tokens: int
+    update_s: float
+    weights_s: float
+
+
+def fit_step_costs(
+    config: Config, steps: Sequence[MeasuredStep], previous: StepCosts, origin: str
+) -> StepCosts:
+    """`previous` with everything replaced that the steps have measurements for."""
+    spans = tuple(span for step in steps for span in step.timeline.spans)
+    tokens = sum(step.tokens for step in steps)
+    trained = {
+        role: tokens * (config.actor if role == "actor" else config.critic).ppo_epochs
+        for role in previous.stages
+    }
+    rounds = [_round_times(step.timeline) for step in steps]
+    gaps = [
+        b[0] - a[1] for times in rounds for a, b in pairwise(times)
+    ]  # barrier, norms, optimizer, the next order
+    between_s = median(gaps) if gaps else previous.minibatch_s
+    fixed = [
+        max(0.0, step.update_s - sum(end - start + between_s for start, end in times))
+        for step, times in zip(steps, rounds, strict=True)
+        if times
+    ]
+    return StepCosts(
+        rollout=fit(Timeline(spans), previous.rollout),
+        stages=measured_costs(spans, trained, previous.stages),
+        update_s=median(fixed) if fixed else previous.update_s,
+        minibatch_s=between_s,
+        weights_s=median(step.weights_s for step in steps),
+        origin=origin,
+    )
+
+
+def _round_times(timeline: Timeline) -> list[tuple[float, float]]:
+    """(first task's start, last task's end) of every mini-batch, in order."""
+    found: dict[int, tuple[float, float]] = {}
+    for span in timeline.of_kinds((Kind.F, Kind.B, Kind.I, Kind.W)).spans:
+        number = span.args.get("round")
+        if isinstance(number, int):
+            start_s, end_s = found.get(number, (span.start_s, span.end_s))
+            found[number] = (min(start_s, span.start_s), max(end_s, span.end_s))
+    return [found[number] for number in sorted(found)]

@@ -59,9 +59,7 @@ def joined(
         for lane, rank in named.values():
             for span in by_rank.get(f"rank{rank}", ()):
                 start_s, end_s = at_s + span.start_s, at_s + span.end_s
-                spans.append(
-                    msgspec.structs.replace(span, lane=lane, start_s=start_s, end_s=end_s)
-                )
+                spans.append(msgspec.structs.replace(span, lane=lane, start_s=start_s, end_s=end_s))
             if part.exchange_s > 0:
                 spans.append(
                     Span(lane, done_s, done_s + part.exchange_s, Kind.TRANSFER, "exchange")
@@ -123,7 +121,7 @@ def _cover(columns: list[dict[str, float]], start: float, end: float, letter: st
 
 
 def _letter(column: dict[str, float]) -> str:
-    """What took most of a column; idle where more than half of it was."""
-    if sum(column.values()) < 0.5:
+    """What took most of a column; idle where more than two thirds of it was."""
+    if sum(column.values()) < 1 / 3:
         return "."
     return max(column, key=lambda letter: column[letter])

@@ -175,9 +175,7 @@ class TrainingPlanner:
         the most to do: all others wait for it."""
         if dp not in self._replicas:
             size = self._workload.samples_per_minibatch
-            lengths = [
-                self._workload.lengths[i] + self._workload.prompts[i] for i in range(size)
-            ]
+            lengths = [self._workload.lengths[i] + self._workload.prompts[i] for i in range(size)]
             mine = packing.balanced(list(enumerate(lengths)), dp)[0]
             scale = self._total / sum(lengths)
             self._replicas[dp] = (
@@ -219,16 +217,14 @@ class TrainingPlanner:
         ]
 
     def _layouts(self, role: str) -> list[Parallel]:
-        """What is asked for, or all sizes; on CPUs the pipelines that `rlhfuse train` runs there,
-        which are neither tensor- nor data-parallel."""
+        """What is asked for, or all sizes; on CPUs no tensor parallelism."""
         cluster, plan = self._cluster, self._config.plan
         model = self._workload.models[role]
         actor = role == "actor"
         tp, pp = (plan.actor_tp, plan.actor_pp) if actor else (plan.critic_tp, plan.critic_pp)
         if cluster.device.name == "cpu":
             placed = self._config.placement
-            tp, pp = 1, (placed.actor_pp if actor else placed.critic_pp) or cluster.num_devices
-            return [Parallel(1, pp, 1)] if pp <= model.num_layers else []
+            tp, pp = 1, pp or (placed.actor_pp if actor else placed.critic_pp)
         sizes = [tp] if tp else [1, 2, 4, 8]
         depths = [pp] if pp else [1, 2, 4, 8, 16]
         return [
@@ -246,7 +242,7 @@ class TrainingPlanner:
         samples = len(mine)
         model = self._config.actor if role == "actor" else self._config.critic
         if model.num_microbatches:
-            return [min(samples, max(1, model.num_microbatches // parallel.dp))]
+            return [min(samples, model.num_microbatches)]
         most = max(1, min(samples, 4 * parallel.pp))
         least = -(-tokens // model.ppo_max_token_len_per_gpu)
         counts = {2**i for i in range(11) if 2**i <= most} | {most}

@@ -41,9 +41,7 @@ def what_if(found: Evaluated, recorded: Sequence[int] = ()) -> list[WhatIfRow]:
     return rows
 
 
-def _row(
-    name: str, config: Config, cluster: Cluster, recorded: Sequence[int]
-) -> WhatIfRow | None:
+def _row(name: str, config: Config, cluster: Cluster, recorded: Sequence[int]) -> WhatIfRow | None:
     try:
         found = evaluate(config, workload_of(config, recorded), cluster, quick=True)
     except ValueError:
