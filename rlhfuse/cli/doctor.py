@@ -38,7 +38,11 @@ _REQUIRED = {
 }
 # Import name -> distribution, what it enables, how to get it.
 _OPTIONAL = {
-    "vllm": ("vllm", "generation by vLLM (rollout.engine: vllm)", "pip install vllm"),
+    "vllm": (
+        "vllm",
+        "generation by vLLM (rollout.engine: vllm)",
+        "see requirements-vllm-cpu.txt and requirements-vllm-cuda.txt",
+    ),
     "triton": ("triton", "fused kernels on NVIDIA GPUs", "pip install 'rlhfuse[gpu]'"),
     "pyarrow": ("pyarrow", "data in Parquet files", "pip install 'rlhfuse[parquet]'"),
     "wandb": ("wandb", "logging to Weights & Biases", "pip install 'rlhfuse[wandb]'"),

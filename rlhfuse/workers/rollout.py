@@ -18,6 +18,7 @@ from rlhfuse import scoring
 from rlhfuse.config import Config
 from rlhfuse.engines.base import Engine, Output, Request, SamplingParams
 from rlhfuse.engines.torch_engine import TorchEngine
+from rlhfuse.engines.vllm_adapter import VllmEngine
 from rlhfuse.models.loading import load_model
 from rlhfuse.models.stage import Head, ModelStage
 from rlhfuse.payloads import ROLLOUT, Departed, FloatArray, PayloadStore, fetch_departed
@@ -322,12 +323,24 @@ def _load_models(
 def _make_engine(config: Config, model: ModelStage) -> Engine:
     rollout = config.rollout
     max_len = config.data.max_prompt_length + rollout.response_length
+    exact = None if rollout.exactness == "auto" else rollout.exactness == "token"
+    if rollout.engine == "vllm":
+        return VllmEngine(
+            model,
+            config.actor.path,
+            max_num_seqs=rollout.max_num_seqs,
+            max_model_len=max_len,
+            cache_tokens=rollout.cache_tokens or None,
+            exact=exact,
+            options=rollout.vllm,
+        )
+    assert rollout.engine == "torch", "auto is decided before workers start"
     return TorchEngine(
         model,
         max_num_seqs=rollout.max_num_seqs,
         max_model_len=max_len,
         cache_tokens=rollout.cache_tokens or None,
-        exact=None if rollout.exactness == "auto" else rollout.exactness == "token",
+        exact=exact,
     )
 
 

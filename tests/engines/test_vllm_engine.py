@@ -1,0 +1,187 @@
+"""The real vLLM, on a CPU, keeps the laws of `conformance`, and agrees with the embedded engine."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rlhfuse.engines import vllm_setup
+from rlhfuse.engines.base import TokenIds
+from rlhfuse.engines.torch_engine import TorchEngine
+from rlhfuse.engines.vllm_adapter import VllmEngine
+from rlhfuse.models.loading import load_model
+from rlhfuse.models.stage import Head
+from tests.engines import conformance
+
+if vllm_setup.installed_version() is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+VOCAB, MAX_LEN = 211, 80
+
+
+def save_model(path: Path, family: str) -> PreTrainedModel:
+    """Like `tests.models.tiny`, with heads of a width that vLLM's attention has on a CPU."""
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    torch.manual_seed(1)
+    config = kind(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=101,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=family == "qwen3",
+        pad_token_id=0,
+        initializer_range=0.15,
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def hf_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model") / str(request.param)
+    save_model(path, request.param)
+    return path
+
+
+class Replicas:
+    """Two real engines, handed out in turn as if new: nothing running, weights loaded again, and
+    with them every cached prefix dropped. No law needs more than two at a time."""
+
+    def __init__(self, path: Path, **sizes: int) -> None:
+        self.path = path
+        self.sizes = sizes
+        self.engines: list[VllmEngine] = []
+        self.handed_out = 0
+
+    def new(self) -> VllmEngine:
+        model = load_model(self.path, head=Head.LM)
+        return VllmEngine(model, self.path, max_model_len=MAX_LEN, policy_version=0, **self.sizes)
+
+    def __call__(self) -> VllmEngine:
+        if len(self.engines) < 2:
+            self.engines.append(self.new())
+        engine = self.engines[self.handed_out % 2]
+        self.handed_out += 1
+        engine.abort(range(1000))
+        engine.load_weights(load_model(self.path, head=Head.LM).named_hf_parameters(), 0)
+        return engine
+
+
+@pytest.fixture(scope="module", params=["roomy", "short"])
+def make(request: pytest.FixtureRequest, hf_model: Path) -> Replicas:
+    """`short`: the cache holds two samples of full length, so vLLM preempts."""
+    if request.param == "roomy":
+        return Replicas(hf_model, max_num_seqs=16)
+    return Replicas(hf_model, max_num_seqs=5, cache_tokens=100)
+
+
+def test_tokens_do_not_depend_on_the_batch(make: Replicas) -> None:
+    conformance.tokens_do_not_depend_on_the_batch(make, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_tokens_survive_migration(make: Replicas, with_cache: bool) -> None:
+    conformance.tokens_survive_migration(make, vocab_size=VOCAB, with_cache=with_cache)
+
+
+def test_tokens_survive_abort_and_restart(make: Replicas) -> None:
+    conformance.tokens_survive_abort_and_restart(make, vocab_size=VOCAB)
+
+
+def test_logprobs_equal_a_plain_forward(make: Replicas, hf_model: Path) -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(hf_model)
+
+    def reference(tokens: TokenIds) -> torch.Tensor:
+        with torch.no_grad():
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            logits: torch.Tensor = model(ids).logits[0].double()
+            return logits
+
+    conformance.logprobs_equal_a_plain_forward(make, reference, vocab_size=VOCAB)
+
+
+def test_stops_where_it_should(make: Replicas) -> None:
+    conformance.stops_where_it_should(make, vocab_size=VOCAB)
+
+
+def test_sleeps_wakes_and_takes_weights(make: Replicas, hf_model: Path) -> None:
+    def weights() -> Mapping[str, torch.Tensor]:
+        stage = load_model(hf_model, head=Head.LM)
+        return {name: p.detach() for name, p in stage.named_hf_parameters()}
+
+    conformance.sleeps_wakes_and_takes_weights(make, weights, vocab_size=VOCAB)
+
+
+def test_refuses_what_can_never_fit(make: Replicas) -> None:
+    conformance.refuses_what_can_never_fit(make, vocab_size=VOCAB, max_len=MAX_LEN)
+
+
+def test_broken_weights_are_named(make: Replicas, hf_model: Path) -> None:
+    engine = make()
+    tensors = load_model(hf_model, head=Head.LM).named_hf_parameters()
+    engine.load_weights(((name, p.detach() * torch.nan) for name, p in tensors), 1)
+    with pytest.raises(RuntimeError, match="version 1"):
+        conformance.run(engine, conformance.requests(1, vocab_size=VOCAB))
+
+
+def test_a_process_that_starts_anew_goes_on_with_the_same_tokens(make: Replicas) -> None:
+    """And so does the embedded engine, with the same weights."""
+    asked = conformance.requests(6, vocab_size=VOCAB)
+    expected = conformance.run(make(), asked)
+    begun = conformance.run(make(), asked, steps=4)
+    embedded = TorchEngine(
+        load_model(make.path, head=Head.LM), max_num_seqs=16, max_model_len=MAX_LEN
+    )
+    for engine in (make.new(), embedded):
+        rest = [
+            conformance.resumed(request, begun[request.sample_id])
+            for request in asked
+            if not begun[request.sample_id].finish_reason
+        ]
+        for sample_id, result in conformance.run(engine, rest).items():
+            tokens = begun[sample_id].tokens + result.tokens
+            assert tokens == expected[sample_id].tokens
+
+
+def test_blocks_are_used_and_foreign_ones_announced(
+    make: Replicas, caplog: pytest.LogCaptureFixture
+) -> None:
+    (request,) = conformance.requests(1, vocab_size=VOCAB)
+    request = replace(request, prompt=np.arange(1, 41, dtype=np.int32))
+    engine = make()
+    conformance.run(engine, [request], steps=4)
+    (moved,) = engine.export([request.sample_id], with_cache=True)
+    assert moved.cache
+    with caplog.at_level(logging.WARNING):
+        other = make()
+        before = other.loaded_cache_tokens
+        other.add(moved.request, moved.cache)
+        assert other.step()
+    assert other.loaded_cache_tokens == before + 40 + 4 - 1, "only the last token is computed"
+    assert not caplog.records
+    shorter = replace(moved.request, response=moved.request.response[:-1])
+    engine = make()
+    engine.add(shorter, moved.cache)
+    assert "computed again" in caplog.text
+    with pytest.raises(ValueError, match="not the bytes"):
+        make().add(moved.request, b"\x04\x00\x00\x00junk" + moved.cache)
