@@ -17,6 +17,7 @@ from rlhfuse.schedules.timing import makespan
 
 MOST_OFFSETS = 8  # tried per direction
 ROUNDS = 4  # of search for each place tried
+FINALISTS, LONGER = 3, 8  # the best few are searched so many times longer
 
 Values = float | Sequence[float]
 
@@ -210,29 +211,45 @@ def place(
 ) -> Placement:
     """The direction and offset of the second model under which a short search ends earliest.
 
-    Deterministic in `seed`. Among equals the reversed one without offset is taken, as in the paper.
+    All places that differ are searched briefly, the best few and the paper's (reversed, no offset)
+    once more and longer; among equals the paper's is taken. Deterministic in `seed`.
 
     Raises:
         ValueError: as `share_blocks`, `Problem` and `fuse`.
     """
     blocks = share_blocks(first, second)
-    step = -(-blocks.ranks_per_block // MOST_OFFSETS)
+
+    def attempt(reverse: bool, offset: int, rounds: int) -> Placement:
+        problem = block_problem(
+            first,
+            second,
+            reverse=reverse,
+            offset=offset,
+            memory_cap=memory_cap,
+            link_latency=link_latency,
+        )
+        found = fuse(problem, iterations=rounds, seed=seed, split_weight=split_weight)
+        tried = Placement(blocks, problem, reverse, offset, makespan(found))
+        if on_try is not None:
+            on_try(tried)
+        return tried
+
+    places = [(way, offset) for way in (True, False) for offset in _offsets(first, second, blocks)]
+    brief = {place: attempt(*place, rounds).makespan for place in places}
+    final = dict.fromkeys([(True, 0), *sorted(brief, key=lambda p: brief[p])[:FINALISTS]])
     best: Placement | None = None
-    for reverse in (True, False):
-        for offset in range(0, blocks.ranks_per_block, step):
-            problem = block_problem(
-                first,
-                second,
-                reverse=reverse,
-                offset=offset,
-                memory_cap=memory_cap,
-                link_latency=link_latency,
-            )
-            found = fuse(problem, iterations=rounds, seed=seed, split_weight=split_weight)
-            tried = Placement(blocks, problem, reverse, offset, makespan(found))
-            if on_try is not None:
-                on_try(tried)
-            if best is None or tried.makespan < best.makespan * (1 - 1e-6):
-                best = tried
+    for reverse, offset in final:
+        tried = attempt(reverse, offset, LONGER * rounds)
+        if best is None or tried.makespan < best.makespan * (1 - 1e-6):
+            best = tried
     assert best is not None
     return best
+
+
+def _offsets(first: ModelLayout, second: ModelLayout, blocks: Blocks) -> range:
+    """Offsets that give different problems: shifts that only swap equal pipelines are left out."""
+    period = ranks = blocks.ranks_per_block
+    for model, count in zip((first, second), blocks.factors, strict=True):
+        if count * model.pp == ranks:
+            period = gcd(period, model.pp)
+    return range(0, period, -(-period // MOST_OFFSETS))

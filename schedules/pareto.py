@@ -36,7 +36,7 @@ def pareto(
 
     Caps go evenly from the least feasible one to what the fastest schedule needs (or the problem's
     own cap, if that is lower). Each search starts from the schedule before, so a looser cap is
-    never slower. The budget is divided among the caps; `on_point` sees each answer as it comes.
+    never slower. The budget is divided among all searches; `on_point` sees each answer as it comes.
 
     Raises:
         ValueError: fewer than two points, or a problem that `fuse` cannot answer.
@@ -45,8 +45,8 @@ def pareto(
         raise ValueError(f"points is {points}, expected at least 2")
     if iterations is None and budget_s is None:
         iterations = DEFAULT_ROUNDS
-    share_s = None if budget_s is None else budget_s / points
-    rounds = None if iterations is None else max(1, iterations // points)
+    share_s = None if budget_s is None else budget_s / (points + 1)
+    rounds = None if iterations is None else max(1, iterations // (points + 1))
 
     def search(at: Problem, start: Schedule | None) -> Point:
         found = fuse(
@@ -71,8 +71,8 @@ def pareto(
         found.append(search(replace(problem, memory_cap=cap * (1 + REL_TOL)), start))
         if on_point is not None:
             on_point(found[-1])
-    if found and found[-1].makespan < fastest.makespan:
-        fastest = found[-1]
+    best = min([*found, fastest], key=lambda point: point.makespan)
+    fastest = search(problem, best.schedule)
     if on_point is not None:
         on_point(fastest)
     return _front([*found, fastest])

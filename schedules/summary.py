@@ -9,8 +9,10 @@ import msgspec
 from rlhfuse.schedules.bidirectional import chimera, dualpipe
 from rlhfuse.schedules.bounds import latency_bound, memory_bound
 from rlhfuse.schedules.checks import peak_memory
+from rlhfuse.schedules.critical import critical_path, rank_times, total_bubbles
 from rlhfuse.schedules.interleaved import interleaved
 from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
+from rlhfuse.schedules.robust import noise_loss
 from rlhfuse.schedules.standard import gpipe, one_f_one_b, serial, serial_makespan, zb_h1
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.schedules.zero_bubble import zb_v
@@ -27,6 +29,42 @@ class Summary(msgspec.Struct, frozen=True):
     bubble_fraction: float
     serial_makespan: float
     seconds: float
+
+
+class RankSummary(msgspec.Struct, frozen=True):
+    """One rank: its busy and idle time, and idle time by cause; together the makespan."""
+
+    rank: int
+    busy: float
+    idle: float
+    bubbles: dict[str, float]
+
+
+class PathSummary(msgspec.Struct, frozen=True):
+    """A critical path: its tasks in order, and what its length is made of."""
+
+    tasks: list[str]
+    pipelines: dict[str, float]  # time in the tasks of each
+    waits: float  # link latency and release
+
+
+class NoiseSummary(msgspec.Struct, frozen=True):
+    """Makespan under noisy durations; `loss` is the mean's excess over the plan, as a share."""
+
+    noise: float
+    mean: float
+    p95: float
+    loss: float
+
+
+class Explained(Summary, frozen=True):
+    """`Summary`, and where the time goes."""
+
+    policy: str
+    bubbles: dict[str, float]  # by cause, summed over ranks
+    per_rank: list[RankSummary]
+    critical_path: PathSummary
+    noise: NoiseSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +117,26 @@ def summarize(
         bubble_fraction=1.0 - busy / area if area > 0 else 0.0,
         serial_makespan=serial_makespan(replace(problem or schedule.problem, memory_cap=None)),
         seconds=seconds,
+    )
+
+
+def explain(schedule: Schedule, summary: Summary, policy: str, noise: float) -> Explained:
+    """`summary` of `schedule` with causes of idle time, its critical path and noise."""
+    times, path = rank_times(schedule), critical_path(schedule)
+    shares = {pipe.name: 0.0 for pipe in schedule.problem.pipelines}
+    for step in path:
+        shares[step.task.pipeline] += step.end - step.start
+    noisy = noise_loss(schedule, noise)
+    return Explained(
+        **msgspec.structs.asdict(summary),
+        policy=policy,
+        bubbles=total_bubbles(times),
+        per_rank=[
+            RankSummary(t.rank, t.busy, t.idle, {c.value: s for c, s in t.bubbles.items()})
+            for t in times
+        ],
+        critical_path=PathSummary(
+            [str(step.task) for step in path], shares, sum(step.wait for step in path)
+        ),
+        noise=NoiseSummary(noise, noisy.mean, noisy.p95, noisy.loss),
     )
