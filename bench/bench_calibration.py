@@ -125,12 +125,8 @@ def rows_of(live: Live) -> list[Row]:
         history = [n for earlier in live.steps[:number] for n in earlier.lengths]
         known = with_lengths(workload_of(config), step.lengths, step.prompts, history)
         told, _ = predict_one(chosen, known, pipelines, costs, step=step.step)
-        blind = with_lengths(
-            workload_of(config, history),
-            workload_of(config, history).lengths,
-            step.prompts,
-            history,
-        )
+        drawn = workload_of(config, history, seed=number).lengths
+        blind = with_lengths(known, drawn, step.prompts, history)
         guessed, _ = predict_one(chosen, blind, pipelines, costs, step=step.step)
         live_s = step.metrics["timing_s/step"]
         rows.append(

@@ -103,7 +103,7 @@ def limits(found: Evaluated) -> list[str]:
             fused.other,
             "weights to the engines"
             + (", training state to the host and back" if found.offload_s else ""),
-        ),  # fmt: skip
+        ),
     ]
     told.sort(key=lambda item: -item[0])
     step_s = fused.step

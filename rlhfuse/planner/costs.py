@@ -172,7 +172,7 @@ def stage_times(
         backward.append(2 * products + count * (reduced + 2 * launch) + again)
         weight.append(products)
         kept = 1 if recompute else KEPT_VALUES
-        values = (count * kept + (KEPT_VALUES if recompute else 0)) * model.hidden_size
+        values: float = (count * kept + (KEPT_VALUES if recompute else 0)) * model.hidden_size
         values += head / (2.0 * model.hidden_size)  # logits
         activation.append(tokens * values * device.value_bytes / parallel.tp)
     message = tokens * model.hidden_size * device.value_bytes / parallel.tp

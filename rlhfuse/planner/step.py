@@ -1,4 +1,4 @@
-"""One step from its parts: seconds by stage, a timeline of every device shown, idle time by cause."""
+"""One step from its parts: seconds by stage, a timeline of devices, idle time by cause."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -105,7 +105,7 @@ class TrainingPlanner:
         replicas of the other model run there side by side.
         """
         actors, critics = (found[role] for role in self._workload.trained)
-        rated = []
+        rated: list[tuple[float, int, tuple[Trained, Trained]]] = []
         for pair in ((a, c) for a in actors for c in critics):
             if self._cap(pair) > 0:
                 bound = latency_bound(self.problem(pair), split_weight=False)
@@ -114,7 +114,7 @@ class TrainingPlanner:
         short = [pair for _, _, pair in rated[: 1 if self._quick else SHORT_LIST]]
         if best in [pair for _, _, pair in rated] and best not in short:
             short.append((best[0], best[1]))
-        tried = []
+        tried: list[tuple[float, int, tuple[Trained, Trained], Schedule]] = []
         for pair in short:
             try:
                 schedule = _fuse(self.problem(pair), FEW_ITERATIONS, False)
