@@ -56,7 +56,7 @@ def _zb_h1_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]
         return
     m, limit = pipe.num_microbatches, in_flight_limits(problem, pipe)
     warm_up = min(m, limit[stage])
-    lag = limit[0] - limit[stage]  # memory of the first stage is there for W that wait
+    lag = _weights_that_wait(problem, pipe, stage, warm_up, limit[0] - limit[stage])
     for mb in range(warm_up):
         yield Task(pipe.name, Op.F, stage, mb)
     for mb in range(m):
@@ -67,6 +67,22 @@ def _zb_h1_stage(problem: Problem, pipe: Pipeline, stage: int) -> Iterator[Task]
             yield Task(pipe.name, Op.F, stage, mb + warm_up)
     for mb in range(max(0, m - lag), m):
         yield Task(pipe.name, Op.W, stage, mb)
+
+
+def _weights_that_wait(
+    problem: Problem, pipe: Pipeline, stage: int, warm_up: int, most: int
+) -> int:
+    """Weight gradients that a stage may put off: what the first stage holds more, within the cap.
+
+    The stage is fullest with `warm_up` forwards beside them, or just after one more I.
+    """
+    heaviest = max(pipe.microbatch_weights)
+    whole = pipe.activation[stage] * heaviest
+    kept = pipe.activation_after_input[stage] * heaviest
+    if problem.memory_cap is None or kept <= 0:
+        return most
+    room = problem.memory_cap * (1 + REL_TOL) - (warm_up - 1) * whole
+    return max(0, min(most, int((room - whole) / kept), int(room / kept) - 1))
 
 
 def serial_makespan(problem: Problem) -> float:
