@@ -51,15 +51,23 @@ def joined(
         if span.lane in named
     ]
     at_s = rollout_s
-    for part in rounds:
+    for number, part in enumerate(rounds):
         by_rank: dict[str, list[Span]] = {}
         for span in part.tasks.spans:
             by_rank.setdefault(span.lane, []).append(span)
         done_s = at_s + part.makespan_s
         for lane, rank in named.values():
             for span in by_rank.get(f"rank{rank}", ()):
-                start_s, end_s = at_s + span.start_s, at_s + span.end_s
-                spans.append(msgspec.structs.replace(span, lane=lane, start_s=start_s, end_s=end_s))
+                spans.append(
+                    Span(
+                        lane,
+                        at_s + span.start_s,
+                        at_s + span.end_s,
+                        span.kind,
+                        span.name,
+                        {**span.args, "round": number},
+                    )
+                )
             if part.exchange_s > 0:
                 spans.append(
                     Span(lane, done_s, done_s + part.exchange_s, Kind.TRANSFER, "exchange")
