@@ -105,6 +105,7 @@ class VllmConfig(Section, frozen=True):
     max_num_batched_tokens: NonNegative = 0  # tokens of a step, prefill included; 0: vLLM's choice
     enforce_eager: Switch = "auto"  # no CUDA graphs; auto: on a CPU
     kv_transfer: Switch = "auto"  # migrating samples may take their key-value blocks along
+    position_keyed: Switch = "auto"  # off: vLLM's own sampler, exact in distribution only
     speculative_config: dict[str, str | int | float | bool] | None = None
 
 

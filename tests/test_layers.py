@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "packing",
         "update_plan",
         "weights.plan",
+        "weights.reshard",
         "rollout",
         "profiler",
         "planner",

@@ -367,13 +367,15 @@ class VllmEngine:
 
 
 def _exactness(exact: bool | None, dtype: torch.dtype, options: VllmConfig) -> bool:
-    speculative = options.speculative_config is not None
-    if exact is None:
-        return dtype == torch.float32 and not speculative
-    if exact and (dtype != torch.float32 or speculative):
-        why = "speculative decoding is on" if speculative else f"the weights are {dtype}"
+    obstacles = {
+        f"the weights are {dtype}": dtype != torch.float32,
+        "speculative decoding is on": options.speculative_config is not None,
+        "rollout.vllm.position_keyed is off": options.position_keyed == "off",
+    }
+    why = ", ".join(text for text, there in obstacles.items() if there)
+    if exact and why:
         raise ValueError(f"rollout.exactness: token is not possible, {why}; choose distribution")
-    return exact
+    return not why if exact is None else exact
 
 
 def _finish_reason(sample: _Sample) -> str:

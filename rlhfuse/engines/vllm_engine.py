@@ -197,7 +197,7 @@ class VllmCore:
             kv_transfer_config=_kv_transfer(options, speculative),
         )
         second_runner = arguments.create_engine_config().use_v2_model_runner
-        keyed = not speculative and not second_runner
+        keyed = _is_on(options.position_keyed, True) and not speculative and not second_runner
         if keyed:
             arguments = dataclasses.replace(
                 arguments, logits_processors=[KeyedProcessor], async_scheduling=False

@@ -1,0 +1,317 @@
+"""One vLLM instance on a CPU: sampler, near ties, migration, sleep and weight update.
+
+    OMP_NUM_THREADS=1 python -m bench.bench_vllm [ties] [sampler] [migration] [memory] [weights]
+
+A random Llama, 4 layers, 256 wide; one thread. Nothing is simulated.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.record import Row, print_table, spread, write_result
+from rlhfuse.config import VllmConfig
+from rlhfuse.engines.base import Engine, Request, SamplingParams
+from rlhfuse.engines.torch_engine import TorchEngine
+from rlhfuse.engines.vllm_adapter import VllmEngine
+from rlhfuse.models.loading import load_model
+from rlhfuse.models.stage import Head
+
+VOCAB, LAYERS, WIDTH, MAX_LEN = 2048, 4, 256, 1280
+MIB = 2**20
+
+
+def make_model(path: Path) -> None:
+    """A random model whose next token is neither certain nor uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
+def vllm_engine(path: Path, *, options: VllmConfig | None = None, rows: int = 64) -> VllmEngine:
+    return VllmEngine(
+        load_model(path, head=Head.LM),
+        path,
+        max_num_seqs=rows,
+        max_model_len=MAX_LEN,
+        cache_tokens=rows * 256 + MAX_LEN,
+        policy_version=0,
+        options=options,
+    )
+
+
+def requests(
+    count: int, *, prompt_tokens: int, kinds: Sequence[SamplingParams], first_id: int = 0
+) -> list[Request]:
+    rng = np.random.default_rng(first_id + 1)
+    return [
+        Request(
+            sample_id=first_id + i,
+            prompt=rng.integers(1, VOCAB, prompt_tokens, dtype=np.int32),
+            seed=int(rng.integers(1 << 62)),
+            params=kinds[i % len(kinds)],
+            response=np.zeros(0, dtype=np.int32),
+        )
+        for i in range(count)
+    ]
+
+
+def generate(engine: Engine, asked: Sequence[Request], rows: int) -> dict[int, list[int]]:
+    """All samples, at most `rows` at a time: continuous batching."""
+    tokens: dict[int, list[int]] = {request.sample_id: [] for request in asked}
+    queue = list(asked)[::-1]
+    while queue or engine.num_running:
+        while queue and engine.num_running < rows:
+            engine.add(queue.pop())
+        for output in engine.step():
+            tokens[output.sample_id] += output.tokens
+    return tokens
+
+
+# --- near ties -----------------------------------------------------------------------------
+
+
+def ties(path: Path) -> list[Row]:
+    """At least 2,000 samples on vLLM in two kinds of company, and on the embedded engine."""
+    kinds = {
+        "plain": SamplingParams(max_tokens=40),
+        "top-p 0.9, temperature 0.8": SamplingParams(max_tokens=40, top_p=0.9, temperature=0.8),
+    }
+    rows: list[Row] = []
+    for number, (name, params) in enumerate(kinds.items()):
+        asked = requests(1024, prompt_tokens=16, kinds=[params], first_id=number * 10_000)
+        first, second = vllm_engine(path), vllm_engine(path)
+        tokens = generate(first, asked, 64)
+        counts = first.counts
+        elsewhere = generate(second, asked[::-1], 23)
+        embedded = generate(
+            TorchEngine(load_model(path, head=Head.LM), max_num_seqs=64, max_model_len=MAX_LEN),
+            asked,
+            64,
+        )
+        rows.append(
+            {
+                "sampling": name,
+                "samples": len(asked),
+                "tokens": counts.tokens,
+                "near_ties": counts.near_ties,
+                "near_tie_rate": counts.near_ties / counts.tokens,
+                "redrawn": counts.redrawn + second.counts.redrawn,
+                "differ_in_other_batch": _differing(tokens, elsewhere),
+                "differ_on_torch_engine": _differing(tokens, embedded),
+            }
+        )
+    return rows
+
+
+def _differing(ours: dict[int, list[int]], theirs: dict[int, list[int]]) -> int:
+    return sum(tokens != theirs[sample_id] for sample_id, tokens in ours.items())
+
+
+# --- the sampler ---------------------------------------------------------------------------
+
+
+def sampler(path: Path) -> list[Row]:
+    """Seconds per decode step at a batch size, with each sampler; medians over steps."""
+    own = VllmConfig(position_keyed="off")
+    engines = {"vLLM's own": vllm_engine(path, options=own), "position-keyed": vllm_engine(path)}
+    rows: list[Row] = []
+    for batch in (1, 16, 64):
+        for kind, params in (
+            ("plain", SamplingParams(max_tokens=160)),
+            ("top-p 0.9", SamplingParams(max_tokens=160, top_p=0.9)),
+        ):
+            steps: dict[str, list[float]] = {name: [] for name in engines}
+            for engine in engines.values():
+                for request in requests(batch, prompt_tokens=16, kinds=[params]):
+                    engine.add(request)
+                for _ in range(3):
+                    engine.step()
+            for _ in range(150):  # step by step in turn: what disturbs one disturbs both
+                for name, engine in engines.items():
+                    start = time.perf_counter()
+                    engine.step()
+                    steps[name].append(time.perf_counter() - start)
+            for engine in engines.values():
+                engine.abort(range(batch))
+            theirs, ours = (spread(values)[0] for values in steps.values())
+            rows.append(
+                {
+                    "batch": batch,
+                    "sampling": kind,
+                    "vllm_ms_per_step": theirs * 1e3,
+                    "ours_ms_per_step": ours * 1e3,
+                    "vllm_tokens_per_s": batch / theirs,
+                    "ours_tokens_per_s": batch / ours,
+                    "overhead": ours / theirs - 1,
+                }
+            )
+    return rows
+
+
+# --- migration -----------------------------------------------------------------------------
+
+
+def migration(path: Path) -> list[Row]:
+    """From the export's start to the first token elsewhere, less a decode step alone."""
+    rows: list[Row] = []
+    source, target = vllm_engine(path), vllm_engine(path)
+    params = SamplingParams(max_tokens=24)
+    for context in (32, 64, 128, 256, 512, 1024):
+        times: dict[bool, list[float]] = {False: [], True: []}
+        sizes: list[int] = []
+        lost = 0
+        for repetition in range(8):
+            (request,) = requests(
+                1, prompt_tokens=context - 8, kinds=[params], first_id=context * 100 + repetition
+            )
+            expected = generate(source, [request], 1)[request.sample_id]
+            for with_cache in (False, True):
+                source.load_weights(load_model(path, head=Head.LM).named_hf_parameters(), 0)
+                target.load_weights(load_model(path, head=Head.LM).named_hf_parameters(), 0)
+                seconds, tokens, size = _move(source, target, request, with_cache=with_cache)
+                times[with_cache].append(seconds)
+                sizes.append(size)
+                lost += len(expected) - len(tokens) if tokens != expected else 0
+                assert tokens == expected, "a migrated sample came out differently"
+        rows.append(
+            {
+                "context_tokens": context,
+                "reprefill_ms": spread(times[False])[0] * 1e3,
+                "reprefill_max_ms": spread(times[False])[2] * 1e3,
+                "blocks_ms": spread(times[True])[0] * 1e3,
+                "blocks_max_ms": spread(times[True])[2] * 1e3,
+                "block_bytes": max(sizes),
+                "tokens_lost": lost,
+            }
+        )
+    return rows
+
+
+def _move(
+    source: VllmEngine, target: VllmEngine, request: Request, *, with_cache: bool
+) -> tuple[float, list[int], int]:
+    tokens: list[int] = []
+    source.add(request)
+    for _ in range(8):
+        for output in source.step():
+            tokens += output.tokens
+    start = time.perf_counter()
+    (moved,) = source.export([request.sample_id], with_cache=with_cache)
+    target.add(moved.request, moved.cache)
+    while not (outputs := target.step()):
+        pass
+    first = time.perf_counter()
+    tokens += outputs[0].tokens
+    steps: list[float] = []
+    while target.num_running:
+        begin = time.perf_counter()
+        for output in target.step():
+            tokens += output.tokens
+        steps.append(time.perf_counter() - begin)
+    return first - start - spread(steps)[0], tokens, len(moved.cache)
+
+
+# --- memory and weights --------------------------------------------------------------------
+
+
+def memory(path: Path) -> list[Row]:
+    """Resident bytes of this process around a sleep."""
+    engine = VllmEngine(
+        load_model(path, head=Head.LM),
+        path,
+        max_num_seqs=64,
+        max_model_len=MAX_LEN,
+        cache_tokens=256 * 1024,
+        policy_version=0,
+    )
+    for number in range(8):
+        params = SamplingParams(max_tokens=8)
+        asked = requests(64, prompt_tokens=MAX_LEN - 8, kinds=[params], first_id=1000 * number)
+        generate(engine, asked, 64)
+    process = psutil.Process()
+    awake = process.memory_info().rss
+    start = time.perf_counter()
+    engine.sleep()
+    slept_s = time.perf_counter() - start
+    asleep = process.memory_info().rss
+    start = time.perf_counter()
+    engine.wake()
+    woke_s = time.perf_counter() - start
+    return [
+        {
+            "awake_mib": awake / MIB,
+            "asleep_mib": asleep / MIB,
+            "freed_mib": (awake - asleep) / MIB,
+            "after_wake_mib": process.memory_info().rss / MIB,
+            "sleep_ms": slept_s * 1e3,
+            "wake_ms": woke_s * 1e3,
+        }
+    ]
+
+
+def weights(path: Path) -> list[Row]:
+    """An update of `model` and vLLM in place, with its probe; against making vLLM anew."""
+    engine = vllm_engine(path)
+    tensors = dict(load_model(path, head=Head.LM).named_hf_parameters())
+    seconds = []
+    for version in range(1, 8):
+        start = time.perf_counter()
+        engine.load_weights(tensors.items(), version)
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    vllm_engine(path)
+    return [
+        {
+            "megabytes": sum(t.nbytes for t in tensors.values()) / 1e6,
+            "update_ms": spread(seconds)[0] * 1e3,
+            "update_max_ms": spread(seconds)[2] * 1e3,
+            "new_engine_ms": (time.perf_counter() - start) * 1e3,
+        }
+    ]
+
+
+PARTS: dict[str, Callable[[Path], list[Row]]] = {
+    "ties": ties,
+    "sampler": sampler,
+    "migration": migration,
+    "memory": memory,
+    "weights": weights,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        make_model(path)
+        for name in asked.parts or PARTS:
+            rows = PARTS[name](path)
+            write_result(f"vllm_{name}", rows)
+            print(name)
+            print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
