@@ -40,7 +40,8 @@ class Sample:
     """One prompt and its (growing) response.
 
     `seed` and the position decide every random draw of the response, wherever it is generated.
-    `group` is the index of the prompt in its batch: samples of one prompt share it.
+    `group` is the index of the prompt in its batch: samples of one prompt share it. `source` (of
+    the prompt) and `length_hint` (tokens that a user expects, 0: none) help to predict lengths.
     """
 
     id: int
@@ -52,6 +53,8 @@ class Sample:
     state: SampleState = SampleState.QUEUED
     instance: int | None = None
     drop_reason: str = ""
+    source: str = ""
+    length_hint: float = 0.0
 
     @property
     def total_tokens(self) -> int:

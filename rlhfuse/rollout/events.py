@@ -20,7 +20,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`lengths`: (sample id, response tokens so far) of samples running on `instance`."""
+    """`lengths`: (sample id, response tokens so far) of samples running on `instance`; not
+    necessarily of all: they are stepped together, so that one says how far the others are."""
 
     now_s: float
     instance: int
@@ -91,6 +92,32 @@ class InstanceReady:
 
 
 @dataclass(frozen=True, slots=True)
+class ScorerLost:
+    """The worker's scoring models are gone, with the scores that it held and was at; its engine
+    goes on. It scores nothing until `InstanceReady`."""
+
+    now_s: float
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTimedOut:
+    """The reward function has not answered in time. Asked again, or dropped: `Policy`."""
+
+    now_s: float
+    sample_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One `Train` command is done: the gradients are accumulated where it ran."""
+
+    now_s: float
+    worker: int
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. Send one every second or so; decisions need no other clock."""
 
@@ -107,6 +134,9 @@ Event = (
     | Dropped
     | InstanceLost
     | InstanceReady
+    | ScorerLost
+    | RewardTimedOut
+    | Trained
     | Tick
 )
 
@@ -164,6 +194,25 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """All of the group's samples are scored or dropped: group estimators (GRPO, RLOO) can give
+    these samples their advantages. Again, after a loss, with what was scored anew."""
+
+    group: int
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Forward and backward of a released group on the actor replica that starts at `worker`; the
+    batch normaliser and the optimizer step come after the last. Answered by one `Trained`. Only
+    where the scheduler was asked to train groups (one optimizer step per batch, no critic)."""
+
+    worker: int
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Why the tail moved: for logs and reports; nothing to execute."""
 
@@ -171,4 +220,4 @@ class Decision:
     predicted_gain_s: float
 
 
-Command = Generate | Migrate | Score | Sleep | Wake | Reward | Decision
+Command = Generate | Migrate | Score | Sleep | Wake | Reward | Release | Train | Decision

@@ -4,23 +4,38 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rlhfuse.cost import CostModel
 from rlhfuse.rollout.policy import Policy
+from rlhfuse.rollout.ready import Ready
+from rlhfuse.rollout.running import Running
 from rlhfuse.sample import Sample, SampleState
+
+LEAST_STEPS = 16  # a stretch is measured once it is so long
+LEARNED_STEPS = 64  # after so many, half of what was believed before counts
 
 
 @dataclass(slots=True)
 class Worker:
     """`running` and `inbound` map sample ids to the tokens reserved for them (to the response
-    limit); `calls` are (role, sample ids, predicted seconds), oldest first."""
+    limit); `calls` are (role, sample ids, predicted seconds), oldest first. `steps`: engine steps
+    done, since any moment; `slowness`: seconds of a step over what was predicted."""
 
     alive: bool = True
+    can_score: bool = True
     asleep: bool = False
     running: dict[int, int] = field(default_factory=dict)
     inbound: dict[int, int] = field(default_factory=dict)
     calls: deque[tuple[str, tuple[int, ...], float]] = field(default_factory=deque)
     last_role: str = ""
     load: int = 0  # tokens reserved
-    ahead: int = 0  # tokens that its samples have probably got since they were last reported
+    expected: float = 0.0  # tokens that its samples will still get, as expected when they came
+    steps: float = 0.0
+    heard_s: float = 0.0  # `steps` are of this moment
+    held: float = 0.0  # prompt tokens less offsets, summed over its samples
+    slowness: float = 1.0
+    watched_s: float = -1.0  # since when nothing but steps happened there; -1: not watched
+    watched_steps: float = 0.0
+    watched_due_s: float = 0.0  # what the steps since then should have taken
 
     @property
     def busy_s(self) -> float:
@@ -30,40 +45,33 @@ class Worker:
         return sum(seconds for _, _, seconds in self.calls) - 0.5 * self.calls[0][2]
 
     @property
+    def context(self) -> float:
+        """Tokens that its samples hold."""
+        return self.held + self.steps * len(self.running)
+
+    @property
     def free(self) -> bool:
-        return self.alive and not self.running and not self.inbound
+        return self.alive and self.can_score and not self.running and not self.inbound
 
 
 class Fleet:
     """All workers. A sample that moves is on its source's `running` and in `inbound` of its
     destination until it has left."""
 
-    def __init__(self, instances: int, policy: Policy) -> None:
+    def __init__(self, instances: int, policy: Policy, cost: CostModel) -> None:
         self.workers = [Worker() for _ in range(instances)]
-        self._policy = policy
-        self._destination: dict[int, int] = {}
+        self.rows = Running()
         self.num_alive = instances
-        # Free workers by the number of scoring calls they have; those with enough are in none.
-        self._ready: list[dict[int, None]] = [{} for _ in range(policy.score_ahead)]
-        self._slot: list[int] = [-1] * instances
-        for instance in range(instances):
-            self._note(instance)
+        self._policy = policy
+        self._table = cost.step_table(policy.max_running).tolist()
+        self._context_s = cost.decode_context_s
+        self._destination: dict[int, int] = {}
+        self._expected: dict[int, float] = {}
+        self.ready = Ready(self.workers, policy.block, policy.score_ahead)
 
     @property
     def num_inbound(self) -> int:
         return len(self._destination)
-
-    def _note(self, instance: int) -> None:
-        """File the worker by what it can take; to be called after every change."""
-        worker = self.workers[instance]
-        slot = len(worker.calls) if worker.free else -1
-        slot = slot if slot < len(self._ready) else -1
-        if slot != self._slot[instance]:
-            if self._slot[instance] >= 0:
-                del self._ready[self._slot[instance]][instance]
-            if slot >= 0:
-                self._ready[slot][instance] = None
-            self._slot[instance] = slot
 
     def has_room(self, instance: int, sample: Sample) -> bool:
         """Whether the sample fits to its very end, whatever its length."""
@@ -72,47 +80,80 @@ class Fleet:
             return False
         if not policy.cache_tokens or not worker.load:
             return True
-        return worker.load + self._reserve(sample) <= policy.cache_tokens
+        return worker.load + self.reserve(sample) <= policy.cache_tokens
 
-    def _reserve(self, sample: Sample) -> int:
+    def reserve(self, sample: Sample) -> int:
         return sample.prompt_tokens + self._policy.max_response_tokens
 
-    def place(self, sample: Sample) -> None:
-        """The sample runs on `sample.instance`."""
+    def step_s(self, worker: Worker) -> float:
+        """What a step of the worker's samples should take."""
+        batch = len(worker.running)
+        base = self._table[min(batch, len(self._table) - 1)]
+        return float(base + self._context_s * worker.context)
+
+    def steps_at(self, worker: Worker, now_s: float) -> float:
+        """Steps that the worker has probably done by now."""
+        if not worker.running:
+            return worker.steps
+        return worker.steps + (now_s - worker.heard_s) / (worker.slowness * self.step_s(worker))
+
+    def place(self, sample: Sample, expected: float, now_s: float) -> None:
+        """The sample runs on `sample.instance`; `expected`: tokens that it will still get."""
         assert sample.instance is not None
         worker = self.workers[sample.instance]
-        worker.running[sample.id] = self._reserve(sample)
-        worker.load += worker.running[sample.id]
-        self._note(sample.instance)
+        worker.steps, worker.heard_s = self.steps_at(worker, now_s), now_s
+        offset = worker.steps - sample.response_tokens
+        reserved = self.reserve(sample)
+        worker.running[sample.id] = reserved
+        worker.load += reserved
+        worker.expected += expected
+        worker.watched_s = -1.0
+        self._expected[sample.id] = expected
+        worker.held += sample.prompt_tokens - offset
+        self.rows.add(sample, sample.instance, offset)
+        self.ready.note(sample.instance)
 
     def send(self, sample: Sample, destination: int) -> None:
         """The sample has been told to leave for `destination`."""
         worker = self.workers[destination]
-        worker.inbound[sample.id] = self._reserve(sample)
+        worker.inbound[sample.id] = self.reserve(sample)
         worker.load += worker.inbound[sample.id]
         self._destination[sample.id] = destination
-        self._note(destination)
+        self.ready.note(destination)
 
     def remove(self, sample: Sample) -> int | None:
         """Forget where the sample runs and is going to; returns where it was going."""
         if sample.instance is not None and sample.state is not SampleState.QUEUED:
-            self._pop(sample.instance, self.workers[sample.instance].running, sample.id)
+            worker = self.workers[sample.instance]
+            if sample.id in worker.running:
+                worker.held -= sample.prompt_tokens - self.rows.remove(sample.id)
+                worker.expected -= self._expected.pop(sample.id)
+                worker.load -= worker.running.pop(sample.id)
+                if not worker.running:
+                    worker.expected, worker.held, worker.watched_s = 0.0, 0.0, -1.0
+                    self.ready.note(sample.instance)
         destination = self._destination.pop(sample.id, None)
         if destination is not None:
-            self._pop(destination, self.workers[destination].inbound, sample.id)
+            worker = self.workers[destination]
+            worker.load -= worker.inbound.pop(sample.id)
+            self.ready.note(destination)
         return destination
 
-    def _pop(self, instance: int, table: dict[int, int], sample_id: int) -> None:
+    def reached(self, instance: int, sample_id: int, tokens: int, now_s: float) -> None:
+        """The sample is seen to have `tokens`: so many steps has its engine done."""
+        row = self.rows.place.get(sample_id)
+        if row is None or self.rows.homes[row] != instance:
+            return
         worker = self.workers[instance]
-        worker.load -= table.pop(sample_id, 0)
-        if not table:
-            self._note(instance)
-
-    def grew(self, instance: int, tokens: int) -> None:
-        """A sample there got `tokens` since its last report: so did its neighbours, which are
-        stepped together."""
-        worker = self.workers[instance]
-        worker.ahead = max(worker.ahead, tokens)
+        steps = tokens + self.rows.offsets[row]
+        if steps < worker.steps:  # it stood still while others were stepped
+            worker.held -= worker.steps - steps
+            self.rows.offsets[row] = worker.steps - tokens
+        else:
+            worker.watched_due_s += (steps - worker.steps) * self.step_s(worker)
+            worker.steps = steps
+        worker.heard_s = now_s
+        _watch(worker, now_s)
 
     def lose(self, instance: int) -> list[int]:
         """The worker is gone; returns the samples that ran there. Samples on their way to it go
@@ -122,46 +163,43 @@ class Fleet:
         worker.calls.clear()
         worker.last_role = ""
         self.num_alive -= 1
-        self._note(instance)
+        self.ready.note(instance)
         return list(worker.running)
+
+    def lose_scorer(self, instance: int) -> None:
+        worker = self.workers[instance]
+        worker.can_score = False
+        worker.calls.clear()
+        worker.last_role = ""
+        self.ready.note(instance)
 
     def revive(self, instance: int) -> None:
         worker = self.workers[instance]
+        worker.can_score = True
         if not worker.alive:
             worker.alive, worker.asleep = True, False
+            worker.slowness, worker.watched_s = 1.0, -1.0
             self.num_alive += 1
-            self._note(instance)
+        self.ready.note(instance)
 
     def scorers(self) -> list[int]:
-        """First workers of the blocks that are all alive."""
+        """First workers of the blocks that can all score."""
         block = self._policy.block
         firsts = range(0, len(self.workers), block)
-        return [f for f in firsts if all(w.alive for w in self.workers[f : f + block])]
-
-    def next_scorer(self) -> int | None:
-        """The free scorer that has the fewest calls, or None: all are busy or have enough."""
-        if self._policy.block == 1:
-            return next((next(iter(ready)) for ready in self._ready if ready), None)
-        block = self._policy.block
-        able = [
-            (len(self.workers[first].calls), first)
-            for first in range(0, len(self.workers), block)
-            if all(w.free for w in self.workers[first : first + block])
-        ]
-        calls, first = min(able, default=(0, None))
-        return first if calls < self._policy.score_ahead else None
+        usable = [w.alive and w.can_score for w in self.workers]
+        return [f for f in firsts if all(usable[f : f + block])]
 
     def call(self, worker: int, role: str, sample_ids: tuple[int, ...], seconds: float) -> None:
         self.workers[worker].calls.append((role, sample_ids, seconds))
         self.workers[worker].last_role = role
-        self._note(worker)
+        self.ready.note(worker)
 
     def answered(self, worker: int, role: str, sample_ids: Sequence[int]) -> None:
         calls = self.workers[worker].calls
         for call in calls:
             if call[0] == role and call[1] == tuple(sample_ids):
                 calls.remove(call)
-                self._note(worker)
+                self.ready.note(worker)
                 return
 
     def outstanding(self) -> list[str]:
@@ -170,6 +208,8 @@ class Fleet:
         for i, worker in enumerate(self.workers):
             if not worker.alive:
                 parts.append(f"instance {i} lost")
+            elif not worker.can_score:
+                parts.append(f"scorer {i} lost")
             for word, ids in (("generating", worker.running), ("coming in", worker.inbound)):
                 if ids:
                     parts.append(f"instance {i}: {len(ids)} {word} ({shown(ids)})")
@@ -185,16 +225,32 @@ class Fleet:
             if s.state in (SampleState.RUNNING, SampleState.MOVING)
         }
         assert placed == told, f"{sorted(placed ^ told, key=str)}"
+        ids, _, homes, _, _ = self.rows.columns()
+        assert set(zip(ids.tolist(), homes.tolist(), strict=True)) == told, "rows and samples"
+        assert set(self._expected) == {s for s, _ in told}
         moving = {s.id for s in samples.values() if s.state is SampleState.MOVING}
         assert moving == set(self._destination), "moving samples and their destinations"
         assert self.num_alive == sum(w.alive for w in self.workers)
         for i, worker in enumerate(self.workers):
             assert worker.load == sum(worker.running.values()) + sum(worker.inbound.values())
-            ready = worker.free and len(worker.calls) < self._policy.score_ahead
-            assert [i in r for r in self._ready].count(True) == ready, f"worker {i}: {ready=}"
-            assert not ready or i in self._ready[len(worker.calls)]
             assert worker.alive or not (worker.running or worker.calls), f"worker {i} is lost"
-            assert len(worker.running) <= self._policy.max_running, f"worker {i} is overfull"
+            room = len(worker.running) + len(worker.inbound)
+            assert room <= self._policy.max_running, f"worker {i} is overfull"
+            if self._policy.cache_tokens and room > 1:
+                assert worker.load <= self._policy.cache_tokens, f"worker {i}: cache overfull"
+        self.ready.validate()
+
+
+def _watch(worker: Worker, now_s: float) -> None:
+    """Learn how slow the worker is, from stretches of pure stepping of some length."""
+    done = worker.steps - worker.watched_steps
+    if worker.watched_s >= 0.0:
+        if done < LEAST_STEPS or worker.watched_due_s <= 0.0:
+            return
+        ratio = (now_s - worker.watched_s) / worker.watched_due_s
+        weight = done / (done + LEARNED_STEPS)
+        worker.slowness += weight * (min(max(ratio, 0.5), 8.0) - worker.slowness)
+    worker.watched_s, worker.watched_steps, worker.watched_due_s = now_s, worker.steps, 0.0
 
 
 def shown(ids: Collection[int]) -> str:

@@ -1,9 +1,15 @@
-"""When would generation and inference end? A fluid forecast, compiled, for one plan at a time.
+"""When would everything be generated and scored? A fluid forecast, compiled, one plan at a time.
 
 Each instance steps all its samples together, so between two completions every sample advances at
-one rate; free workers drain the scoring backlog. Plan: when at most `at_count` samples remain
+one rate; free blocks drain the scoring backlog. Plan: when at most `at_count` samples remain
 (all of them: now), the samples of instances not in `keep` move to those in `keep`.
+
+Linear in the samples once each scenario is sorted: thousands of plans a second at a thousand
+samples. Two shortcuts make it so: after a move samples are still taken in the order of their
+remaining lengths before it, and arrivals at the scorers fall into `BINS` equal stretches of time.
 """
+
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -12,30 +18,58 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+BINS = 512
+
+
+class State(NamedTuple):
+    """One moment, as the forecast needs it. n samples, i instances, s scorers (blocks), m
+    scenarios, g groups."""
+
+    remaining: Floats  # [m, n] tokens to come
+    order: Ints  # [m, n] samples by remaining
+    context: Floats  # [n] tokens held
+    home: Ints  # [n]
+    busy_s: Floats  # [i] until the worker has done what it was given
+    slow: Floats  # [i] seconds of a step over what the table says
+    usable: Bools  # [s] whether the block can score
+    block: int
+    load_s: Floats  # [s] until a model is loaded once the block is free
+    table: Floats  # [b] step seconds by batch
+    context_s: float  # of a step, per token of context
+    stall_s: Floats  # [n] receiver seconds if the sample moves
+    stall_call_s: float
+    score_token_s: float  # summed over roles
+    last_token_s: float  # the dearest role's
+    backlog_s: float  # scoring that no worker has been given
+    group: Ints  # [n]; used where train_token_s > 0
+    group_tokens: Floats  # [g] tokens of finished siblings
+    train_token_s: float
 
 
 @numba.njit(cache=True)
-def _completions(  # type: ignore[no-untyped-def]
-    remaining, context, home, start, num_instances, table, context_s, finish
-):
+def _completions(state, order, remaining, context, home, start, finish):  # type: ignore[no-untyped-def]
     """Fill `finish` for samples with remaining > 0; returns when each instance runs dry."""
+    table, context_s, slow = state.table, state.context_s, state.slow
+    num_instances = len(start)
     ends = start.copy()
     count = np.zeros(num_instances, np.int64)
     total = np.zeros(num_instances)
     level = np.zeros(num_instances)
+    top = len(table) - 1
     for j in range(len(home)):
         if remaining[j] > 0:
             count[home[j]] += 1
             total[home[j]] += context[j]
-    for j in np.argsort(remaining):
+    for j in order:
         if remaining[j] <= 0:
             continue
         i = home[j]
-        batch = min(count[i], len(table) - 1)
+        batch = min(count[i], top)
         steps = remaining[j] - level[i]
         if steps > 0:
             held = total[i] + 0.5 * steps * count[i]
-            ends[i] += steps * (table[batch] * (count[i] / batch) + context_s * held)
+            step = table[batch] * (count[i] / batch) + context_s * held
+            ends[i] += steps * slow[i] * step
             total[i] += steps * count[i]
             level[i] = remaining[j]
         finish[j] = ends[i]
@@ -45,16 +79,27 @@ def _completions(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _drain(free_at, arrive, work, backlog):  # type: ignore[no-untyped-def]
-    """When free workers (from `free_at` on) have done `backlog` and what arrives, work-conserving:
+def _need(arrival, work, end):  # type: ignore[no-untyped-def]
+    """Work by bin of arrival, over [0, end]."""
+    bins = np.zeros(BINS + 1)
+    scale = BINS / end if end > 0 else 0.0
+    for j in range(len(arrival)):
+        bins[min(int(arrival[j] * scale) + 1, BINS)] += work[j]
+    return bins
+
+
+@numba.njit(cache=True)
+def _drain(free_at, bins, width, backlog):  # type: ignore[no-untyped-def]
+    """When free scorers (from `free_at` on) have done `backlog` and what arrives, work-conserving:
     capacity spent by the end is the largest, over arrivals, of capacity before plus work after."""
     free = np.sort(free_at)
-    order = np.argsort(arrive)
-    after = work.sum()
+    after = bins.sum()
     need = backlog + after
     index, spent, clock = 0, 0.0, 0.0
-    for j in order:
-        moment = arrive[j]
+    for b in range(len(bins)):
+        if bins[b] <= 0:
+            continue
+        moment = b * width
         while index < len(free) and free[index] <= moment:
             spent += index * max(0.0, free[index] - clock)
             clock = max(clock, free[index])
@@ -62,7 +107,7 @@ def _drain(free_at, arrive, work, backlog):  # type: ignore[no-untyped-def]
         spent += index * max(0.0, moment - clock)
         clock = max(clock, moment)
         need = max(need, spent + after)
-        after -= work[j]
+        after -= bins[b]
     while index < len(free):
         if index > 0 and spent + index * (free[index] - clock) >= need:
             break
@@ -73,95 +118,91 @@ def _drain(free_at, arrive, work, backlog):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _progress_at(moment, remaining, finish, home, start, num_instances, table, context_s, context):  # type: ignore[no-untyped-def]
+def _progress_at(state, moment, remaining, finish):  # type: ignore[no-untyped-def]
     """Tokens that each instance adds to each of its samples until `moment`."""
+    home, table, start = state.home, state.table, state.busy_s
+    num_instances = len(start)
     level = np.zeros(num_instances)
     count = np.zeros(num_instances, np.int64)
     total = np.zeros(num_instances)
     last = start.copy()
     for j in range(len(home)):
+        i = home[j]
         if finish[j] <= moment:
-            level[home[j]] = max(level[home[j]], remaining[j])
-            last[home[j]] = max(last[home[j]], finish[j])
-    for j in range(len(home)):
-        if finish[j] > moment:
-            count[home[j]] += 1
-            total[home[j]] += context[j]
+            level[i] = max(level[i], remaining[j])
+            last[i] = max(last[i], finish[j])
+        else:
+            count[i] += 1
+            total[i] += state.context[j]
     for i in range(num_instances):
         if count[i] > 0 and moment > last[i]:
             batch = min(count[i], len(table) - 1)
             held = total[i] + level[i] * count[i]
-            step = table[batch] * (count[i] / batch) + context_s * held
-            level[i] += (moment - last[i]) / step
+            step = table[batch] * (count[i] / batch) + state.context_s * held
+            level[i] += (moment - last[i]) / (step * state.slow[i])
     return level
 
 
 @numba.njit(cache=True)
-def _assign(moving, home, keep, count, key):  # type: ignore[no-untyped-def]
-    """Longest first to the kept instance with the fewest samples; `count` is updated."""
-    for j in np.argsort(-key):
-        if moving[j]:
-            best = -1
-            for i in range(len(keep)):
-                if keep[i] and (best < 0 or count[i] < count[best]):
-                    best = i
-            home[j] = best
-            count[best] += 1
-
-
-@numba.njit(cache=True)
-def _move(  # type: ignore[no-untyped-def]
-    moment, left, context, home, start, keep, stall_token_s, stall_call_s
-):
-    """Re-home the samples with left > 0; returns (home, start of each instance after it)."""
-    after = home.copy()
-    count = np.zeros(len(keep), np.int64)
-    moving = np.zeros(len(home), np.bool_)
+def _move(state, moment, order, left, keep):  # type: ignore[no-untyped-def]
+    """Re-home the samples with left > 0, the longest to different instances; returns (home, start
+    of each instance after it)."""
+    after = state.home.copy()
+    num, instances = len(after), len(keep)
+    count = np.zeros(instances, np.int64)
+    stays = np.zeros(num, np.bool_)
     num_left, num_keep = 0, 0
-    for i in range(len(keep)):
-        num_keep += keep[i]
-    for j in range(len(home)):
+    kept = np.zeros(instances, np.int64)
+    for i in range(instances):
+        if keep[i]:
+            kept[num_keep] = i
+            num_keep += 1
+    for j in range(num):
         num_left += left[j] > 0
     most = (num_left + num_keep - 1) // num_keep
-    for j in range(len(home)):
-        if left[j] > 0:
-            if keep[home[j]] and count[home[j]] < most:
-                count[home[j]] += 1
-            else:
-                moving[j] = True
-    _assign(moving, after, keep, count, left)
-    begin = np.maximum(start, moment)
-    called = np.zeros(len(keep), np.bool_)
-    for j in range(len(home)):
-        if moving[j]:
-            begin[after[j]] += stall_token_s * context[j]
-            if not called[after[j]]:
-                begin[after[j]] += stall_call_s
-                called[after[j]] = True
+    begin = np.maximum(state.busy_s, moment)
+    for j in order:
+        if left[j] > 0 and keep[after[j]] and count[after[j]] < most:
+            count[after[j]] += 1
+            stays[j] = True
+    called = np.zeros(instances, np.bool_)
+    pointer = 0
+    for back in range(num):
+        j = order[num - 1 - back]
+        if left[j] > 0 and not stays[j]:
+            while count[kept[pointer]] >= most:
+                pointer = (pointer + 1) % num_keep
+            i = kept[pointer]
+            pointer = (pointer + 1) % num_keep
+            after[j] = i
+            count[i] += 1
+            begin[i] += state.stall_s[j]
+            if not called[i]:
+                begin[i] += state.stall_call_s
+                called[i] = True
     return after, begin
 
 
 @numba.njit(cache=True)
-def _ends_with_move(  # type: ignore[no-untyped-def]
-    remaining, context, home, busy, keep, at_count, table, context_s, stall_token_s,
-    stall_call_s, finish,
-):  # fmt: skip
+def _ends_with_move(state, order, remaining, keep, at_count, finish):  # type: ignore[no-untyped-def]
     """As `_completions`, with the move: `finish` holds the times without it and is updated."""
-    num, instances = len(home), len(keep)
-    moment = 0.0 if at_count >= num else np.sort(finish)[num - at_count - 1]
-    level = _progress_at(
-        moment, remaining, finish, home, busy, instances, table, context_s, context
-    )
-    left = np.zeros(num)
-    held = context.copy()
-    dry = busy.copy()
-    for j in range(num):
-        if finish[j] > moment:
-            left[j] = max(remaining[j] - level[home[j]], 1e-9)
-            held[j] += remaining[j] - left[j]
-        dry[home[j]] = max(dry[home[j]], min(moment, finish[j]))
-    after, begin = _move(moment, left, held, home, busy, keep, stall_token_s, stall_call_s)
-    later = _completions(left, held, after, begin, instances, table, context_s, finish)
+    num = len(remaining)
+    home = state.home
+    left = remaining.copy()
+    held = state.context.copy()
+    dry = state.busy_s.copy()
+    moment = 0.0
+    if at_count < num:
+        moment = np.partition(finish, num - at_count - 1)[num - at_count - 1]
+        level = _progress_at(state, moment, remaining, finish)
+        for j in range(num):
+            left[j] = 0.0
+            if finish[j] > moment:
+                left[j] = max(remaining[j] - level[home[j]], 1e-9)
+                held[j] += remaining[j] - left[j]
+            dry[home[j]] = max(dry[home[j]], min(moment, finish[j]))
+    after, begin = _move(state, moment, order, left, keep)
+    later = _completions(state, order, left, held, after, begin, finish)
     for j in range(num):
         if left[j] > 0:
             dry[after[j]] = later[after[j]]
@@ -169,60 +210,81 @@ def _ends_with_move(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _free_from(ends, alive, block):  # type: ignore[no-untyped-def]
-    """When each worker can score: a block is free when its last member is, if all are alive."""
-    free = np.empty(len(alive))
+def _free_from(state, ends):  # type: ignore[no-untyped-def]
+    """When each usable block can score: when its last member is dry and a model is loaded."""
+    free = np.empty(len(state.usable))
     number = 0
-    for first in range(0, len(alive), block):
-        end = min(first + block, len(alive))
-        if np.all(alive[first:end]):
-            free[number : number + end - first] = np.max(ends[first:end])
-            number += end - first
+    for s in range(len(state.usable)):
+        if state.usable[s]:
+            first = s * state.block
+            free[number] = ends[first : first + state.block].max() + state.load_s[s]
+            number += 1
     return free[:number]
 
 
 @numba.njit(cache=True)
-def _one_end(  # type: ignore[no-untyped-def]
-    remaining, context, home, busy, alive, keep, at_count, table, context_s, stall_token_s,
-    stall_call_s, score_token_s, last_token_s, backlog, block,
-):  # fmt: skip
-    finish = np.zeros(len(home))
-    ends = _completions(remaining, context, home, busy, len(alive), table, context_s, finish)
-    if at_count > 0:
-        ends = _ends_with_move(
-            remaining, context, home, busy, keep, at_count, table, context_s, stall_token_s,
-            stall_call_s, finish,
-        )  # fmt: skip
-    work = score_token_s * (context + remaining)
-    end = _drain(_free_from(ends, alive, block), finish, work, backlog)
+def _scored_at(state, finish, remaining, free):  # type: ignore[no-untyped-def]
+    """When all is scored, and trained where groups are."""
+    num = len(finish)
+    final = state.context + remaining
     last = np.argmax(finish)
-    return max(end, finish[last] + last_token_s * (context[last] + remaining[last]))
+    end = finish[last]
+    width = end / BINS
+    bins = _need(finish, state.score_token_s * final, end)
+    tail_s = state.last_token_s * final[last]
+    if state.train_token_s > 0:
+        ready = np.zeros(len(state.group_tokens))
+        tokens = state.group_tokens.copy()
+        for j in range(num):
+            ready[state.group[j]] = max(ready[state.group[j]], finish[j])
+            tokens[state.group[j]] += final[j]
+        bins += _need(ready, state.train_token_s * tokens, end)
+        tail_s += state.train_token_s * tokens[state.group[last]]
+    return max(_drain(free, bins, width, state.backlog_s), end + tail_s)
 
 
 @numba.njit(cache=True)
-def end_s(  # type: ignore[no-untyped-def]
-    remaining, context, home, busy, alive, keep, at_count, table, context_s, stall_token_s,
-    stall_call_s, score_token_s, last_token_s, backlog, block,
-):  # fmt: skip
-    """Mean over scenarios of the seconds until everything is generated and scored.
-
-    remaining [m, n] tokens to come; context [n] tokens held; home [n] instance; busy [i] seconds
-    until each worker has done what it was given; alive, keep [i]; at_count: see the module, 0 for
-    no move; table [b] step seconds by batch; score_token_s summed over roles; last_token_s the
-    dearest role's; backlog in worker seconds.
-    """
+def end_s(state, keep, at_count):  # type: ignore[no-untyped-def]
+    """Mean over scenarios of the seconds until everything is generated, scored and trained.
+    keep [i] instances; at_count: see the module, 0 for no move."""
     total = 0.0
-    for m in range(len(remaining)):
-        total += _one_end(
-            remaining[m], context, home, busy, alive, keep, at_count, table, context_s,
-            stall_token_s, stall_call_s, score_token_s, last_token_s, backlog, block,
-        )  # fmt: skip
-    return total / len(remaining)
+    scenarios = len(state.remaining)
+    for m in range(scenarios):
+        remaining, order = state.remaining[m], state.order[m]
+        finish = np.zeros(len(remaining))
+        if at_count < len(remaining):
+            ends = _completions(
+                state, order, remaining, state.context, state.home, state.busy_s, finish
+            )
+        if at_count > 0:
+            ends = _ends_with_move(state, order, remaining, keep, at_count, finish)
+        total += _scored_at(state, finish, remaining, _free_from(state, ends))
+    return total / scenarios
 
 
 def warm_up() -> None:
     """Compile (or load from the cache) before the first decision is needed: seconds, once."""
     ones, zero = np.ones(1), np.zeros(1, dtype=np.int64)
     yes = np.ones(1, dtype=np.bool_)
-    table = np.ones(2)
-    end_s(ones[None], ones, zero, ones, yes, yes, 1, table, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1)
+    state = State(
+        remaining=ones[None],
+        order=zero[None],
+        context=ones,
+        home=zero,
+        busy_s=ones,
+        slow=ones,
+        usable=yes,
+        block=1,
+        load_s=ones,
+        table=np.ones(2),
+        context_s=0.0,
+        stall_s=ones,
+        stall_call_s=0.0,
+        score_token_s=0.0,
+        last_token_s=0.0,
+        backlog_s=0.0,
+        group=zero,
+        group_tokens=ones,
+        train_token_s=0.0,
+    )
+    end_s(state, yes, 1)

@@ -1,32 +1,20 @@
 """Should the tail move, which samples, and where to? Pure functions of a snapshot."""
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from rlhfuse.cost import CostModel
-from rlhfuse.rollout.forecast import Bools, Floats, Ints, end_s
+from rlhfuse.rollout.forecast import Bools, Floats, Ints, State, end_s
 from rlhfuse.rollout.lengths import LengthModel, stratified
 from rlhfuse.rollout.policy import Policy
+from rlhfuse.rollout.snapshot import Tail, state_of, thinned
 
 LATER = (0.9, 0.75, 0.55, 0.35, 0.2, 0.1)  # moments to wait for, by part remaining
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """Running samples and the scoring that is known, at one moment. n samples, i instances."""
-
-    sample_ids: Ints  # [n]
-    tokens: Floats  # [n] response tokens so far
-    prompts: Floats  # [n]
-    home: Ints  # [n]
-    alive: Bools  # [i]
-    busy_s: Floats  # [i] seconds of scoring already given to each worker
-    backlog_s: float  # scoring of finished samples that no worker has, in worker seconds
-    num_samples: int  # of the iteration
-    roles: tuple[str, ...]
+MOST_SAMPLES = 2048  # that a forecast looks at; of more, a part of the instances stands for all
+MOST_SCENARIOS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,99 +26,166 @@ class Move:
     gain_s: float
 
 
-def decide(tail: Tail, lengths: LengthModel, cost: CostModel, policy: Policy) -> Move | None:
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What does not change during an iteration. `table`: step seconds by batch."""
+
+    lengths: LengthModel
+    cost: CostModel
+    policy: Policy
+    roles: tuple[str, ...]
+    train: bool
+    table: Floats
+
+
+def decide(tail: Tail, frame: Frame) -> Move | None:
     """The move to make now, or None: nothing pays by the margin, or a later move pays more."""
-    num = len(tail.sample_ids)
-    scenarios = max(2, min(12, 4096 // num))
-    quantiles = stratified(scenarios, tail.sample_ids)
-    remaining = lengths.remaining(tail.tokens, quantiles)
-    ask = _Forecast(tail, remaining, cost, policy)
-    stay_s = ask.end_s(np.zeros(len(tail.alive), dtype=np.bool_), 0)
-    enough_s = (1.0 - policy.margin) * stay_s
-    # No move makes the longest sample faster than alone on an instance.
-    if float(remaining.max(axis=1).mean()) * cost.step_s(1) >= enough_s:
+    part = thinned(tail, frame.policy.block, MOST_SAMPLES)
+    num = len(part.sample_ids)
+    if not num:
         return None
-    plans = [(ask.end_s(keep, num), i, keep) for i, keep in enumerate(keep_sets(tail, policy))]
-    expected = remaining.mean(axis=0)
-    for now_s, _, keep in sorted(plans, key=lambda plan: plan[:2]):
-        if now_s >= enough_s or any(
-            ask.end_s(keep, max(1, int(part * num))) < now_s for part in LATER if num > 2
-        ):
+    scenarios = max(2, min(MOST_SCENARIOS, 4096 // num))
+    remaining = _remaining(part, frame.lengths, scenarios)
+    state = _state(part, remaining, frame)
+    stay_s = float(end_s(state, np.zeros(len(part.alive), dtype=np.bool_), 0))
+    enough_s = (1.0 - frame.policy.margin) * stay_s
+    # No move makes the longest sample faster than alone on the fastest instance.
+    alone_s = frame.cost.step_s(1) * float(part.slow[part.alive].min())
+    if float(remaining.max(axis=1).mean()) * alone_s >= enough_s:
+        return None
+    blocks = block_order(part, frame.policy.block)
+    plans = _weighed(part, state, blocks, num)
+    for now_s, size in sorted(plans):
+        if now_s >= enough_s or _later_is_better(state, keep_first(part, blocks, size), now_s):
             return None
-        destinations = assign(tail, keep, expected, policy)
-        if destinations is not None:
-            return _move(tail, keep, destinations, now_s, stay_s)
+        move = _whole(tail, part, size / len(blocks), now_s, stay_s, frame)
+        if move is not None:
+            return move
     return None
 
 
-def _move(
-    tail: Tail, keep: Bools, destinations: tuple[int, ...], now_s: float, stay_s: float
-) -> Move:
-    num = len(tail.sample_ids)
-    moved = int(np.sum(np.asarray(destinations) != tail.home))
+def _weighed(part: Tail, state: State, blocks: list[Ints], num: int) -> list[tuple[float, int]]:
+    """(end, blocks that go on): a ladder of sizes, then the sizes between the best and its
+    neighbours."""
+    ends: dict[int, float] = {}
+
+    def weigh(sizes: list[int]) -> None:
+        for size in sizes:
+            if size not in ends:
+                ends[size] = float(end_s(state, keep_first(part, blocks, size), num))
+
+    ladder = plan_sizes(part, blocks)
+    weigh(ladder)
+    while ladder:
+        best = min(ends, key=lambda size: (ends[size], size))
+        known = sorted(ends)
+        place = known.index(best)
+        near = known[max(0, place - 1) : place + 2]
+        middles = [(a + b) // 2 for a, b in pairwise(near)]
+        ladder = [m for m, a in zip(middles, near, strict=False) if m != a and 16 * (m - a) > a]
+        weigh(ladder)
+    return [(end, size) for size, end in ends.items()]
+
+
+def _later_is_better(state: State, keep: Bools, now_s: float) -> bool:
+    num = state.remaining.shape[1]
+    return num > 2 and any(end_s(state, keep, max(1, int(part * num))) < now_s for part in LATER)
+
+
+def _remaining(tail: Tail, lengths: LengthModel, scenarios: int) -> Floats:
+    quantiles = stratified(scenarios, tail.sample_ids)
+    return lengths.remaining(tail.tokens, quantiles, tail.sample_ids, tail.groups)
+
+
+def _state(tail: Tail, remaining: Floats, frame: Frame) -> State:
+    return state_of(
+        tail, remaining, frame.roles, frame.train, frame.cost, frame.policy, frame.table
+    )
+
+
+def _whole(
+    tail: Tail, part: Tail, share: float, now_s: float, stay_s: float, frame: Frame
+) -> Move | None:
+    """The plan that was good for a part, for the whole fleet: `share` of its blocks go on."""
+    blocks = block_order(tail, frame.policy.block)
+    size = max(1, round(share * len(blocks)))
+    keep = keep_first(tail, blocks, size)
+    expected = _remaining(tail, frame.lengths, 4).mean(axis=0)
+    destinations = assign(tail, keep, expected, frame.policy)
+    if destinations is None:
+        return None
+    destinations = _let_finish(tail, destinations, expected, frame)
+    moved = np.flatnonzero(np.asarray(destinations) != tail.home)
+    if not len(moved):
+        return None
+    context = (tail.prompts + tail.tokens)[moved]
+    cached = sum(frame.cost.cache_pays(float(c)) for c in context)
+    before = len(set((tail.home // frame.policy.block).tolist()))
     text = (
-        f"{moved} of {num} running samples move, {int(keep.sum())} of {int(tail.alive.sum())} "
-        f"instances go on: end in {now_s:.3f} s instead of {stay_s:.3f} s"
+        f"{len(moved)} of {len(tail.home)} running samples move ({cached} with their cache, "
+        f"{len(moved) - cached} prefilled again), {before} -> {size} of {len(blocks)} "
+        f"{'blocks' if frame.policy.block > 1 else 'instances'} generate, "
+        f"{tail.backlog_s:.3g} s of scoring wait: "
+        f"end in {now_s:.3f} s instead of {stay_s:.3f} s"
     )
     return Move(destinations, text, stay_s - now_s)
 
 
-def decide_by_threshold(tail: Tail, cost: CostModel, policy: Policy) -> Move | None:
-    """RLHFuse's rule (arXiv 2409.13221, section 4): when the unfinished part falls below the
-    threshold, keep the least number of instances whose batch capacity (decode latency not yet
-    rising) and cache hold the tail, those with the most remaining samples."""
-    num = len(tail.sample_ids)
-    if num > policy.paper_threshold * tail.num_samples:
-        return None
-    flat = [b for b in range(1, policy.max_running + 1) if cost.step_s(b) <= 1.5 * cost.step_s(1)]
+def _let_finish(
+    tail: Tail, destinations: tuple[int, ...], expected: Floats, frame: Frame
+) -> tuple[int, ...]:
+    """Samples that are expected to end sooner than they could leave stay where they are."""
+    cost = frame.cost
     counts = np.bincount(tail.home, minlength=len(tail.alive))
-    least = -(-num // max(flat, default=1))
-    for number in range(least, int(np.count_nonzero(counts))):
-        destinations = assign(tail, _fullest(tail, number), -tail.tokens, policy)
-        if destinations is not None:
-            text = f"{num} of {tail.num_samples} samples remain: {number} instances go on"
-            return Move(destinations, text, 0.0)
-    return None
+    step_s = frame.table[np.minimum(counts, len(frame.table) - 1)] * tail.slow
+    context = tail.prompts + tail.tokens
+    leave_s = cost.migrate_call_s + np.minimum(
+        cost.migrate_token_s * context, cost.prefill_call_s + cost.prefill_token_s * context
+    )
+    stays = expected * step_s[tail.home] < leave_s
+    return tuple(np.where(stays, tail.home, np.asarray(destinations)).tolist())
 
 
-def decide_forced(tail: Tail, policy: Policy) -> Move | None:
-    """What the policy orders, once no more than `forced_count` samples remain."""
-    if len(tail.sample_ids) > policy.forced_count:
-        return None
-    keep = _fullest(tail, policy.forced_keep)
-    destinations = assign(tail, keep, -tail.tokens, policy)
-    return None if destinations is None else Move(destinations, "ordered", 0.0)
-
-
-def _fullest(tail: Tail, number: int) -> Bools:
-    """The `number` live instances with the most running samples."""
-    counts = np.bincount(tail.home, minlength=len(tail.alive))
-    order = sorted(np.flatnonzero(tail.alive).tolist(), key=lambda i: (-counts[i], i))
-    keep = np.zeros(len(tail.alive), dtype=np.bool_)
-    keep[order[:number]] = True
-    return keep
-
-
-def keep_sets(tail: Tail, policy: Policy) -> list[Bools]:
-    """Sets of instances that could go on: whole blocks, those with the most samples first; fewer
-    than now (consolidation), or more (spreading again once scoring has run dry)."""
-    counts = np.bincount(tail.home, minlength=len(tail.alive))
-    blocks: list[Ints] = [
-        np.arange(first, min(first + policy.block, len(counts)))
-        for first in range(0, len(counts), policy.block)
+def block_order(tail: Tail, block: int) -> list[Ints]:
+    """Blocks whose instances are all alive, those that should go on generating first: the most
+    samples and tokens (they need not move), not slow, little scoring given."""
+    instances = len(tail.alive)
+    counts = np.bincount(tail.home, minlength=instances)
+    held = np.bincount(tail.home, tail.prompts + tail.tokens, minlength=instances)
+    firsts = np.arange(0, instances, block)
+    slow = np.maximum.reduceat(tail.slow, firsts)
+    keys = (
+        firsts,
+        -np.add.reduceat(held, firsts),
+        np.maximum.reduceat(tail.busy_s, firsts),
+        -np.add.reduceat(counts, firsts),
+        np.rint(4 * slow) > 5,  # slower than expected by a third
+    )
+    usable = np.logical_and.reduceat(tail.alive, firsts)
+    return [
+        np.arange(first, min(first + block, instances))
+        for first in firsts[np.lexsort(keys)].tolist()
+        if usable[first // block]
     ]
-    usable = [b for b in blocks if bool(tail.alive[b].all())]
-    usable.sort(key=lambda b: (-int(counts[b].sum()), tail.busy_s[b].max(), int(b[0])))
-    in_use = sum(1 for b in usable if counts[b].any())
-    sizes = {1, 2, 3, 4, in_use // 4, in_use // 3, in_use // 2, 2 * in_use // 3, 3 * in_use // 4}
-    sizes |= {in_use - 1, in_use + 1, 2 * in_use, len(usable)} - {in_use}
-    sets = []
-    for size in sorted(s for s in sizes if 0 < s <= len(usable) and s != in_use):
-        keep = np.zeros(len(counts), dtype=np.bool_)
-        for block in usable[:size]:
-            keep[block] = True
-        sets.append(keep)
-    return sets
+
+
+def plan_sizes(tail: Tail, blocks: list[Ints]) -> list[int]:
+    """Numbers of blocks that could go on: fewer than now (consolidation), or more (spreading
+    again once scoring has run dry)."""
+    busy = np.zeros(len(tail.alive), dtype=np.bool_)
+    busy[tail.home] = True
+    used = sum(1 for b in blocks if busy[b].any())
+    parts = (0.06, 0.12, 0.25, 0.45, 0.7)
+    sizes = {1, 2, *(round(p * used) for p in parts)}
+    sizes |= {used - 1, used, used + 1, 2 * used, len(blocks)}
+    return sorted(s for s in sizes if 0 < s <= len(blocks))
+
+
+def keep_first(tail: Tail, blocks: list[Ints], size: int) -> Bools:
+    keep = np.zeros(len(tail.alive), dtype=np.bool_)
+    for block in blocks[:size]:
+        keep[block] = True
+    return keep
 
 
 def assign(tail: Tail, keep: Bools, remaining: Floats, policy: Policy) -> tuple[int, ...] | None:
@@ -139,7 +194,7 @@ def assign(tail: Tail, keep: Bools, remaining: Floats, policy: Policy) -> tuple[
     most = -(-len(tail.home) // int(keep.sum()))
     count = dict.fromkeys(np.flatnonzero(keep).tolist(), 0)
     cache = dict.fromkeys(count, 0.0)
-    need = tail.prompts + policy.max_response_tokens
+    need = (tail.prompts + policy.max_response_tokens).tolist()
     homes = tail.home.tolist()
     moving = []
     for j, home in enumerate(homes):
@@ -150,7 +205,8 @@ def assign(tail: Tail, keep: Bools, remaining: Floats, policy: Policy) -> tuple[
             moving.append(j)
     heap = [(number, i) for i, number in count.items()]
     heapq.heapify(heap)
-    for j in sorted(moving, key=lambda j: (-remaining[j], j)):
+    keys = remaining.tolist()
+    for j in sorted(moving, key=lambda j: (-keys[j], j)):
         number, home = heapq.heappop(heap)
         cache[home] += need[j]
         if number >= policy.max_running or 0 < policy.cache_tokens < cache[home]:
@@ -158,41 +214,3 @@ def assign(tail: Tail, keep: Bools, remaining: Floats, policy: Policy) -> tuple[
         homes[j] = home
         heapq.heappush(heap, (number + 1, home))
     return tuple(homes)
-
-
-class _Forecast:
-    """`forecast.end_s` with everything but the plan filled in."""
-
-    def __init__(self, tail: Tail, remaining: Floats, cost: CostModel, policy: Policy) -> None:
-        self._tail, self._remaining, self._policy = tail, remaining, policy
-        self._context = tail.prompts + tail.tokens
-        self._table = cost.step_table(max(64, min(len(tail.home), 4096)))
-        self._decode_context_s = cost.decode_context_s
-        rates: Sequence[float] = [cost.score_token_s[role] for role in tail.roles] or [0.0]
-        self._score_token_s, self._last_token_s = sum(rates), max(rates)
-        mean = float(self._context.mean())
-        cached = cost.cache_pays(mean)
-        self._stall_token_s = cost.migrate_token_s if cached else cost.prefill_token_s
-        self._stall_call_s = cost.migrate_call_s + (0.0 if cached else cost.prefill_call_s)
-
-    def end_s(self, keep: Bools, at_count: int) -> float:
-        tail = self._tail
-        return float(
-            end_s(
-                self._remaining,
-                self._context,
-                tail.home,
-                tail.busy_s,
-                tail.alive,
-                keep,
-                at_count,
-                self._table,
-                self._decode_context_s,
-                self._stall_token_s,
-                self._stall_call_s,
-                self._score_token_s,
-                self._last_token_s,
-                tail.backlog_s,
-                self._policy.block,
-            )
-        )

@@ -17,8 +17,8 @@ class InterStage(StrEnum):
 
 class Migration(StrEnum):
     """Who decides when the tail moves. AUTO: the cost model, at events. PAPER: one threshold of
-    remaining samples (RLHFuse, arXiv 2409.13221). FORCED: when `forced_count` samples remain,
-    `forced_keep` instances go on (for searches in the simulator). OFF: nobody."""
+    remaining samples (RLHFuse, arXiv 2409.13221). FORCED: at each (samples that remain, blocks
+    that go on) of `forced`, in order (for searches in the simulator). OFF: nobody."""
 
     AUTO = "auto"
     PAPER = "paper"
@@ -32,10 +32,14 @@ class Policy:
 
     margin: least predicted gain of a move, as a fraction of the time that is left.
     hysteresis_s: least time between two moves. paper_threshold: the part of the samples that
-    remains when the paper's policy moves. score_token_budget: most tokens in one scoring call.
-    score_ahead: scoring calls given to a worker before the first is answered, so that it does
-    not wait for the driver. Workers are freed in blocks of `block` neighbours, and only a whole
-    free block scores (a scorer that spans several workers needs them all).
+    remains when the paper's policy moves; 0: found by simulating the lengths seen before, or 0.2
+    where there are none. score_token_budget: most tokens in one scoring call. score_ahead:
+    scoring calls given to a worker before the first is answered, so that it does not wait for the
+    driver. Workers are freed in blocks of `block` neighbours, and only a whole free block scores
+    or trains (a scorer or an actor replica that spans several workers needs them all).
+    shared_prefix: engines keep a prompt's cache for its siblings, so that these are dispatched
+    together while that outweighs balance. reward_tries: a reward that timed out is asked for so
+    often before its sample is dropped. release_groups: say when a group is complete.
     """
 
     inter_stage: InterStage = InterStage.AUTO
@@ -45,21 +49,23 @@ class Policy:
     cache_tokens: int = 0
     margin: float = 0.01
     hysteresis_s: float = 0.02
-    paper_threshold: float = 0.2
+    paper_threshold: float = 0.0
     score_token_budget: int = 2048
     score_ahead: int = 2
     block: int = 1
     sleep_when_free: bool = False
-    forced_count: int = 0
-    forced_keep: int = 1
+    shared_prefix: bool = False
+    reward_tries: int = 1
+    release_groups: bool = False
+    forced: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         positive = ("max_response_tokens", "max_running", "score_token_budget", "score_ahead")
-        for name in (*positive, "block"):
+        for name in (*positive, "block", "reward_tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout policy: {name}={getattr(self, name)} must be at least 1")
-        if not 0.0 <= self.margin < 1.0 or not 0.0 < self.paper_threshold <= 1.0:
+        if not 0.0 <= self.margin < 1.0 or not 0.0 <= self.paper_threshold <= 1.0:
             raise ValueError(
                 f"rollout policy: margin={self.margin} must lie in [0, 1) and "
-                f"paper_threshold={self.paper_threshold} in (0, 1]"
+                f"paper_threshold={self.paper_threshold} in [0, 1]"
             )

@@ -1,9 +1,13 @@
 """Which finished samples need which role, who is at it, and how much a worker gets at a time."""
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout.ready import Ready
+
+Call = tuple[int, str, tuple[int, ...]]  # worker, role, sample ids
 
 
 @dataclass(slots=True)
@@ -14,7 +18,7 @@ class ScoreBoard:
     roles: tuple[str, ...]
     cost: CostModel
     pending: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> tokens
-    pending_s: float = 0.0
+    pending_tokens: dict[str, int] = field(default_factory=dict)
     num_pending: int = 0
     out: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> worker
     held: dict[str, dict[int, int]] = field(default_factory=dict)
@@ -24,6 +28,13 @@ class ScoreBoard:
     def __post_init__(self) -> None:
         for table in (self.pending, self.out, self.held):
             table.update({role: {} for role in self.roles})
+        self.pending_tokens = dict.fromkeys(self.roles, 0)
+
+    @property
+    def pending_s(self) -> float:
+        """Scoring that nobody has been given, in worker seconds."""
+        rate = self.cost.score_token_s
+        return sum(rate[role] * tokens for role, tokens in self.pending_tokens.items())
 
     def add(self, sample_id: int, tokens: int) -> None:
         """A finished sample: every role is pending."""
@@ -31,14 +42,15 @@ class ScoreBoard:
         self.missing[sample_id] = len(self.roles)
         for role in self.roles:
             self.pending[role][sample_id] = tokens
-            self.pending_s += self.cost.score_token_s[role] * tokens
+            self.pending_tokens[role] += tokens
         self.num_pending += len(self.roles)
 
     def forget(self, sample_id: int) -> None:
-        """The sample was dropped; what is out will be ignored."""
+        """The sample was dropped or is done with; what is out will be ignored."""
         for role in self.roles:
             if sample_id in self.pending[role]:
-                self._take(role, sample_id)
+                self.pending_tokens[role] -= self.pending[role].pop(sample_id)
+                self.num_pending -= 1
             self.out[role].pop(sample_id, None)
             self.held[role].pop(sample_id, None)
 
@@ -46,19 +58,22 @@ class ScoreBoard:
         """At least one pending sample, latest (so mostly longest) first; marks nothing as out."""
         ids: list[int] = []
         total = 0
-        for sample_id in reversed(self.pending[role]):
-            tokens = self.pending[role][sample_id]
+        pending = self.pending[role]
+        while pending:
+            sample_id, tokens = pending.popitem()
             if ids and total + tokens > most_tokens:
+                pending[sample_id] = tokens
                 break
             ids.append(sample_id)
             total += tokens
-        for sample_id in ids:
-            self._take(role, sample_id)
+        self.pending_tokens[role] -= total
+        self.num_pending -= len(ids)
         return tuple(ids)
 
     def give(self, worker: int, role: str, sample_ids: Sequence[int]) -> None:
+        out = self.out[role]
         for sample_id in sample_ids:
-            self.out[role][sample_id] = worker
+            out[sample_id] = worker
 
     def done(self, worker: int, role: str, sample_ids: Sequence[int]) -> list[int]:
         """Record results; returns the samples that now have every role. Strays are ignored."""
@@ -86,18 +101,10 @@ class ScoreBoard:
                     del table[sample_id]
                     self.missing[sample_id] += table is self.held[role]
                     self.pending[role][sample_id] = self.tokens[sample_id]
-                    self.pending_s += self.cost.score_token_s[role] * self.tokens[sample_id]
+                    self.pending_tokens[role] += self.tokens[sample_id]
                     self.num_pending += 1
                     lost.add(sample_id)
         return lost
-
-    def best_role(self, last: str) -> str:
-        """The role to score next on a worker that has `last` loaded: the same while swaps cost
-        anything, else the one with the most pending. Empty: nothing is pending."""
-        if self.cost.swap_s > 0 and self.pending.get(last):
-            return last
-        most = max(((len(self.pending[r]), -i, r) for i, r in enumerate(self.roles)), default=None)
-        return most[2] if most is not None and most[0] else ""
 
     def validate(self, finished: set[int]) -> None:
         """Assert that each finished sample stands in exactly one place per role, others in none."""
@@ -105,36 +112,55 @@ class ScoreBoard:
             places = [*self.pending[role], *self.out[role], *self.held[role]]
             assert len(places) == len(set(places)), f"{role}: a sample stands in two places"
             assert set(places) == finished, f"{role}: {set(places) ^ finished}"
+            assert self.pending_tokens[role] == sum(self.pending[role].values())
         for sample_id in finished:
             missing = sum(sample_id not in self.held[role] for role in self.roles)
             assert not self.roles or self.missing[sample_id] == missing
         assert self.num_pending == sum(map(len, self.pending.values()))
 
-    def _take(self, role: str, sample_id: int) -> None:
-        tokens = self.pending[role].pop(sample_id)
-        self.pending_s -= self.cost.score_token_s[role] * tokens
-        self.num_pending -= 1
-        if not self.num_pending:
-            self.pending_s = 0.0  # no rounding is left behind
+
+def place_call(
+    waiting_s: dict[str, float], ready: Ready, swap_s: float, ahead: int
+) -> tuple[int, str] | None:
+    """The next (worker, role) to call: a role goes where its model is loaded; it is loaded on
+    one more worker where nobody has it, or where those who have it would take longer than the
+    swap. `waiting_s`: pending seconds of each role that has any."""
+    roles = sorted(waiting_s, key=lambda role: (-waiting_s[role], role))
+    for calls in range(ahead):
+        if swap_s > 0:
+            for role in roles:
+                worker = ready.holder(role, calls)
+                if worker is not None:
+                    return worker, role
+        worker = ready.any(calls, roles if swap_s > 0 else ())
+        if worker is None:
+            continue
+        for role in roles:
+            holders = ready.num_holding(role)
+            if swap_s == 0 or not holders or waiting_s[role] > swap_s * holders:
+                return worker, role
+    return None
 
 
-def spread(
-    board: ScoreBoard, workers: Sequence[int], token_budget: int
-) -> list[tuple[int, str, tuple[int, ...]]]:
-    """All that is pending, evenly over `workers` (largest first to the least loaded), in calls of
-    at most `token_budget` tokens (or one sample). Takes everything from the board's pending."""
+def spread(board: ScoreBoard, workers: Sequence[int], token_budget: int) -> list[Call]:
+    """All that is pending, evenly over `workers`, in calls of at most `token_budget` tokens (or
+    one sample): the serial baseline. Takes everything from the board's pending.
+
+    Where models must be swapped, samples stay in the order of their roles and each worker gets
+    one stretch of equal seconds, so that it loads few; else largest first to the least loaded.
+    """
+    rates = board.cost.score_token_s
     tasks = [
-        (-board.cost.score_token_s[role] * tokens, sample_id, role, tokens)
+        (-rates[role] * tokens, sample_id, role, tokens)
         for role in board.roles
         for sample_id, tokens in board.pending[role].items()
     ]
-    load = dict.fromkeys(workers, 0.0)
     mine: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for negative_s, sample_id, role, tokens in sorted(tasks):
-        worker = min(workers, key=lambda w: (load[w], w))
-        load[worker] -= negative_s
-        mine.setdefault((worker, role), []).append((sample_id, tokens))
-    calls = []
+    if board.cost.swap_s > 0:
+        _stretches(tasks, workers, mine)
+    else:
+        _largest_first(tasks, workers, mine)
+    calls: list[Call] = []
     for (worker, role), samples in sorted(mine.items()):
         call: list[int] = []
         total = 0
@@ -147,5 +173,28 @@ def spread(
         calls.append((worker, role, tuple(call)))
     for role in board.roles:
         board.pending[role].clear()
-    board.pending_s, board.num_pending = 0.0, 0
+        board.pending_tokens[role] = 0
+    board.num_pending = 0
     return calls
+
+
+_Task = tuple[float, int, str, int]
+_Mine = dict[tuple[int, str], list[tuple[int, int]]]
+
+
+def _stretches(tasks: Sequence[_Task], workers: Sequence[int], mine: _Mine) -> None:
+    total = -sum(task[0] for task in tasks) or 1.0
+    passed = 0.0
+    for negative_s, sample_id, role, tokens in tasks:
+        middle = passed - 0.5 * negative_s
+        worker = workers[min(int(middle / total * len(workers)), len(workers) - 1)]
+        passed -= negative_s
+        mine.setdefault((worker, role), []).append((sample_id, tokens))
+
+
+def _largest_first(tasks: Sequence[_Task], workers: Sequence[int], mine: _Mine) -> None:
+    heap = [(0.0, worker) for worker in sorted(workers)]
+    for negative_s, sample_id, role, tokens in sorted(tasks):
+        load, worker = heap[0]
+        heapq.heapreplace(heap, (load - negative_s, worker))
+        mine.setdefault((worker, role), []).append((sample_id, tokens))

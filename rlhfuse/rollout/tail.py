@@ -1,15 +1,16 @@
-"""When to weigh whether the tail should move, and the snapshot that the decision is made on."""
+"""When to weigh whether the tail should move, by which rule, and the orders that follow."""
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.fleet import Fleet
 from rlhfuse.rollout.lengths import LengthModel
-from rlhfuse.rollout.migration import Move, Tail, decide, decide_by_threshold, decide_forced
+from rlhfuse.rollout.migration import Frame, Move, decide
+from rlhfuse.rollout.paper import best_threshold, decide_by_threshold, decide_forced
 from rlhfuse.rollout.policy import Migration, Policy
-from rlhfuse.sample import Sample
+from rlhfuse.rollout.snapshot import Books, Tail, snapshot
+from rlhfuse.sample import Sample, SampleState
 
 LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
 LOOK_AGAIN_S = 0.2  # or this much time must pass, or the same part of the time since the start
@@ -18,16 +19,26 @@ LOOK_AGAIN_S = 0.2  # or this much time must pass, or the same part of the time 
 class TailWatch:
     """One iteration's decisions to move. Weighs again only when enough has changed."""
 
-    def __init__(self, fleet: Fleet, cost: CostModel, policy: Policy, lengths: LengthModel) -> None:
-        self._fleet, self._cost, self._policy, self._lengths = fleet, cost, policy, lengths
+    def __init__(
+        self,
+        books: Books,
+        cost: CostModel,
+        policy: Policy,
+        lengths: LengthModel,
+        roles: tuple[str, ...],
+    ) -> None:
+        table = cost.step_table(max(64, min(policy.max_running, books.num_samples, 4096)))
+        self._frame = Frame(lengths, cost, policy, roles, books.groups.train, table)
+        self._books, self._policy = books, policy
         self._weighed = (0, float("-inf"))  # samples generating, time
         self._moved_s = float("-inf")
         self._start_s: float | None = None
-        self._threshold_passed = False
+        self._threshold: float | None = None  # the paper's, until it is passed
+        self._passed = 0  # orders carried out (or passed over)
 
     def due(self, now_s: float, num_generating: int) -> bool:
         """Whether to weigh now. At least two workers, no move under way, enough changed."""
-        policy, fleet = self._policy, self._fleet
+        policy, fleet = self._policy, self._books.fleet
         if policy.migration is Migration.OFF or fleet.num_inbound or fleet.num_alive < 2:
             return False
         count, at_s = self._weighed
@@ -42,48 +53,70 @@ class TailWatch:
         self._weighed = (num_generating, now_s)
         return True
 
-    def weigh(
-        self, samples: Mapping[int, Sample], backlog_s: float, roles: tuple[str, ...]
-    ) -> Move | None:
-        """The move to make now. `backlog_s`: scoring that no worker has been given."""
-        tail = self._tail(samples, backlog_s, roles)
-        if self._policy.migration in (Migration.PAPER, Migration.FORCED):
-            move = None if self._threshold_passed else self._by_threshold(tail)
-        else:
-            move = decide(tail, self._lengths, self._cost, self._policy)
-        if move is not None:
-            self._moved_s = self._weighed[1]
-        return move
+    def weigh(self) -> tuple[Tail, Move] | None:
+        """The move to make now, for the tail as it is."""
+        num, now_s = self._weighed
+        if self._policy.migration is Migration.FORCED and not self._ordered(num):
+            return None
+        tail = snapshot(self._books, self._policy, now_s)
+        match self._policy.migration:
+            case Migration.PAPER:
+                move = self._by_threshold(tail)
+            case Migration.FORCED:
+                move = self._forced(tail)
+            case _:
+                move = decide(tail, self._frame)
+        if move is None:
+            return None
+        self._moved_s = now_s
+        return tail, move
 
     def _by_threshold(self, tail: Tail) -> Move | None:
-        paper = self._policy.migration is Migration.PAPER
-        move = (
-            decide_by_threshold(tail, self._cost, self._policy)
-            if paper
-            else decide_forced(tail, self._policy)
-        )
-        self._threshold_passed = move is not None
+        if self._threshold is None:
+            self._threshold = self._policy.paper_threshold or best_threshold(
+                tail.num_samples, len(tail.alive), float(tail.prompts.mean()), self._frame
+            )
+        move = decide_by_threshold(tail, self._threshold, self._frame)
+        if move is not None:
+            self._threshold = 0.0  # one move an iteration
         return move
 
-    def _tail(
-        self, samples: Mapping[int, Sample], backlog_s: float, roles: tuple[str, ...]
-    ) -> Tail:
-        workers = self._fleet.workers
-        running = [samples[sample_id] for worker in workers for sample_id in worker.running]
-        most = self._policy.max_response_tokens - 1
-        tokens = [
-            min(samples[sample_id].response_tokens + worker.ahead, most)
-            for worker in workers
-            for sample_id in worker.running
-        ]
-        return Tail(
-            sample_ids=np.array([s.id for s in running], dtype=np.int64),
-            tokens=np.array(tokens, dtype=np.float64),
-            prompts=np.array([s.prompt_tokens for s in running], dtype=np.float64),
-            home=np.array([s.instance for s in running], dtype=np.int64),
-            alive=np.array([worker.alive for worker in workers], dtype=np.bool_),
-            busy_s=np.array([worker.busy_s for worker in workers], dtype=np.float64),
-            backlog_s=backlog_s,
-            num_samples=len(samples),
-            roles=roles,
-        )
+    def _ordered(self, num_generating: int) -> bool:
+        forced = self._policy.forced
+        return self._passed < len(forced) and num_generating <= forced[self._passed][0]
+
+    def _forced(self, tail: Tail) -> Move | None:
+        _, number = self._policy.forced[self._passed]
+        self._passed += 1
+        return decide_forced(tail, number, self._frame)
+
+
+def carry_out(
+    tail: Tail, move: Move, samples: Mapping[int, Sample], fleet: Fleet, cost: CostModel
+) -> list[ev.Command]:
+    """The move as commands; its samples are MOVING from here on, each by the cheaper of taking
+    its cache along and being prefilled again."""
+    out: list[ev.Command] = [ev.Decision(move.text, move.gain_s)]
+    orders: dict[tuple[int, int, bool], list[int]] = {}
+    for sample_id, destination in zip(tail.sample_ids.tolist(), move.destinations, strict=True):
+        sample = samples[sample_id]
+        source = sample.instance
+        assert source is not None
+        if source != destination:
+            cached = cost.cache_pays(sample.total_tokens)
+            orders.setdefault((source, destination, cached), []).append(sample_id)
+            sample.move(SampleState.MOVING)
+            sample.instance = source
+            fleet.send(sample, destination)
+    for (source, destination, cached), ids in sorted(orders.items()):
+        out += wake(fleet, destination)
+        out.append(ev.Migrate(source, destination, tuple(ids), cached))
+    return out
+
+
+def wake(fleet: Fleet, instance: int) -> list[ev.Command]:
+    """Samples come to an instance: its engine must be awake."""
+    if not fleet.workers[instance].asleep:
+        return []
+    fleet.workers[instance].asleep = False
+    return [ev.Wake(instance)]

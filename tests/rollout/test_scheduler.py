@@ -47,11 +47,13 @@ class _World:
         self.finishing: list[int] = []  # done in the last step, reported one by one
         self.early = 0
 
-    def tell(self, event: ev.Event) -> list[ev.Command]:
+    def tell(self, event: ev.Event) -> None:
+        for command in self.ask(event):
+            self.obey(command)
+
+    def ask(self, event: ev.Event) -> list[ev.Command]:
         commands = self.scheduler.handle(event)
         self.scheduler.validate()
-        for command in commands:
-            self.obey(command)
         return commands
 
     def obey(self, command: ev.Command) -> None:
@@ -114,12 +116,13 @@ class _World:
             return  # it had finished, or its source was lost
         tokens = self.running[source].pop(s)
         self.known[s] = tokens
-        redirected = self.tell(ev.Left(self.now_s, source, s, tokens))
-        if any(isinstance(c, ev.Generate) and s in c.sample_ids for c in redirected):
-            return
-        if self.samples[s].state is SampleState.RUNNING:
-            assert self.alive[destination]
-            self.running[destination][s] = tokens
+        commands = self.ask(ev.Left(self.now_s, source, s, tokens))
+        if not any(isinstance(c, ev.Generate) and s in c.sample_ids for c in commands):
+            assert self.alive[destination] or self.samples[s].state is SampleState.QUEUED
+            if self.alive[destination]:
+                self.running[destination][s] = tokens
+        for command in commands:
+            self.obey(command)
 
     def score(self) -> None:
         worker = self.random.randrange(len(self.calls))

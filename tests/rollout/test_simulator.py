@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout.clairvoyant import clairvoyant
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
-from rlhfuse.rollout.simulator import Stats, clairvoyant, simulate
+from rlhfuse.rollout.simulator import Stats, simulate
 from rlhfuse.timeline import Kind
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -52,8 +53,8 @@ def test_fusion_pays_and_moving_pays_more(seed: int) -> None:
 
 def test_close_to_the_clairvoyant_single_move() -> None:
     policy = Policy(max_response_tokens=384, max_running=64)
-    best_s, _ = clairvoyant(COST, policy, _lengths(1, 64), [16] * 64, 2, ROLES)
-    assert _stats(1, InterStage.ON, Migration.AUTO).end_s <= 1.05 * best_s
+    best = clairvoyant(COST, policy, _lengths(1, 64), [16] * 64, 2, ROLES)
+    assert _stats(1, InterStage.ON, Migration.AUTO).end_s <= 1.05 * best.end_s
 
 
 def test_nothing_to_score_nothing_to_gain() -> None:

@@ -1,0 +1,130 @@
+"""How well could one do with the true lengths known? A reference for policies, by search."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhfuse.cost import CostModel
+from rlhfuse.rollout.forecast import Floats
+from rlhfuse.rollout.lengths import LengthModel
+from rlhfuse.rollout.policy import InterStage, Migration, Policy
+from rlhfuse.rollout.simulator import simulate
+from rlhfuse.sample import Sample
+
+
+class KnownLengths(LengthModel):
+    """Predicts the truth: `true[sample id]`."""
+
+    def __init__(self, max_response_tokens: int, true: Sequence[int]) -> None:
+        super().__init__(max_response_tokens)
+        self._true = np.asarray(true, dtype=np.float64)
+
+    def expected_tokens(self, sample: Sample) -> float:
+        return float(self._true[sample.id]) - sample.response_tokens
+
+    def remaining(
+        self,
+        tokens: Floats,
+        quantiles: Floats,
+        sample_ids: npt.NDArray[np.int64] | None = None,
+        groups: npt.NDArray[np.int64] | None = None,
+    ) -> Floats:
+        assert sample_ids is not None
+        left = np.maximum(self._true[sample_ids] - tokens, 1.0)
+        return np.tile(left, (len(quantiles), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best that was found. `how`: the order of moves, or the rule."""
+
+    end_s: float
+    how: str
+    tried: int
+
+
+def clairvoyant(
+    cost: CostModel,
+    policy: Policy,
+    lengths: Sequence[int],
+    prompts: Sequence[int],
+    instances: int,
+    roles: tuple[str, ...],
+    *,
+    groups: Sequence[int] | None = None,
+    history: Sequence[int] = (),
+    train: bool = False,
+    reward_s: float | None = None,
+    moments: int = 12,
+    second: bool = True,
+) -> Best:
+    """The best over: no move; our rule, knowing the lengths, with several margins; every single
+    move on a grid of moments (samples that remain) and sizes (blocks that go on); and, after the
+    best of these, a second move. Each with a dispatch that knows the lengths, and with one that
+    does not."""
+    blocks = instances // policy.block
+    num = len(lengths)
+
+    def run(changed: Policy, *, known: bool = True) -> float:
+        limit = policy.max_response_tokens
+        predictor = KnownLengths(limit, lengths) if known else LengthModel(limit, history)
+        _, stats = simulate(
+            cost, changed, lengths, prompts, instances, roles, groups=groups,
+            predictor=predictor, train=train, reward_s=reward_s, record=False,
+        )  # fmt: skip
+        return stats.end_s
+
+    search = _Search()
+    on = replace(policy, inter_stage=InterStage.ON)
+    never = replace(on, migration=Migration.OFF)
+    for known in (True, False):
+        search.note(run(never, known=known), f"no move, {known=}", ())
+    for margin in (0.0, 0.01, 0.03):
+        ours = replace(on, migration=Migration.AUTO, margin=margin)
+        search.note(run(ours), f"our rule, margin {margin:g}", ())
+    counts = sorted({max(1, round(num * i / moments)) for i in range(1, moments)}, reverse=True)
+    sizes = sorted({s for p in (0.06, 0.12, 0.25, 0.4, 0.55, 0.75) if (s := round(p * blocks))})
+    sizes = sizes or [1]
+
+    def order(*moves: tuple[int, int]) -> float:
+        return run(replace(on, migration=Migration.FORCED, forced=moves))
+
+    _first_moves(search, order, counts, [s for s in sizes if s < blocks])
+    if second and search.moves:
+        _second_moves(search, order, counts, sizes)
+    return Best(search.best_s, search.how, search.tried)
+
+
+class _Search:
+    """The best so far, and the best order of moves."""
+
+    def __init__(self) -> None:
+        self.best_s, self.how, self.tried = float("inf"), "", 0
+        self.moves: tuple[tuple[int, int], ...] = ()
+        self.moves_s = float("inf")
+
+    def note(self, end_s: float, how: str, moves: tuple[tuple[int, int], ...]) -> None:
+        self.tried += 1
+        if end_s < self.best_s:
+            self.best_s, self.how = end_s, how
+        if moves and end_s < self.moves_s:
+            self.moves_s, self.moves = end_s, moves
+
+
+_Order = Callable[..., float]
+
+
+def _first_moves(search: _Search, order: _Order, counts: list[int], sizes: list[int]) -> None:
+    for count in counts:
+        for size in sizes:
+            search.note(order((count, size)), f"at {count} on {size}", ((count, size),))
+
+
+def _second_moves(search: _Search, order: _Order, counts: list[int], sizes: list[int]) -> None:
+    first = search.moves[0]
+    for count in [c for c in (*counts, 4, 2) if c < first[0]]:
+        for size in [s for s in {1, *sizes} if s != first[1]]:
+            moves = (first, (count, size))
+            search.note(order(*moves), f"at {first[0]} on {first[1]}, {count} on {size}", moves)

@@ -1,0 +1,153 @@
+"""The running samples and the known scoring at one moment, for a decision."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhfuse.cost import CostModel
+from rlhfuse.rollout.fleet import Fleet
+from rlhfuse.rollout.forecast import Bools, Floats, Ints, State
+from rlhfuse.rollout.groups import TRAIN, Groups
+from rlhfuse.rollout.policy import Policy
+from rlhfuse.rollout.scoring import ScoreBoard
+from rlhfuse.sample import SampleState
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """n samples, by id, on i instances (all of them, or a part that stands for all)."""
+
+    sample_ids: Ints  # [n]
+    groups: Ints  # [n]
+    tokens: Floats  # [n] response tokens so far, as estimated
+    prompts: Floats  # [n]
+    home: Ints  # [n]
+    alive: Bools  # [i]
+    scores: Bools  # [i] its scorer is alive
+    busy_s: Floats  # [i] seconds of scoring already given to each worker
+    slow: Floats  # [i] seconds of a step over what the cost model says
+    loaded: Bools  # [i] holds a scoring model
+    backlog_s: float  # scoring and training that no worker has, in scorer seconds
+    num_samples: int  # of the iteration
+    group_tokens: dict[int, int]  # tokens of finished siblings, where groups are trained
+    part: float = 1.0  # of all instances
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What a snapshot is taken of."""
+
+    fleet: Fleet
+    board: ScoreBoard
+    groups: Groups
+    num_samples: int
+
+
+def snapshot(books: Books, policy: Policy, now_s: float) -> Tail:
+    """All running samples now."""
+    fleet, workers = books.fleet, books.fleet.workers
+    ids, groups, home, prompts, offsets = fleet.rows.columns()
+    steps = np.array([fleet.steps_at(worker, now_s) for worker in workers])
+    tokens = np.clip(steps[home] - offsets, 0.0, policy.max_response_tokens - 1.0)
+    backlog_s = books.board.pending_s
+    if books.groups.train:
+        backlog_s += books.groups.pending_tokens * books.board.cost.score_token_s[TRAIN]
+    return Tail(
+        sample_ids=ids,
+        groups=groups,
+        tokens=tokens,
+        prompts=prompts,
+        home=home,
+        alive=np.array([w.alive for w in workers], dtype=np.bool_),
+        scores=np.array([w.alive and w.can_score for w in workers], dtype=np.bool_),
+        busy_s=np.array([w.busy_s for w in workers]),
+        slow=np.array([w.slowness for w in workers]),
+        loaded=np.array([bool(w.last_role) for w in workers], dtype=np.bool_),
+        backlog_s=backlog_s,
+        num_samples=books.num_samples,
+        group_tokens=_finished_tokens(books.groups, groups) if books.groups.train else {},
+    )
+
+
+def _finished_tokens(groups: Groups, running: Ints) -> dict[int, int]:
+    done = (SampleState.FINISHED, SampleState.SCORED)
+    return {
+        group: sum(s.total_tokens for s in groups.members[group] if s.state in done)
+        for group in set(running.tolist())
+    }
+
+
+def thinned(tail: Tail, block: int, most: int) -> Tail:
+    """A part of the instances, in whole blocks, with at most about `most` samples, that stands for
+    all of them: every so many-th by the samples they hold."""
+    num, instances = len(tail.home), len(tail.alive)
+    blocks = -(-instances // block)
+    stride = -(-num // most)
+    if stride < 2 or blocks < 16 * stride:
+        stride = min(stride, max(1, blocks // 16))
+        if stride < 2:
+            return tail
+    counts = np.bincount(tail.home // block, minlength=blocks)
+    chosen = np.sort(np.argsort(-counts, kind="stable")[stride // 2 :: stride])
+    members = (chosen[:, None] * block + np.arange(block)[None, :]).ravel()
+    members = members[members < instances]
+    number = np.full(instances, -1, dtype=np.int64)
+    number[members] = np.arange(len(members))
+    mine = np.flatnonzero(number[tail.home] >= 0)
+    part = len(members) / instances
+    return Tail(
+        sample_ids=tail.sample_ids[mine],
+        groups=tail.groups[mine],
+        tokens=tail.tokens[mine],
+        prompts=tail.prompts[mine],
+        home=number[tail.home[mine]],
+        alive=tail.alive[members],
+        scores=tail.scores[members],
+        busy_s=tail.busy_s[members],
+        slow=tail.slow[members],
+        loaded=tail.loaded[members],
+        backlog_s=tail.backlog_s * part,
+        num_samples=max(1, round(tail.num_samples * part)),
+        group_tokens=tail.group_tokens,
+        part=part,
+    )  # fmt: skip
+
+
+def state_of(
+    tail: Tail, remaining: Floats, roles: tuple[str, ...], train: bool, cost: CostModel,
+    policy: Policy, table: Floats,
+) -> State:  # fmt: skip
+    """The forecast's view of a tail, with `remaining` [m, n] tokens to come."""
+    context = tail.prompts + tail.tokens
+    rates = [cost.score_token_s[role] for role in roles] or [0.0]
+    moved_s = cost.migrate_token_s * context
+    prefill_s = cost.prefill_token_s * context
+    cached = moved_s <= cost.prefill_call_s + prefill_s
+    blocks = -(-len(tail.alive) // policy.block)
+    usable = np.ones(blocks, dtype=np.bool_)
+    load_s = np.zeros(blocks)
+    np.logical_and.at(usable, np.arange(len(tail.alive)) // policy.block, tail.scores)
+    load_s[~tail.loaded[:: policy.block]] = cost.swap_s
+    distinct, group = np.unique(tail.groups, return_inverse=True)
+    known = tail.group_tokens
+    return State(
+        remaining=remaining,
+        order=np.argsort(remaining, axis=1),
+        context=context,
+        home=tail.home,
+        busy_s=tail.busy_s,
+        slow=tail.slow,
+        usable=usable,
+        block=policy.block,
+        load_s=load_s,
+        table=table,
+        context_s=cost.decode_context_s,
+        stall_s=np.where(cached, moved_s, prefill_s),
+        stall_call_s=cost.migrate_call_s + (0.0 if cached.all() else cost.prefill_call_s),
+        score_token_s=float(sum(rates)),
+        last_token_s=float(max(rates)),
+        backlog_s=tail.backlog_s,
+        group=group.astype(np.int64),
+        group_tokens=np.array([float(known.get(g, 0)) for g in distinct.tolist()]),
+        train_token_s=cost.score_token_s[TRAIN] if train else 0.0,
+    )
