@@ -46,7 +46,8 @@ def recover(timeline: Timeline | SpanTable) -> tuple[list[Recovered], list[str]]
         try:
             recovered.append(_recover(training, ranks))
         except ValueError as error:
-            warnings.append(f"training round {number}: schedule not recovered: {error}")
+            why = str(error).splitlines()[0]
+            warnings.append(f"training round {number}: schedule not recovered: {why}")
     return recovered, warnings
 
 

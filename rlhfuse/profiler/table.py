@@ -43,6 +43,7 @@ _WAITS = {
     "weights": Cause.WEIGHT_SYNC,
     "checkpoint": Cause.CHECKPOINT_WAIT,
     "barrier": Cause.STAGE_WAIT,
+    "long_tail": Cause.LONG_TAIL,
     "straggler": Cause.STRAGGLER,
     "upstream": Cause.UPSTREAM,
     "downstream": Cause.DOWNSTREAM,

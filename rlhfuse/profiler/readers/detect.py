@@ -8,9 +8,19 @@ from pathlib import Path
 
 from rlhfuse.profiler.readers.chrome_events import FieldNames, open_chrome_events
 from rlhfuse.profiler.readers.kineto import open_kineto
+from rlhfuse.profiler.readers.nsys import open_nsys
 from rlhfuse.profiler.readers.ours import open_files, open_run
 from rlhfuse.profiler.readers.primus import open_primus
+from rlhfuse.profiler.readers.rollouts import holds_rollouts, open_rollouts
+from rlhfuse.profiler.readers.schedule_text import (
+    is_flexfusion,
+    is_torch_csv,
+    open_flexfusion,
+    open_torch_csv,
+)
 from rlhfuse.profiler.readers.step_metrics import holds_step_metrics, open_step_metrics
+from rlhfuse.profiler.readers.stream import OnProgress
+from rlhfuse.profiler.readers.tensorboard import is_event_file, open_tensorboard
 from rlhfuse.profiler.trace import Trace
 
 _HEAD = 1 << 16
@@ -23,7 +33,10 @@ _KINETO = (
     b'"kernel"',
     b'"cuda_runtime"',
 )
-_ENDINGS = (".json", ".json.gz", ".jsonl", ".log", ".txt")
+_ENDINGS = (
+    *(".json", ".json.gz", ".jsonl", ".log", ".txt", ".out"),
+    *(".sqlite", ".csv", ".csv.gz", ".trace"),
+)
 _SKIPPED = ("config.json", "environment.json", "report.html")
 
 
@@ -35,13 +48,23 @@ class Format(StrEnum):
     KINETO = "kineto"
     CHROME = "chrome events"
     STEP_METRICS = "step metrics"
+    NSYS = "nsys"
+    FLEXFUSION = "flexfusion"
+    TORCH_CSV = "torch schedule"
+    TENSORBOARD = "tensorboard"
+    ROLLOUTS = "rollout dump"
 
 
-def open_trace(paths: Sequence[Path], names: FieldNames | None = None) -> Trace:
+def open_trace(
+    paths: Sequence[Path],
+    names: FieldNames | None = None,
+    on_progress: OnProgress | None = None,
+) -> Trace:
     """The trace in these files and folders.
 
     Args:
         names: where Chrome event lists of other makers keep step, micro-batch and stage.
+        on_progress: called with the share of a large trace that is read.
 
     Raises:
         ValueError: nothing there can be read, or files are of different formats.
@@ -56,7 +79,9 @@ def open_trace(paths: Sequence[Path], names: FieldNames | None = None) -> Trace:
     if not known:
         raise ValueError(
             f"{_names(paths)}: no trace of a known format (rlhfuse runs and timelines, PyTorch "
-            "profiler JSON, Chrome event lists, Primus pp_rank JSON, step metrics with timing_s/)"
+            "profiler JSON, Chrome event lists, Primus pp_rank JSON, nsys SQLite exports, "
+            "FlexFusion text, torch schedule CSV, TensorBoard files, rollout dumps, or step "
+            "metrics with timing_s/)"
         )
     if len(known) > 1:
         raise ValueError(f"{_names(paths)}: files of different formats ({', '.join(known)})")
@@ -64,9 +89,14 @@ def open_trace(paths: Sequence[Path], names: FieldNames | None = None) -> Trace:
     openers: dict[Format, Callable[[list[Path]], Trace]] = {
         Format.OURS: open_files,
         Format.PRIMUS: open_primus,
-        Format.KINETO: open_kineto,
+        Format.KINETO: lambda files: open_kineto(files, on_progress),
         Format.CHROME: lambda files: open_chrome_events(files, names),
         Format.STEP_METRICS: open_step_metrics,
+        Format.NSYS: open_nsys,
+        Format.FLEXFUSION: open_flexfusion,
+        Format.TORCH_CSV: open_torch_csv,
+        Format.TENSORBOARD: open_tensorboard,
+        Format.ROLLOUTS: open_rollouts,
     }
     return openers[known[0]](mine)
 
@@ -74,13 +104,27 @@ def open_trace(paths: Sequence[Path], names: FieldNames | None = None) -> Trace:
 def sniff(path: Path) -> Format | None:
     """The format of one file, from its first 64 KiB."""
     head = read_head(path)
+    if head.startswith(b"SQLite format 3\0"):
+        return Format.NSYS
+    if is_event_file(head):
+        return Format.TENSORBOARD
     if b'"traceEvents"' in head:
         if head.startswith(_OURS):
             return Format.OURS
         return Format.KINETO if any(mark in head for mark in _KINETO) else Format.CHROME
     if b'"fwd_start"' in head and b'"bwd_end"' in head:
         return Format.PRIMUS
-    return Format.STEP_METRICS if holds_step_metrics(head) else None
+    if holds_step_metrics(head):
+        return Format.STEP_METRICS
+    if holds_rollouts(head):
+        return Format.ROLLOUTS
+    return _schedule_text(head)
+
+
+def _schedule_text(head: bytes) -> Format | None:
+    if is_flexfusion(head):
+        return Format.FLEXFUSION
+    return Format.TORCH_CSV if is_torch_csv(head) else None
 
 
 def read_head(path: Path) -> bytes:
@@ -116,8 +160,7 @@ def _files(path: Path) -> list[Path]:
     return [
         file
         for file in inside
-        if file.name.endswith((".json", ".json.gz", ".jsonl", ".log", ".txt"))
-        and file.name not in _SKIPPED
+        if (file.name.endswith(_ENDINGS) or "tfevents" in file.name) and file.name not in _SKIPPED
     ]
 
 

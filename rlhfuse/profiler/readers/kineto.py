@@ -29,7 +29,7 @@ _DISTRIBUTED = re.compile(rb'"distributedInfo"\s*:\s*\{')
 _COMPUTE, _TRANSFER = 0, 1
 
 
-class _Args(msgspec.Struct):
+class _Args(msgspec.Struct, gc=False):
     correlation: object = None
     collective: object = msgspec.field(default=None, name="Collective name")
     group: object = msgspec.field(default=None, name="Process Group Name")
@@ -40,7 +40,7 @@ class _Args(msgspec.Struct):
     sequence: object = msgspec.field(default=None, name="Seq")
 
 
-class _Event(msgspec.Struct):
+class _Event(msgspec.Struct, gc=False):
     ph: str = ""
     cat: str = ""
     name: str = ""

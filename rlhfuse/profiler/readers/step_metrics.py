@@ -54,7 +54,7 @@ _PAIR = re.compile(
     r"([A-Za-z_][\w./@-]*)\s*[:=]\s*(?:np\.float\d+\()?(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 )
 _STEP = re.compile(r"\bstep\s*[:=]\s*(\d+)")
-_TAIL_SHARE = 0.2  # the tail: fewer than this share of the samples still run
+TAIL_SHARE = 0.2  # the tail: fewer than this share of the samples still run
 
 
 def holds_step_metrics(head: bytes) -> bool:
@@ -73,14 +73,28 @@ def open_step_metrics(paths: list[Path]) -> Trace:
     for path in paths:
         for step, values in _rows(path):
             rows[step] = values
-    if not rows:
-        raise ValueError(f"{paths[0]}: no step with stage times (timing_s/gen, ...) in it")
-    steps = tuple(sorted(rows))
+    return trace_of_rows("step metrics", rows, str(paths[0]))
+
+
+def trace_of_rows(name: str, rows: Mapping[int, Mapping[str, float]], place: str) -> Trace:
+    """The trace of steps whose metrics are known; those without a stage's time are left out.
+
+    Raises:
+        ValueError: no row has the time of a stage.
+    """
+    timed = {
+        step: values
+        for step, values in rows.items()
+        if any(stage in values for stages, _ in _STAGES for stage in stages)
+    }
+    if not timed:
+        raise ValueError(f"{place}: no step with stage times (timing_s/gen, ...) in it")
+    steps = tuple(sorted(timed))
 
     def load(step: int | None) -> Loaded:
-        return _load(rows[steps[-1] if step is None else step])
+        return _load(timed[steps[-1] if step is None else step])
 
-    return Trace("step metrics", steps, load)
+    return Trace(name, steps, load)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, float]]]:
@@ -151,7 +165,7 @@ def tail_bounds(
     mean, longest = values.get("response_length/mean"), values.get("response_length/max")
     if not mean or not longest or longest < mean or generation_s <= 0:
         return None, ["no response_length/mean and /max: the long tail cannot be bounded"]
-    low = max(0.0, 1 - mean / (_TAIL_SHARE * longest))
+    low = max(0.0, 1 - mean / (TAIL_SHARE * longest))
     high = 1 - max(0.0, values.get("response_length/min", 0.0)) / longest
     p99 = values.get("response_length/p99")
     if p99:  # at most 1 % run beyond it
@@ -160,7 +174,7 @@ def tail_bounds(
     if median:  # half of the samples run until there
         high = min(high, 1 - median / longest)
     told = (
-        f"long tail (under {_TAIL_SHARE:.0%} of samples running): {low:.0%} to {high:.0%} of "
+        f"long tail (under {TAIL_SHARE:.0%} of samples running): {low:.0%} to {high:.0%} of "
         "generation, from the response lengths alone"
     )
     return (low * generation_s, high * generation_s), [told]
