@@ -16,6 +16,7 @@ from rlhfuse.planner.training import TrainingPlan, TrainingPlanner
 from rlhfuse.planner.workload import Workload
 from rlhfuse.schedules.checks import peak_memory
 
+LEAST = 0.005  # of a stage: a smaller gain is none
 MOST_SAMPLES = 4096  # of a slice of the cluster that layouts are compared on
 
 
@@ -32,12 +33,13 @@ class Evaluated:
 
     @property
     def intra_pays(self) -> bool:
-        return self.training.fused_s < self.training.serial_s * (1 - 1e-9)
+        return self.training.fused_s < self.training.serial_s * (1 - LEAST)
 
     @property
     def minibatch_s(self) -> tuple[float, float]:
         """One mini-batch serial, and as the step should run."""
-        return self.training.serial_s, min(self.training.fused_s, self.training.serial_s)
+        serial_s = self.training.serial_s
+        return serial_s, self.training.fused_s if self.intra_pays else serial_s
 
     @property
     def _other_s(self) -> float:
@@ -61,7 +63,7 @@ class Evaluated:
 
     @property
     def inter_pays(self) -> bool:
-        return self.rollout.fused.end_s < self.rollout.serial.end_s * (1 - 1e-9)
+        return self.rollout.fused.end_s < self.rollout.serial.end_s * (1 - LEAST)
 
     @cached_property
     def activation_bytes(self) -> float:

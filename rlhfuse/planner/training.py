@@ -213,7 +213,7 @@ class TrainingPlanner:
         return [
             replace(t, time_s=makespan(self._alone(t)) + t.exchange_s)
             for same in by_tp.values()
-            for t in sorted(same, key=lambda t: t.time_s)[:PER_SIZE]
+            for t in sorted(same, key=lambda t: t.time_s)[: 2 if self._quick else PER_SIZE]
         ]
 
     def _layouts(self, role: str) -> list[Parallel]:

@@ -14,17 +14,15 @@ LEAST_HELP = 0.03
 
 
 def what_if(found: Evaluated, recorded: Sequence[int] = ()) -> list[WhatIfRow]:
-    """Cluster size, response limit and batch, halved and doubled one at a time. The instance and
-    stage sizes stay; a condition that fits in no layout is left out."""
+    """The plan itself, then cluster size, response limit and batch, halved and doubled one at a
+    time, each by a short search; a condition that fits in no layout is left out."""
     config, cluster = _fixed(found), found.cluster
-    rows = []
-    tried: list[tuple[str, Config, Cluster]] = [("as planned", config, cluster)]
+    rows = [_row("as planned", found)]
+    tried: list[tuple[str, Config, Cluster]] = []
     for factor in (0.5, 2):
-        devices = int(cluster.num_devices * factor)
-        if cluster.device.name != "cpu":
-            # On CPUs the pipelines are as long as there are devices: no other number to compare.
-            other = Cluster(cluster.device, devices, cluster.devices_per_node)
-            tried.append((f"{devices} devices", config, other))
+        devices = max(1, int(cluster.num_devices * factor))
+        resized = Cluster(cluster.device, devices, cluster.devices_per_node)
+        tried.append((f"{devices} devices", config, resized))
     for factor in (0.5, 2):
         limit = max(1, int(config.rollout.response_length * factor))
         tried.append((f"responses up to {limit}", _limited(config, limit), cluster))
@@ -35,23 +33,21 @@ def what_if(found: Evaluated, recorded: Sequence[int] = ()) -> list[WhatIfRow]:
             changed = msgspec.structs.replace(config, data=data)
             tried.append((f"{batch} prompts a step", changed, cluster))
     for name, changed, where in tried:
-        row = _row(name, changed, where, recorded)
-        if row is not None:
-            rows.append(row)
+        try:
+            other = evaluate(changed, workload_of(changed, recorded), where, quick=True)
+        except ValueError:
+            continue
+        rows.append(_row(name, other))
     return rows
 
 
-def _row(name: str, config: Config, cluster: Cluster, recorded: Sequence[int]) -> WhatIfRow | None:
-    try:
-        found = evaluate(config, workload_of(config, recorded), cluster, quick=True)
-    except ValueError:
-        return None
+def _row(name: str, found: Evaluated) -> WhatIfRow:
     serial_s, fused_s = found.serial.step, found.fused.step
     return WhatIfRow(
         name=name,
-        devices=cluster.num_devices,
-        response_length=config.rollout.response_length,
-        train_batch_size=config.data.train_batch_size,
+        devices=found.cluster.num_devices,
+        response_length=found.config.rollout.response_length,
+        train_batch_size=found.config.data.train_batch_size,
         serial_s=serial_s,
         fused_s=fused_s,
         speedup=serial_s / fused_s,
@@ -60,21 +56,14 @@ def _row(name: str, config: Config, cluster: Cluster, recorded: Sequence[int]) -
 
 
 def _fixed(found: Evaluated) -> Config:
-    """What was found, written down, so that only what is asked about changes; and lengths in
-    tokens, which a default would take from the limit."""
-    sizes = {t.role: t.parallel for t in found.training.fused}
+    """The size of instances that was found, and lengths in tokens, which a default would take
+    from the limit. Training layouts are searched anew: both steps get their best."""
     limit = found.config.rollout.response_length
     plan = msgspec.structs.replace(
         found.config.plan,
         rollout_tp=found.rollout.layout.tp,
-        actor_tp=sizes["actor"].tp,
-        actor_pp=sizes["actor"].pp,
         response_median=found.config.plan.response_median or max(1, limit // 6),
     )
-    if "critic" in sizes:
-        plan = msgspec.structs.replace(
-            plan, critic_tp=sizes["critic"].tp, critic_pp=sizes["critic"].pp
-        )
     return msgspec.structs.replace(found.config, plan=plan)
 
 
@@ -88,22 +77,19 @@ def _limited(config: Config, limit: int) -> Config:
 
 
 def helpful(found: Evaluated, rows: Sequence[WhatIfRow]) -> list[str]:
-    """What would make samples cheaper or steps shorter, best first."""
-    told = []
+    """What would make samples cheaper, best first."""
     training = found.training
+    told: list[tuple[float, str]] = []
     if found.intra_pays or len(training.fused) == 1:
-        split = found.workload.num_minibatches * (
-            training.fused_s - sum(t.exchange_s for t in training.fused)
-            - training.split_schedule_s
-        )  # fmt: skip
+        tasks_s = training.fused_s - sum(t.exchange_s for t in training.fused)
+        saved_s = found.workload.num_minibatches * (tasks_s - training.split_schedule_s)
         told.append(
-            (split / found.fused.step, "splitting the weight gradient off (fusion.split_weight)")
+            (saved_s / found.fused.step, "splitting the weight gradient off (fusion.split_weight)")
         )
-    base = rows[0] if rows else None
     for row in rows[1:]:
-        assert base is not None
-        told.append((1 - row.fused_s * base.samples_per_s / row.samples_per_s / row.fused_s,
-                     f"{row.name}: {row.samples_per_s:.1f} samples/s instead of "
-                     f"{base.samples_per_s:.1f}"))  # fmt: skip
-    told = [item for item in told if item[0] >= LEAST_HELP]
-    return [f"{text} ({saving:.0%} less time a sample)" for saving, text in sorted(told)[::-1][:4]]
+        before, after = rows[0].samples_per_s, row.samples_per_s
+        told.append(
+            (1 - before / after, f"{row.name}: {after:.1f} samples/s instead of {before:.1f}")
+        )
+    told = sorted((item for item in told if item[0] >= LEAST_HELP), reverse=True)
+    return [f"{text} ({saving:.0%} less time a sample)" for saving, text in told[:4]]
