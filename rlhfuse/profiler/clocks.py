@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhfuse.profiler.arrays import Floats
 from rlhfuse.profiler.rounds import TRAINING_KINDS, find_rounds, parse_task, remote_inputs
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.transfers import Meeting
-from rlhfuse.schedules.compiled import Floats
 from rlhfuse.timeline import Kind, Timeline
 
 _IMPOSSIBLE = 0.05  # a task that begins this share of its time before its input is there

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhfuse.profiler.arrays import Bools, Floats
 from rlhfuse.profiler.intervals import Union
 from rlhfuse.profiler.rounds import TRAINING_KINDS, Round, find_rounds
 from rlhfuse.profiler.table import SpanTable
-from rlhfuse.schedules.compiled import Bools, Floats
 from rlhfuse.timeline import Kind
 
 _GENERATION_KINDS = (Kind.GENERATE, Kind.PREFILL)

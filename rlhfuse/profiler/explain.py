@@ -5,7 +5,6 @@ from rlhfuse.profiler.recovery import recover
 from rlhfuse.profiler.summary import ProfileSummary, summarize
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.trace import Trace
-from rlhfuse.profiler.what_if import describe, what_ifs
 
 
 def explain(
@@ -24,6 +23,8 @@ def explain(
     told = [*loaded.warnings, *aligned.notes, *warnings]
     found, schedule = list(loaded.what_if), None
     if rounds:
+        from rlhfuse.profiler.what_if import describe, what_ifs  # loads the compiler: a second
+
         schedule = describe(rounds)
         if critic_scale is not None:
             replayed, more = what_ifs(rounds, aligned.timeline.wall_s, critic_scale=critic_scale)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhfuse.schedules.compiled import Bools, Floats
+from rlhfuse.profiler.arrays import Bools, Floats
 
 
 @dataclass(frozen=True, slots=True)

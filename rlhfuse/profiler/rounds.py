@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhfuse.profiler.arrays import Bools, Floats, Ints
 from rlhfuse.profiler.causes import CODE, Cause
-from rlhfuse.schedules.compiled import Bools, Floats, Ints
 from rlhfuse.schedules.ir import Op, Task
 from rlhfuse.timeline import Kind, Span
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhfuse.profiler.arrays import Bools, Floats, Ints
 from rlhfuse.profiler.causes import CAUSES, CODE, Cause
 from rlhfuse.profiler.context import Context
 from rlhfuse.profiler.paint import paint
 from rlhfuse.profiler.rounds import Round
 from rlhfuse.profiler.table import KIND_CODE, UNKNOWN, SpanTable
-from rlhfuse.schedules.compiled import Bools, Floats, Ints
 from rlhfuse.timeline import Kind
 
 _WAIT = KIND_CODE[Kind.WAIT]

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from rlhfuse.profiler.arrays import Bools, Codes, Floats, Ints
 from rlhfuse.profiler.causes import CAUSE_OF_KIND, CODE, Cause
-from rlhfuse.schedules.compiled import Bools, Floats, Ints
 from rlhfuse.timeline import Kind, Span, Timeline, lane_order
 
-Codes = npt.NDArray[np.int8]
 KINDS = tuple(Kind)
 KIND_CODE = {kind: code for code, kind in enumerate(KINDS)}
 UNKNOWN = -1  # the cause of a wait that names none

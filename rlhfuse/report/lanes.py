@@ -5,12 +5,12 @@ import base64
 import msgspec
 import numpy as np
 
+from rlhfuse.profiler.arrays import Floats, Ints
 from rlhfuse.profiler.attribution import device_lanes, lane_segments
 from rlhfuse.profiler.causes import CAUSES as CAUSE_LIST
 from rlhfuse.profiler.segments import LaneSegments
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report.palette import Style, style_of
-from rlhfuse.schedules.compiled import Floats, Ints
 from rlhfuse.timeline import Timeline
 
 _TICKS = 2**31  # the wall time in clock ticks of the page: under a nanosecond each for 2 s

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlhfuse.schedules.compiled import Floats, Ints
+from rlhfuse.profiler.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)

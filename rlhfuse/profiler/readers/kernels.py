@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rlhfuse.profiler.arrays import Bools, Floats, Ints
 from rlhfuse.profiler.causes import CAUSE_OF_KIND, CODE, Cause
 from rlhfuse.profiler.clocks import align_meetings
 from rlhfuse.profiler.readers.batches import Batches, Launches, Record
 from rlhfuse.profiler.table import KIND_CODE, SpanTable, stacked
 from rlhfuse.profiler.trace import Loaded
 from rlhfuse.profiler.transfers import Comm, meetings, split
-from rlhfuse.schedules.compiled import Bools, Floats, Ints
 from rlhfuse.timeline import Kind
 
 _TASK = re.compile(r"(?:PP:)?(?:(?P<pipe>[A-Za-z_]\w*):)?(?P<stage>\d+)(?P<op>[FBIW])(?P<mb>\d+)")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhfuse.profiler.arrays import Ints
 from rlhfuse.profiler.readers.batches import Launches, Record
 from rlhfuse.profiler.readers.kernels import RankKernels, load_kernels
 from rlhfuse.profiler.trace import Trace
-from rlhfuse.schedules.compiled import Ints
 
 _KERNELS = "CUPTI_ACTIVITY_KIND_KERNEL"
 _COPIES = ("CUPTI_ACTIVITY_KIND_MEMCPY", "CUPTI_ACTIVITY_KIND_MEMSET")

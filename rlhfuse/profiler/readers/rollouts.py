@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from rlhfuse.profiler.arrays import Floats
 from rlhfuse.profiler.readers.step_metrics import TAIL_SHARE
 from rlhfuse.profiler.summary import WhatIf
 from rlhfuse.profiler.trace import Loaded, Trace
-from rlhfuse.schedules.compiled import Floats
 from rlhfuse.timeline import Kind, Span, Timeline
 
 _LENGTHS = (

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rlhfuse.profiler.trace import Loaded, Trace
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
-from rlhfuse.schedules.timing import simulate
 from rlhfuse.timeline import Kind, Span, Timeline
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -87,6 +86,8 @@ def open_torch_csv(paths: list[Path]) -> Trace:
     Raises:
         ValueError: more than one file, or a schedule that cannot run.
     """
+    from rlhfuse.schedules.timing import simulate  # loads the compiler: not for other formats
+
     path = _only(paths)
     rows: list[tuple[Task, ...]] = []
     skipped = 0
