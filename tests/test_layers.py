@@ -71,6 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer",
         "launch",
         "megatron",
+        "integrations",
         "cli",
     ),
 )

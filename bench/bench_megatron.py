@@ -1,0 +1,246 @@
+"""Megatron's schedules and ours on the same models, side by side in one run (CPU, gloo).
+
+    python -m bench.bench_megatron pair --ranks 2 --microbatches 2 4 8
+    python -m bench.bench_megatron pair --ranks 4 --microbatches 4 --device-ms 10
+    python -m bench.bench_megatron overhead
+
+`pair`: an actor and a critic (value head, reversed pipeline), both real GPTModels under Megatron's
+DDP, one thread per rank. Every round runs every variant once, so that all see the same machine;
+medians of seconds per forward-backward of both models. `--device-ms`: for more ranks than cores:
+tiny models whose tasks also sleep, as a host does while its device computes (forward and input
+gradient so many milliseconds each, weight gradients as many together).
+`overhead`: microseconds per task beyond Megatron's, with models that compute almost nothing.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import layers
+
+from bench.record import print_table, spread, write_result
+from rlhfuse.megatron import stock
+from rlhfuse.megatron.context import ModelContext
+from rlhfuse.megatron.dropin import Scheduler
+from rlhfuse.megatron.fused import FusedScheduler
+from rlhfuse.megatron.measure import measured_costs
+from rlhfuse.megatron.orders import Costs
+from rlhfuse.megatron.values import make_value_model
+from tests.megatron.tiny import Setting, Trained, init_parallel, on_cpu
+from tests.training.ranks import run_ranks
+
+Calls = Mapping[str, dict[str, Any]]
+Variant = Callable[[Calls], object]
+Row = dict[str, float | int | str]
+
+
+class Pair:
+    """An actor and a reversed critic, each in its own parallel state."""
+
+    def __init__(self, actor: Setting, critic: Setting, device_s: float) -> None:
+        self.contexts = {
+            "actor": ModelContext.create(partial(init_parallel, actor)),
+            "critic": ModelContext.create(partial(init_parallel, critic), reverse=True),
+        }
+        self.models = {}
+        for name, setting in (("actor", actor), ("critic", critic)):
+            with self.contexts[name].active():
+                head = make_value_model if setting.value_head else None
+                self.models[name] = Trained(setting, head)
+        self._device_s = device_s
+
+    def calls(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, model in self.models.items():
+            with self.contexts[name].active():
+                model.zero()
+                found[name] = model.arguments()
+                if self._device_s:
+                    step = found[name]["forward_step_func"]
+                    found[name]["forward_step_func"] = partial(_sleeping, step, self._device_s)
+        return found
+
+    def serial(self, functions: Mapping[str, stock.ForwardBackward], calls: Calls) -> None:
+        for name, arguments in calls.items():
+            with self.contexts[name].active():
+                functions[name](**arguments)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+def _sleeping(step: Any, seconds: float, data: Any, model: Any, *rest: Any) -> Any:
+    output, loss_func = step(data, model, *rest)
+    return _Sleep.apply(output, seconds), loss_func
+
+
+def _sleep_for_weights(seconds_per_linear: float) -> None:
+    """Both backward passes, Megatron's and ours, call this once for each weight gradient."""
+    prepare = layers.prepare_input_tensors_for_wgrad_compute
+
+    def prepared(*tensors: torch.Tensor) -> Any:
+        time.sleep(seconds_per_linear)
+        return prepare(*tensors)
+
+    layers.prepare_input_tensors_for_wgrad_compute = prepared
+
+
+def settings(ranks: int, m: int, device_ms: float, chunks: int = 1) -> tuple[Setting, Setting]:
+    small = {"hidden": 16, "num_layers": 2 * ranks, "lengths": (8,)}
+    large = {"hidden": 192, "num_layers": 4 * ranks, "lengths": (128,)}
+    shape: Any = small if device_ms else large
+    actor = Setting(pp=ranks, num_microbatches=m, chunks=chunks, **shape)
+    critic = Setting(pp=ranks, num_microbatches=m, chunks=chunks, value_head=True, seed=1, **shape)
+    return actor, critic
+
+
+def costs_of(pair: Pair) -> dict[str, Costs]:
+    """Measured task times of both models, split."""
+    costs = {}
+    for name, arguments in pair.calls().items():
+        probe = Scheduler("zero-bubble", record=True)
+        with pair.contexts[name].active():
+            for _ in range(2):
+                probe.get_forward_backward_func()(**arguments)
+                arguments = pair.calls()[name]
+        costs[name] = measured_costs(probe.timeline)["model"]
+        probe.close()
+    return costs
+
+
+def variants(pair: Pair) -> dict[str, tuple[Pair, Variant]]:
+    costs = costs_of(pair)
+
+    def each(schedule: str) -> Variant:
+        return partial(
+            pair.serial,
+            {
+                name: Scheduler(schedule, costs[name]).get_forward_backward_func()
+                for name in pair.models
+            },
+        )
+
+    own = dict.fromkeys(pair.models, stock.stock_func(len_of(pair), None, None))
+    found: dict[str, tuple[Pair, Variant]] = {"Megatron 1F1B": (pair, partial(pair.serial, own))}
+    for label, schedule in (("drop-in 1F1B", "1f1b"), ("drop-in zero-bubble", "zero-bubble")):
+        found[label] = (pair, each(schedule))
+    for label, schedule in (("fused", "fuse"), ("fused with W", "fuse-split")):
+        found[label] = (pair, partial(FusedScheduler(schedule, costs), contexts=pair.contexts))
+    return found
+
+
+def len_of(pair: Pair) -> int:
+    return int(pair.models["actor"].setting.pp)
+
+
+def measure(ranks: int, m: int, rounds: int, device_ms: float, rank: int) -> list[Row]:
+    with on_cpu():
+        if device_ms:
+            # 2 layers a stage, 4 linear layers each
+            _sleep_for_weights(device_ms * 1e-3 / 8)
+        pair = Pair(*settings(ranks, m, device_ms), device_ms * 1e-3)
+        runs = variants(pair)
+        if m % ranks == 0:
+            chunked = Pair(*settings(ranks, m, device_ms, chunks=2), device_ms * 1e-3 / 2)
+            own = dict.fromkeys(chunked.models, stock.stock_func(ranks, 2, None))
+            runs["Megatron interleaved"] = (chunked, partial(chunked.serial, own))
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(rounds + 1):
+            for name, (models, run) in runs.items():
+                calls = models.calls()
+                dist.barrier()
+                start = time.perf_counter()
+                run(calls)
+                dist.barrier()
+                if number:
+                    times[name].append(time.perf_counter() - start)
+    base = times["Megatron 1F1B"]
+    rows: list[Row] = []
+    for name, seconds in times.items():
+        median, least, most = spread(seconds)
+        rows.append(
+            {
+                "megatron": megatron.core.__version__,
+                "ranks": ranks,
+                "microbatches": m,
+                "device_ms": device_ms,
+                "variant": name,
+                "median_s": median,
+                "least_s": least,
+                "most_s": most,
+                "speedup": statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
+            }
+        )
+    return rows
+
+
+def overhead(rounds: int, rank: int) -> list[Row]:
+    setting = Setting(hidden=8, num_layers=2, num_microbatches=32, lengths=(4,), ddp=False)
+    with on_cpu():
+        init_parallel(setting)
+        model = Trained(setting)
+        runs = {
+            "Megatron 1F1B": stock.stock_func(None, None, None),
+            "drop-in 1F1B": Scheduler().get_forward_backward_func(),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(rounds + 1):
+            for name, run in runs.items():
+                arguments = model.arguments()
+                dist.barrier()
+                start = time.perf_counter()
+                run(**arguments)
+                if number:
+                    times[name].append(time.perf_counter() - start)
+    tasks = 2 * setting.num_microbatches
+    return [
+        {
+            "megatron": megatron.core.__version__,
+            "variant": name,
+            "us_per_task": 1e6 * statistics.median(seconds) / tasks,
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["pair", "overhead"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device-ms", type=float, default=0.0)
+    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
+    asked = parser.parse_args(arguments)
+    rows: list[Row] = []
+    if asked.what == "overhead":
+        rows = run_ranks(2, partial(overhead, asked.rounds), limit_s=300)[0]
+    else:
+        for m in asked.microbatches:
+            job = partial(measure, asked.ranks, m, asked.rounds, asked.device_ms)
+            rows += run_ranks(asked.ranks, job, timeout_s=120, limit_s=500)[0]
+    print_table(rows)
+    print(json.dumps(rows))
+    if asked.save:
+        write_result(asked.save, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What runs on our schedules, what is left to Megatron's, and what is refused; and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from rlhfuse.megatron.call import Call
+
+
+class Verdict(StrEnum):
+    """How a setting is met."""
+
+    SUPPORTED = "supported"
+    FALLS_BACK = "falls back"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """One setting of a configuration, with what happens to it."""
+
+    setting: str
+    value: str
+    verdict: Verdict
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.setting:<48} {self.value:<12} {self.verdict.value:<10}  {self.reason}"
+
+
+_FALLS_BACK = (
+    (
+        "overlap_moe_expert_parallel_comm",
+        "Megatron combines forward and backward of two micro-batches in one task",
+    ),
+    ("hybrid_context_parallel", "micro-batches are cut inside Megatron's schedule"),
+    ("fine_grained_activation_offloading", "offloading counts on the order of Megatron's schedule"),
+    ("use_ring_exchange_p2p", "needs a torch built with ring exchange"),
+)
+_SUPPORTED = (
+    (
+        "virtual_pipeline_model_parallel_size",
+        "each chunk is a stage; the default order is Megatron's interleaved one",
+    ),
+    ("variable_seq_lengths", "a header with the shape travels before each message"),
+    ("deallocate_pipeline_outputs", "as soon as the output is on its way"),
+    (
+        "num_microbatches_with_partial_activation_checkpoints",
+        "counted against what the schedule holds",
+    ),
+    ("recompute_granularity", "inside the model"),
+    ("sequence_parallel", "message shapes and split layers know it"),
+    ("tensor_model_parallel_size", "each tensor-parallel rank runs the same row"),
+    ("context_parallel_size", "message shapes and loss scaling know it"),
+    ("expert_model_parallel_size", "auxiliary losses are scaled per model"),
+    ("calculate_per_token_loss", "tokens are counted as Megatron does"),
+    (
+        "overlap_p2p_comm",
+        "our sends never block and receives are posted ahead: the setting has no effect",
+    ),
+    ("batch_p2p_comm", "messages travel one by one, in a group per direction: no effect"),
+    (
+        "mtp_num_layers",
+        "loss scale per model; a split backward sums the shared output layer's "
+        "gradients in another order (equal to rounding)",
+    ),
+)
+_NOT_WITH_SPLIT = (
+    ("defer_embedding_wgrad_compute", "it defers weight gradients itself"),
+    ("enable_autocast", "split layers compute in the weights' type"),
+    ("cpu_offloading", "split layers keep their inputs themselves"),
+    ("delay_wgrad_compute", "it belongs to overlap_moe_expert_parallel_comm"),
+)
+
+
+def explain(config: Any, *, split_weight: bool = False) -> tuple[Support, ...]:
+    """What becomes of every setting of `config` that concerns schedules. Print its lines.
+
+    `split_weight`: for schedules with I and W, such as zero-bubble.
+    """
+    return tuple(_rows(config, split_weight))
+
+
+def fall_back_reasons(call: Call, *, split_weight: bool) -> list[str]:
+    """Why this call is left to Megatron's schedule; empty if it runs on ours."""
+    rows = _rows(call.config, split_weight)
+    reasons = [f"{r.setting}={r.value}: {r.reason}" for r in rows if r.verdict in _NOT_OURS]
+    if call.unknown and any(value is not None for value in call.unknown.values()):
+        reasons.append(f"unknown argument {', '.join(sorted(call.unknown))}")
+    if call.adjust_tensor_shapes_fn is not None:
+        reasons.append("adjust_tensor_shapes_fn: several tensors in one message")
+    if isinstance(getattr(call.p2p_communicator, "pp_group", None), list):
+        reasons.append("p2p_communicator: several modules in one pipeline")
+    return reasons
+
+
+_NOT_OURS = (Verdict.FALLS_BACK, Verdict.REFUSED)
+
+
+def _rows(config: Any, split: bool) -> Iterator[Support]:
+    for name, reason in _FALLS_BACK:
+        if getattr(config, name, False):
+            yield _row(config, name, Verdict.FALLS_BACK, reason)
+    if getattr(config, "cuda_graph_impl", "none") == "local":
+        reason = "graphs are captured in the order of Megatron's schedule"
+        yield _row(config, "cuda_graph_impl", Verdict.FALLS_BACK, reason)
+    if getattr(config, "fp8", None):
+        yield _row(config, "fp8", *_FP8[split])
+    for name, reason in _NOT_WITH_SPLIT if split else ():
+        if getattr(config, name, False):
+            yield _row(config, name, Verdict.FALLS_BACK, f"with split weights: {reason}")
+    for name, reason in _SUPPORTED:
+        value = getattr(config, name, None)
+        if value not in (None, False, 1):
+            yield _row(config, name, Verdict.SUPPORTED, reason)
+
+
+_FP8 = {
+    False: (
+        Verdict.SUPPORTED,
+        "first_val_step and first micro-batches are passed on; not tried "
+        "here: it needs Transformer Engine and a GPU",
+    ),
+    True: (Verdict.FALLS_BACK, "with split weights: FP8 layers are not split"),
+}
+
+
+def _row(config: Any, name: str, verdict: Verdict, reason: str) -> Support:
+    return Support(name, str(getattr(config, name)), verdict, reason)

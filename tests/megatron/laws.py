@@ -1,0 +1,70 @@
+"""Trains one tiny model twice, by Megatron's schedule and by ours, and tells the differences."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from rlhfuse.megatron import stock
+from rlhfuse.megatron.dropin import Scheduler
+from rlhfuse.megatron.orders import Choice
+from tests.megatron.tiny import Setting, Trained, init_parallel
+
+Tensors = dict[str, torch.Tensor]
+History = list[tuple[list[Any], Tensors, Tensors]]
+
+
+def train(setting: Setting, run: Callable[..., Any], steps: int = 2) -> History:
+    """Reported losses, gradients and updated weights of some steps."""
+    model = Trained(setting)
+    history = []
+    for step in range(steps):
+        model.zero()
+        store = run(**model.arguments(step))
+        history.append((store, model.gradients(), model.step() if setting.ddp else {}))
+    return history
+
+
+def differences(expected: History, found: History) -> list[str]:
+    """What is not the same to the last bit."""
+    wrong = []
+    for step, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if not same(one[0], other[0]):
+            wrong.append(f"step {step}: losses {one[0]} {other[0]}")
+        for what, a, b in (("gradient", one[1], other[1]), ("weight", one[2], other[2])):
+            wrong += [f"step {step}: missing {what} {name}" for name in a.keys() ^ b.keys()]
+            wrong += [
+                f"step {step}: {what} {name} by {float((a[name] - b[name]).abs().max()):.3g}"
+                for name in a.keys() & b.keys()
+                if not torch.equal(a[name], b[name])
+            ]
+    return wrong
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal results of a forward-backward call, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def compare(setting: Setting, schedules: Sequence[Choice]) -> dict[str, tuple[list[str], int]]:
+    """For each schedule: what differs from Megatron's own run, and how many tasks ran on ours."""
+    init_parallel(setting)
+    found = {}
+    try:
+        expected = train(setting, stock.stock_func(None, None, None))
+        assert any(bool(g.any()) for g in expected[0][1].values())
+        for choice in schedules:
+            ours = Scheduler(choice, record=True)
+            history = train(setting, ours.get_forward_backward_func())
+            found[str(choice)] = (differences(expected, history), len(ours.timeline.spans))
+            ours.close()
+    finally:
+        parallel_state.destroy_model_parallel()
+    return found

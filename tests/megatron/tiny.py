@@ -1,0 +1,306 @@
+"""Megatron on a CPU, and tiny GPT models on it: shared by the tests and the benchmark."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import random as tp_random
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
+
+VOCAB = 64
+
+
+class CpuForCuda(TorchFunctionMode):
+    """Megatron asks for ``device="cuda"`` in places: on this machine that is the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.Float", "torch.cuda.Float")
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def norm_of_a_part(plain: Any) -> Any:
+    """Megatron's local norm refuses sequence parallelism, though rows are independent."""
+
+    def make(cls: Any, config: Any, *sizes: Any, **named: Any) -> Any:
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        norm = plain(cls, whole, *sizes, **named)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    return make
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within, in this process, what Megatron hard-codes for CUDA happens on the CPU."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    WrappedTorchNorm.__new__ = norm_of_a_part(WrappedTorchNorm.__new__)
+    moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine is missing
+    tp_random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
+    with CpuForCuda():
+        yield
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train a tiny model."""
+
+    pp: int = 2
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    chunks: int = 1
+    num_layers: int = 4
+    hidden: int = 32
+    num_microbatches: int = 4
+    lengths: tuple[int, ...] = (16,)
+    ddp: bool = True
+    overlap: bool = False
+    distributed_optimizer: bool = False
+    tied: bool = False
+    per_token: bool = False
+    three: bool = False
+    deallocate: bool = False
+    sequence_parallel: bool = False
+    experts: int | None = None
+    value_head: bool = False
+    partial_checkpoints: int | None = None
+    seed: int = 0
+
+    @property
+    def variable(self) -> bool:
+        return len(self.lengths) > 1
+
+
+def init_parallel(setting: Setting) -> None:
+    """Megatron's process groups for `setting`."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=setting.tp,
+        pipeline_model_parallel_size=setting.pp,
+        virtual_pipeline_model_parallel_size=setting.chunks if setting.chunks > 1 else None,
+        context_parallel_size=setting.cp,
+        expert_model_parallel_size=setting.ep,
+    )
+
+
+def config_for(setting: Setting) -> TransformerConfig:
+    config = TransformerConfig(
+        num_layers=setting.num_layers,
+        hidden_size=setting.hidden,
+        num_attention_heads=4,
+        ffn_hidden_size=2 * setting.hidden,
+        num_query_groups=2,
+        use_cpu_initialization=True,
+        pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=setting.tp,
+        pipeline_model_parallel_size=setting.pp,
+        virtual_pipeline_model_parallel_size=setting.chunks if setting.chunks > 1 else None,
+        context_parallel_size=setting.cp,
+        expert_model_parallel_size=setting.ep,
+        sequence_parallel=setting.sequence_parallel,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        deallocate_pipeline_outputs=setting.deallocate,
+        calculate_per_token_loss=setting.per_token,
+        num_moe_experts=setting.experts,
+        moe_router_load_balancing_type="aux_loss" if setting.experts else "none",
+        moe_aux_loss_coeff=0.1 if setting.experts else 0.0,
+        moe_token_dispatcher_type="allgather" if setting.experts else "alltoall",
+        variable_seq_lengths=setting.variable,
+        batch_p2p_comm=False,
+        num_microbatches_with_partial_activation_checkpoints=setting.partial_checkpoints,
+    )
+    return config
+
+
+class ValuesAsTheyAre(torch.nn.Module):
+    """Attention that attends to the token itself: Megatron's own local one knows no cp."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        groups = query.shape[2] // value.shape[2]
+        mixed = value.repeat_interleave(groups, dim=2) + 0 * query
+        return mixed.reshape(*query.shape[:2], -1)
+
+
+def layer_spec(setting: Setting) -> Any:
+    spec = get_gpt_layer_local_spec(num_experts=setting.experts, normalization="RMSNorm")
+    if setting.cp > 1:
+        spec.submodules.self_attention.submodules.core_attention = ValuesAsTheyAre
+    return spec
+
+
+class Trained:
+    """A model on this rank with its optimizer, in the parallel state of the moment."""
+
+    def __init__(self, setting: Setting, head: Callable[[Any], None] | None = None) -> None:
+        self.setting = setting
+        self.config = config_for(setting)
+        self.chunks = [self._chunk(index, head) for index in range(setting.chunks)]
+        self.optimizer = None
+        if setting.ddp:
+            self._wrap()
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=1e-2,
+                    use_distributed_optimizer=setting.distributed_optimizer,
+                    clip_grad=1.0,
+                ),
+                self.chunks,
+            )
+
+    def _chunk(self, index: int, head: Callable[[Any], None] | None) -> Any:
+        setting = self.setting
+        torch.manual_seed(setting.seed)
+        stage = {"vp_stage": index} if setting.chunks > 1 else {}
+        model = GPTModel(
+            config=self.config,
+            transformer_layer_spec=layer_spec(setting),
+            vocab_size=VOCAB,
+            max_sequence_length=64,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage),
+            share_embeddings_and_output_weights=setting.tied,
+            position_embedding_type="rope",
+            **stage,
+        )
+        if head is not None:
+            head(model)
+        return model
+
+    def _wrap(self) -> None:
+        setting = self.setting
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=setting.overlap,
+            use_distributed_optimizer=setting.distributed_optimizer,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.chunks)
+        ]
+        for chunk in self.chunks:
+            chunk.broadcast_params()
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if setting.overlap and setting.chunks == 1 and setting.pp > 1:
+            self.config.grad_sync_func = self.chunks[0].start_grad_sync
+        self.config.finalize_model_grads_func = finalize_model_grads
+
+    def arguments(self, step: int = 0, **more: Any) -> dict[str, Any]:
+        """Keyword arguments for one forward-backward call on the data of `step`."""
+        setting = self.setting
+        data = [iter(batches(setting, step)) for _ in self.chunks]
+        return {
+            "forward_step_func": partial(forward_step, setting),
+            "data_iterator": data if len(data) > 1 else data[0],
+            "model": self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            "num_microbatches": setting.num_microbatches,
+            "seq_length": max(setting.lengths),
+            "micro_batch_size": 2,
+            "forward_only": False,
+            **more,
+        }
+
+    def zero(self) -> None:
+        for chunk in self.chunks:
+            if self.setting.ddp:
+                chunk.zero_grad_buffer()
+            chunk.zero_grad(set_to_none=True)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for index, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.named_parameters():
+                gradient = parameter.main_grad if self.setting.ddp else parameter.grad
+                if gradient is not None:
+                    found[f"{index}.{name}"] = gradient.clone()
+        return found
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """Update the weights; returns them."""
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {
+            f"{index}.{name}": parameter.detach().clone()
+            for index, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
+
+
+def batches(setting: Setting, step: int) -> list[torch.Tensor]:
+    """Tokens [2, length + 1] of each micro-batch of this data-parallel rank."""
+    generator = torch.Generator().manual_seed(
+        1000 * step + parallel_state.get_data_parallel_rank() + 17 * setting.seed
+    )
+    return [
+        torch.randint(
+            0, VOCAB, (2, setting.lengths[m % len(setting.lengths)] + 1), generator=generator
+        )
+        for m in range(setting.num_microbatches)
+    ]
+
+
+def forward_step(setting: Setting, data: Any, model: Any, *_: Any) -> tuple[Any, Any]:
+    tokens = next(data)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    length = inputs.shape[1]
+    positions = torch.arange(length).expand(2, length)
+    if setting.cp > 1:
+        own = torch.arange(length).chunk(2 * setting.cp)
+        rank = parallel_state.get_context_parallel_rank()
+        keep = torch.cat([own[rank], own[-1 - rank]])
+        inputs, labels, positions = inputs[:, keep], labels[:, keep], positions[:, keep]
+    mask = torch.ones(length, length).tril().bool().logical_not()[None, None]
+    output = model(inputs, positions, mask, labels=None if setting.value_head else labels)
+    return output, partial(value_loss_of if setting.value_head else loss_of, setting)
+
+
+def value_loss_of(setting: Setting, values: torch.Tensor) -> Any:
+    return loss_of(setting, (values - 1.0).square())
+
+
+def loss_of(setting: Setting, losses: torch.Tensor, non_loss_data: bool = False) -> Any:
+    if non_loss_data:
+        return losses.detach().clone()
+    if setting.per_token or setting.three:
+        count = torch.tensor(losses.numel(), dtype=torch.int)
+        return losses.sum(), count, {"loss": losses.detach().sum()}
+    return losses.mean(), {"loss": losses.detach().mean()}
