@@ -1,0 +1,144 @@
+"""How much longer does a schedule take than planned, and what does the executor cost a task?
+
+    python -m bench.bench_fidelity --ranks 8 16 --forward-ms 10 5
+
+Tasks sleep (forward once, backward twice the given time), so that cores do not matter: what is
+left is messages, bookkeeping and the timer. `task_over_planned` is the part of it that the sleeping
+itself adds.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from bench.ranks import run_ranks
+from bench.record import Row, print_table, write_result
+from rlhfuse.schedules.fused import fuse
+from rlhfuse.schedules.ir import Pipeline, Problem
+from rlhfuse.schedules.timing import makespan
+from rlhfuse.timeline import Kind, Span
+from rlhfuse.training.channels import Channels
+from rlhfuse.training.clock import HostClock
+from rlhfuse.training.executor import Executor
+
+CPU = torch.device("cpu")
+TASKS = (Kind.F, Kind.B, Kind.I, Kind.W)
+
+
+class Sleeper:
+    """A stage whose tasks sleep."""
+
+    def __init__(self, forward_s: float, shape: tuple[int, int]) -> None:
+        self._forward_s = forward_s
+        self._message = torch.zeros(shape)
+
+    def forward(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        time.sleep(self._forward_s)
+        return self._message
+
+    def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        time.sleep(2 * self._forward_s)
+        return self._message
+
+    def input_gradient(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        time.sleep(self._forward_s)
+        return self._message
+
+    def weight_gradient(self, microbatch: int) -> None:
+        time.sleep(self._forward_s)
+
+
+def two_models(num_ranks: int, num_microbatches: int, forward_s: float) -> Problem:
+    ranks = range(num_ranks)
+    return Problem(
+        num_ranks,
+        tuple(
+            Pipeline.make(
+                name, stages, num_microbatches, forward_s, 2 * forward_s, weight=forward_s
+            )
+            for name, stages in (("actor", ranks), ("critic", ranks[::-1]))
+        ),
+    )
+
+
+def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: bool) -> Row:
+    """One table row: `repeats` runs of a fused schedule on `num_ranks` processes."""
+    problem = two_models(num_ranks, 2 * num_ranks, forward_s)
+    schedule = fuse(problem, iterations=40, split_weight=split)
+    shape = (rows, 256)
+
+    def run(rank: int) -> tuple[list[tuple[float, float]], list[float], list[float]]:
+        ranks = {pipe.name: pipe.stages for pipe in problem.pipelines}
+        channels = Channels(
+            rank, ranks, device=CPU, dtype=torch.float32, timeout=timedelta(seconds=60)
+        )
+        runners = {
+            (name, stages.index(rank)): Sleeper(forward_s, shape) for name, stages in ranks.items()
+        }
+        executor = Executor(rank, channels, runners, HostClock(), _get_default_store())
+        shapes = {name: [shape] * 2 * num_ranks for name in ranks}
+        walls, overheads, stretch = [], [], []
+        for _ in range(repeats):
+            dist.barrier()
+            start = time.monotonic()
+            spans: list[Span] = []
+            executor.run(schedule, shapes, spans)
+            walls.append((start, time.monotonic()))
+            busy = [span for span in spans if span.kind in TASKS]
+            planned_s = {Kind.B: 2 * forward_s}
+            stretch += [s.duration_s / planned_s.get(s.kind, forward_s) for s in busy]
+            for before, after in itertools.pairwise(busy):
+                waited = sum(
+                    s.duration_s
+                    for s in spans
+                    if s.kind is Kind.WAIT and before.end_s <= s.start_s <= after.start_s
+                )
+                overheads.append(after.start_s - before.end_s - waited)
+        return walls, overheads, stretch
+
+    results = run_ranks(num_ranks, run)
+    planned = makespan(schedule)
+    ratios = [
+        (max(r[0][i][1] for r in results) - min(r[0][i][0] for r in results)) / planned
+        for i in range(repeats)
+    ]
+    overheads = sorted(o for result in results for o in result[1])
+    return {
+        "ranks": num_ranks,
+        "forward_ms": forward_s * 1e3,
+        "message_kb": rows,
+        "split_weight": split,
+        "planned_s": round(planned, 4),
+        "measured_over_planned": round(statistics.median(ratios), 4),
+        "best_over_planned": round(min(ratios), 4),
+        "task_over_planned": round(statistics.mean(x for r in results for x in r[2]), 4),
+        "overhead_us_p50": round(statistics.median(overheads) * 1e6, 1),
+        "overhead_us_p99": round(overheads[int(0.99 * len(overheads))] * 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--forward-ms", type=float, nargs="+", default=[10.0, 5.0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=64, help="rows of 1 KB in a message")
+    asked = parser.parse_args()
+    rows = [
+        fidelity(ranks, milliseconds / 1e3, asked.repeats, asked.rows, split)
+        for ranks in asked.ranks
+        for milliseconds in asked.forward_ms
+        for split in (False, True)
+    ]
+    print_table(rows)
+    print(write_result("bench_fidelity", rows))
+
+
+if __name__ == "__main__":
+    main()
