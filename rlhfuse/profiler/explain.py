@@ -1,43 +1,83 @@
 """One step of a trace, explained: attribution, schedule, what-ifs. The profiler's front door."""
 
+from dataclasses import dataclass
+
 from rlhfuse.profiler.clocks import align
-from rlhfuse.profiler.recovery import recover
-from rlhfuse.profiler.summary import ProfileSummary, summarize
+from rlhfuse.profiler.recovery import Recovered, recover
+from rlhfuse.profiler.stages import stage_what_ifs
+from rlhfuse.profiler.summary import ProfileSummary, ScheduleSummary, WhatIf, summarize
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.trace import Trace
+from rlhfuse.schedules.ir import Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One step on one clock, its training rounds, and everything there is to say about it."""
+
+    table: SpanTable
+    rounds: tuple[Recovered, ...]
+    summary: ProfileSummary
 
 
 def explain(
-    trace: Trace, step: int | None, *, critic_scale: float | None = 1.0
+    trace: Trace,
+    step: int | None,
+    *,
+    critic_scale: float | None = 1.0,
+    critic: Pipeline | None = None,
 ) -> tuple[SpanTable, ProfileSummary]:
-    """The step's timeline, on one clock, and everything there is to say about it.
+    """The step's spans, on one clock, and everything there is to say about it.
 
     Args:
         step: of `trace.steps`; None where it knows no steps.
         critic_scale: cost of a critic that single models are fused with, over the model's; None
             skips the what-ifs.
+        critic: its costs, where they are known.
     """
+    found = explain_step(trace, step, critic_scale=critic_scale, critic=critic)
+    return found.table, found.summary
+
+
+def explain_step(
+    trace: Trace,
+    step: int | None,
+    *,
+    critic_scale: float | None = 1.0,
+    critic: Pipeline | None = None,
+) -> Explained:
+    """As `explain`, with the training rounds."""
     loaded = trace.load(step)
     aligned = align(loaded.timeline)
-    rounds, warnings = recover(aligned.timeline)
+    table = aligned.timeline
+    rounds, warnings = recover(table)
     told = [*loaded.warnings, *aligned.notes, *warnings]
     found, schedule = list(loaded.what_if), None
+    if critic_scale is not None:
+        found += stage_what_ifs(table, table.wall_s)
     if rounds:
-        from rlhfuse.profiler.what_if import describe, what_ifs  # loads the compiler: a second
-
-        schedule = describe(rounds)
-        if critic_scale is not None:
-            replayed, more = what_ifs(rounds, aligned.timeline.wall_s, critic_scale=critic_scale)
-            found += replayed
-            told += more
+        schedule, replayed, more = _replayed(rounds, table.wall_s, critic_scale, critic)
+        found += replayed
+        told += more
     summary = summarize(
         trace.format,
         trace.steps,
         step,
-        aligned.timeline,
+        table,
         pipelines=loaded.pipelines,
         schedule=schedule,
         what_if=found,
         warnings=told,
     )
-    return aligned.timeline, summary
+    return Explained(table, tuple(rounds), summary)
+
+
+def _replayed(
+    rounds: list[Recovered], wall_s: float, critic_scale: float | None, critic: Pipeline | None
+) -> tuple[ScheduleSummary, list[WhatIf], list[str]]:
+    from rlhfuse.profiler.what_if import Critic, describe, what_ifs  # loads the compiler
+
+    if critic_scale is None:
+        return describe(rounds), [], []
+    found, told = what_ifs(rounds, wall_s, critic=Critic(critic_scale, critic))
+    return describe(rounds), found, told

@@ -65,7 +65,7 @@ def stragglers(rounds: Sequence[Recovered]) -> list[str]:
                 told.append(
                     f"{pipe.name} stage {stage}: {seconds / middle:.2f} times the median stage"
                 )
-        for mb, weight in enumerate(_microbatch_costs(last, pipe)):
+        for mb, weight in enumerate(microbatch_costs(last, pipe)):
             if weight > _STRAGGLES:
                 told.append(f"{pipe.name} micro-batch {mb}: {weight:.2f} times the median one")
     return told
@@ -83,6 +83,8 @@ def schedule_name(schedule: Schedule) -> str:
     if all(_is_gpipe(row) for row in schedule.rows):
         return "GPipe"
     (pipe,) = pipes
+    if pipe.interleaved:
+        return f"interleaved ({pipe.num_stages // len(set(pipe.stages))} chunks a rank)"
     return "1F1B" if _is_one_f_one_b(schedule, pipe) else "custom"
 
 
@@ -173,7 +175,7 @@ def _typical(values: Sequence[float]) -> float:
     return max(0.0, median(values)) if values else 0.0
 
 
-def _microbatch_costs(training: Recovered, pipe: Pipeline) -> list[float]:
+def microbatch_costs(training: Recovered, pipe: Pipeline) -> list[float]:
     """Time of each micro-batch over all stages, as a multiple of the median one."""
     totals = [0.0] * pipe.num_microbatches
     for task, seconds in training.durations.items():

@@ -6,6 +6,7 @@ was measured and not with an ideal machine; only "no delays" leaves them out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from rlhfuse.profiler import recovery
 from rlhfuse.profiler.recovery import Recovered
@@ -13,13 +14,15 @@ from rlhfuse.profiler.summary import ScheduleSummary, WhatIf
 from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.compiled import encode_schedule
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
+from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule, Task
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.schedules.timing import end_times
 
 Cost = Callable[[Task], float]
 _ROUNDS = 12  # of search per fused schedule
 _TOLERANCE = 0.03
+_STRAGGLES = 1.15  # times the median of the same operation
+_COUNTS = (0.5, 2.0, 4.0)  # times the micro-batches that ran
 _ROOMS = (1.0, 1.25, 1.5, 2.0)  # of activation memory, tried in this order
 
 
@@ -55,21 +58,23 @@ def describe(rounds: Sequence[Recovered]) -> ScheduleSummary:
 
 
 def what_ifs(
-    rounds: Sequence[Recovered], wall_s: float, *, critic_scale: float = 1.0
+    rounds: Sequence[Recovered], wall_s: float, *, critic: "Critic | None" = None
 ) -> tuple[list[WhatIf], list[str]]:
     """Predicted times of the whole step, and what to think of them.
 
     Args:
         rounds: all training rounds of the step, in time order.
         wall_s: of the step; what is not training stays as it was.
-        critic_scale: cost of the critic that single-model runs are fused with, over the model's.
+        critic: that single-model runs are fused with; by default one of the model's own costs.
     """
+    critic = critic or Critic()
     measured = sum(x.makespan_s for x in rounds)
     rest = wall_s - measured
     replayed = sum(_with_delays(x, x.schedule, x.durations.__getitem__) for x in rounds)
     found = [
         _what("as it ran, replayed", rest + replayed, wall_s),
         _what("no delays between tasks", rest + _each(rounds, _no_delays), wall_s),
+        _what("stragglers removed", rest + _each(rounds, _no_stragglers), wall_s),
         _what("even micro-batches", rest + _each(rounds, _even_microbatches), wall_s),
         _what("even stages", rest + _each(rounds, _even_stages), wall_s),
     ]
@@ -92,10 +97,15 @@ def what_ifs(
         found.append(_what("both models one after the other (1F1B)", wall_s + lost, wall_s))
     single = [x for x in rounds if len(x.problem.pipelines) == 1]
     if single and not pairs:
-        found += _single_model(single, wall_s, critic_scale)
+        found += _single_model(single, wall_s, critic)
+        assumed = (
+            "its costs are the given ones"
+            if critic.given is not None
+            else f"it is assumed to cost {critic.scale:g} times the model"
+        )
         warnings.append(
-            "the weight gradient is taken as half of each backward; the critic is assumed to "
-            f"cost {critic_scale:g} times the model, serial training of both is the comparison"
+            "the weight gradient is taken as half of each backward; fused with a critic: "
+            f"{assumed}, serial training of both is the comparison"
         )
     return found, warnings
 
@@ -124,6 +134,22 @@ def _each(rounds: Sequence[Recovered], predict: Callable[[Recovered], float]) ->
 
 def _no_delays(x: Recovered) -> float:
     return replay(x.schedule, x.durations.__getitem__)
+
+
+def _no_stragglers(x: Recovered) -> float:
+    """Tasks that took clearly longer than others of their operation take the median, on every
+    stage; stages that are slow throughout, as long as the median stage."""
+    typical = {
+        (pipe.name, op): median(pipe.duration(op, s) for s in range(pipe.num_stages))
+        for pipe in x.problem.pipelines
+        for op in Op
+    }
+
+    def cost(task: Task) -> float:
+        seconds, usual = x.durations[task], typical[task.pipeline, task.op]
+        return usual if seconds > _STRAGGLES * usual else seconds
+
+    return _with_delays(x, x.schedule, cost)
 
 
 def _even_microbatches(x: Recovered) -> float:
@@ -193,14 +219,20 @@ def _search(problem: Problem, cap: float, split_weight: bool = False) -> tuple[S
 
 
 def _within(room: float) -> str:
-    return "same activation memory" if room == 1 else f"{room:.2g} times the activation memory"
+    return (
+        "same activation memory"
+        if room < 1 + REL_TOL
+        else f"{room:.2g} times the activation memory"
+    )
 
 
-def _single_model(rounds: Sequence[Recovered], wall_s: float, scale: float) -> list[WhatIf]:
+def _single_model(rounds: Sequence[Recovered], wall_s: float, critic: "Critic") -> list[WhatIf]:
     measured = sum(x.makespan_s for x in rounds)
     rest = wall_s - measured
-    plain, zero, more, serial, fused = (0.0,) * 5
+    plain, zero, serial, fused = (0.0,) * 4
     zero_room = fused_room = 1.0
+    counts = dict.fromkeys(_COUNTS, 0.0)
+    rooms = dict.fromkeys(_COUNTS, 1.0)
     for x in rounds:
         (pipe,) = x.problem.pipelines
         plain += _predict(x, one_f_one_b(x.problem))
@@ -209,34 +241,74 @@ def _single_model(rounds: Sequence[Recovered], wall_s: float, scale: float) -> l
         cap = max(peak_memory(x.schedule))
         schedule, room = _search(split, cap, split_weight=True)
         zero, zero_room = zero + _predict(x, schedule), max(zero_room, room)
-        more += _predict(x, one_f_one_b(replace(x.problem, pipelines=(_twice(pipe),))))
-        both = replace(x.problem, pipelines=(pipe, _critic(pipe, scale)))
-        serial += x.makespan_s * (1 + scale)
+        for times in _COUNTS:
+            cut = replace(x.problem, pipelines=(_recut(pipe, times),))
+            recut = one_f_one_b(cut)
+            counts[times] += _predict(x, recut)
+            rooms[times] = max(rooms[times], max(peak_memory(recut)) / cap)
+        other = critic.beside(pipe)
+        both = Problem(x.problem.num_ranks, (pipe, other))
+        alone = _predict(x, one_f_one_b(Problem(x.problem.num_ranks, (other,))))
+        serial += x.makespan_s + (alone if critic.given else critic.scale * x.makespan_s)
         schedule, room = _search(both, cap)
         fused, fused_room = fused + _predict(x, schedule), max(fused_room, room)
+    found = [_what("1F1B", rest + plain, wall_s)]
+    for times, seconds in counts.items():
+        if all(x.problem.pipelines[0].num_microbatches * times >= 1 for x in rounds):
+            name = f"1F1B, {times:g} times the micro-batches ({_within(rooms[times])})"
+            found.append(_what(name, rest + seconds, wall_s))
     return [
-        _what("1F1B", rest + plain, wall_s),
-        _what("1F1B, twice the micro-batches", rest + more, wall_s),
+        *found,
         _what(f"weight gradient split off ({_within(zero_room)})", rest + zero, wall_s),
         _what(f"fused with a critic ({_within(fused_room)})", rest + fused, rest + serial),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Critic:
+    """The critic that a single model is fused with: given, or the model's own costs, scaled."""
+
+    scale: float = 1.0
+    given: Pipeline | None = None
+
+    def beside(self, pipe: Pipeline) -> Pipeline:
+        """The critic as a pipeline on the ranks of `pipe`, in the opposite direction.
+
+        Raises:
+            ValueError: the given critic uses ranks that the model does not.
+        """
+        if self.given is None:
+            return _critic(pipe, self.scale)
+        if not set(self.given.stages) <= set(pipe.stages):
+            raise ValueError(
+                f"--critic: stages on ranks {sorted(set(self.given.stages))}, but the model runs "
+                f"on {sorted(set(pipe.stages))}"
+            )
+        name = self.given.name if self.given.name != pipe.name else f"{pipe.name}-critic"
+        return replace(self.given, name=name)
 
 
 def _predict(like: Recovered, schedule: Schedule) -> float:
     return _with_delays(like, schedule, _even(schedule.problem))
 
 
-def _twice(pipe: Pipeline) -> Pipeline:
-    """Twice as many micro-batches of half the size."""
+def _recut(pipe: Pipeline, times: float) -> Pipeline:
+    """As many `times` micro-batches, of the same work in all."""
+    count = max(1, round(times * pipe.num_microbatches))
+    share = pipe.num_microbatches / count
+
+    def cut(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(value * share for value in values)
+
     return replace(
         pipe,
-        num_microbatches=2 * pipe.num_microbatches,
-        forward=tuple(x / 2 for x in pipe.forward),
-        backward=tuple(x / 2 for x in pipe.backward),
-        weight=tuple(x / 2 for x in pipe.weight),
-        activation=tuple(x / 2 for x in pipe.activation),
-        activation_after_input=tuple(x / 2 for x in pipe.activation_after_input),
-        microbatch_weights=(1.0,) * (2 * pipe.num_microbatches),
+        num_microbatches=count,
+        forward=cut(pipe.forward),
+        backward=cut(pipe.backward),
+        weight=cut(pipe.weight),
+        activation=cut(pipe.activation),
+        activation_after_input=cut(pipe.activation_after_input),
+        microbatch_weights=(1.0,) * count,
     )
 
 

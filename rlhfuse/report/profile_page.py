@@ -5,6 +5,7 @@ from html import escape
 
 from rlhfuse.profiler.attribution import StepAttribution
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, WORK, Cause
+from rlhfuse.profiler.recovery import Recovered
 from rlhfuse.profiler.summary import ProfileSummary
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report import charts, markup
@@ -20,6 +21,7 @@ def render_profile(
     timeline: Timeline | SpanTable,
     title: str,
     trend: Sequence[tuple[int, StepAttribution]] = (),
+    rounds: Sequence[Recovered] = (),
 ) -> str:
     """The page as text. `trend`: the attributions of several steps, where there are several."""
     name = "All" if summary.step is None else f"Step {summary.step}"

@@ -40,6 +40,37 @@ class FieldNames(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimizer: str = r"(?i)optim"
 
 
+# Names that known makers of traces use, for ``--map NAME``.
+PRESETS = {
+    "usual": FieldNames(),
+    # veScale's NDTimeline: one event list, micro-batch and chunk as arguments.
+    "ndtimeline": FieldNames(
+        step=("global_step", "step"),
+        microbatch=("mb", "microbatch_id", "micro_batch_id", "mb_id"),
+        chunk=("chunk", "model_chunk_id", "chunk_id"),
+        forward=r"(?i)forward-?compute|^fwd",
+        backward=r"(?i)backward-?compute|^bwd",
+    ),
+    # StragglerAnalysis: op names such as forward-compute, ranks as dp and pp coordinates.
+    "stragglers": FieldNames(
+        step=("step_id", "step"),
+        microbatch=("mb_id", "microbatch"),
+        chunk=("vpp_id", "vpp_rank", "chunk"),
+        stage=("pp_rank", "pp"),
+        forward=r"(?i)^forward-?compute",
+        backward=r"(?i)^backward-?compute",
+    ),
+    # Megatron's own NVTX or timer names, exported by hand.
+    "megatron": FieldNames(
+        microbatch=("microbatch", "current_microbatch", "mb"),
+        stage=("pipeline_parallel_rank", "pp_rank"),
+        chunk=("virtual_pipeline_rank", "vp_stage", "vpp_rank"),
+        forward=r"(?i)^forward[-_ ]?(step|compute)",
+        backward=r"(?i)^backward[-_ ]?(step|compute)",
+    ),
+}
+
+
 class _Event(msgspec.Struct):
     ph: str = ""
     name: str = ""

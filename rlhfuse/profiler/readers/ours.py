@@ -18,11 +18,17 @@ def open_run(folder: Path) -> Trace:
     files = {
         int(match[1]): [path]
         for path in sorted((folder / "timeline").glob("step_*"))
-        if (match := _NAME.fullmatch(path.name))
+        if (match := _NAME.fullmatch(path.name)) and match[2] is None
     }
     if not files:
         raise ValueError(f"{folder}: a run folder, but timeline/ holds no step_N.json")
     return _trace("rlhfuse run", files)
+
+
+def recorded_steps(folder: Path) -> list[int]:
+    """Steps of a run whose timelines are there, in order; none where none is."""
+    found = (_NAME.fullmatch(path.name) for path in (folder / "timeline").glob("step_*"))
+    return sorted(int(match[1]) for match in found if match is not None)
 
 
 def open_files(paths: list[Path]) -> Trace:
