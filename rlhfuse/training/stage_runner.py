@@ -82,3 +82,29 @@ class AutogradRunner:
         self._saved.clear()
         if self._weights is not None:
             self._weights.clear()
+
+
+class ForwardRunner:
+    """A `StageRunner` of a forward-only pipeline: nothing is kept for a backward pass."""
+
+    def __init__(self, compute: Compute, *, last: bool) -> None:
+        self._compute = compute
+        self._last = last
+
+    def forward(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        """See `StageRunner`."""
+        with torch.no_grad():
+            output = self._compute(microbatch, received)
+        return None if self._last else output
+
+    def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Never asked for."""
+        raise AssertionError(f"{microbatch=}: a forward-only stage has no backward pass")
+
+    def input_gradient(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Never asked for."""
+        raise AssertionError(f"{microbatch=}: a forward-only stage has no backward pass")
+
+    def weight_gradient(self, microbatch: int) -> None:
+        """Never asked for."""
+        raise AssertionError(f"{microbatch=}: a forward-only stage has no backward pass")

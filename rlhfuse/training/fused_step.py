@@ -1,0 +1,231 @@
+"""Any models, trained (or only run) together under one schedule: fusion for your own training loop.
+
+PPO's actor and critic are one pair among many: a student beside its forward-only teacher, an actor
+beside a reward model in training, several policies. Each model is a pipeline of plain modules;
+what is computed does not depend on the schedule, only when.
+
+    policy = Model("policy", ranks=(0, 1), stages={rank: stage}, optimizer=adam)
+    teacher = Model("teacher", ranks=(1, 0), stages={1 - rank: frozen}, forward_only=True)
+    step = FusedStep([policy, teacher], rank=rank, device=device, dtype=torch.bfloat16)
+    schedule = fuse(problem)  # of pipelines named "policy" and "teacher"; see rlhfuse.schedules
+    results = step.update({"policy": batch, "teacher": next_batch}, schedule)
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store
+
+from rlhfuse.schedules.ir import Schedule
+from rlhfuse.schedules.timing import check_channels
+from rlhfuse.timeline import Span
+from rlhfuse.training.channels import Channels, Shape
+from rlhfuse.training.clock import clock_of
+from rlhfuse.training.executor import Executor, StageRunner
+from rlhfuse.training.gradients import GradientSums
+from rlhfuse.training.split import WeightStore, split_linears
+from rlhfuse.training.stage_runner import AutogradRunner, Compute, ForwardRunner
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """One pipeline. All ranks give the same names and `ranks`, each its own `stages`.
+
+    `stages`: the modules of this rank by pp_stage, tensor in and tensor out. `optimizer`: over
+    their parameters; it is stepped and cleared once an update, after clipping by the global norm
+    over all stages (`clip_grad`, 0: off). `split_weight`: linear layers may be split into I and W.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    stages: Mapping[int, nn.Module]
+    optimizer: torch.optim.Optimizer | None = None
+    clip_grad: float = 0.0
+    split_weight: bool = False
+    forward_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One model's micro-batches in one update.
+
+    `shapes`: of the message between stages, per micro-batch; all ranks need them. `inputs`: what
+    the first stage gets (asked for there alone). `finish`: on the last stage, the micro-batch and
+    its output become a loss [], whose gradients add up over micro-batches; or, where the model
+    only runs forward, what is to be kept.
+    """
+
+    shapes: Sequence[Shape]
+    inputs: Callable[[int], torch.Tensor]
+    finish: Callable[[int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """`finished`: what `Batch.finish` returned, by micro-batch, detached; empty on ranks without
+    the last stage. `grad_norm`: over all stages, before clipping; 0 where nothing is trained."""
+
+    finished: tuple[torch.Tensor, ...]
+    grad_norm: float
+
+
+class FusedStep:
+    """The models of one rank. Every rank makes one alike; `update` is collective."""
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        *,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
+        """Collective. `dtype`: of the messages between stages.
+
+        Raises:
+            ValueError: two models of one name, stages that do not lie on this rank.
+        """
+        self._models = {model.name: model for model in models}
+        if len(self._models) != len(models):
+            raise ValueError(f"models need different names, not {[m.name for m in models]}")
+        for model in models:
+            mine = {s for s, home in enumerate(model.ranks) if home == rank}
+            if mine != set(model.stages):
+                raise ValueError(
+                    f"{model.name}: rank {rank} holds stages {sorted(mine)} by `ranks`, "
+                    f"but was given {sorted(model.stages)}"
+                )
+        self._device = device
+        self._batches: Mapping[str, Batch] = {}
+        self._finished: dict[str, dict[int, torch.Tensor]] = {}
+        self._control = dist.new_group(timeout=timeout, backend="gloo")
+        self._channels = Channels(
+            rank, {m.name: m.ranks for m in models}, device=device, dtype=dtype, timeout=timeout
+        )
+        runners: dict[tuple[str, int], StageRunner] = {
+            (model.name, stage): self._runner(model, stage, module)
+            for model in models
+            for stage, module in model.stages.items()
+        }
+        self._executor = Executor(
+            rank, self._channels, runners, clock_of(device), _get_default_store()
+        )
+
+    def update(
+        self,
+        batches: Mapping[str, Batch],
+        schedule: Schedule,
+        spans: list[Span] | None = None,
+    ) -> dict[str, Result]:
+        """Run `schedule`, then one optimizer step of each model that trains. Appends what was
+        measured to `spans`.
+
+        Raises:
+            ValueError: the schedule is not of these models and micro-batches, or would lock up.
+            FloatingPointError: on all ranks, a gradient is not finite; nothing has been stepped.
+            StepFailed: a task failed here or elsewhere; this object is of no more use.
+        """
+        self._check(batches, schedule)
+        check_channels(schedule)
+        self._batches = batches
+        self._finished = {name: {} for name in batches}
+        shapes = {name: batch.shapes for name, batch in batches.items()}
+        self._executor.run(schedule, shapes, [] if spans is None else spans)
+        norms = self._norms(sorted(batches))
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                self._clear(batches)
+                raise FloatingPointError(f"{name}: the gradient norm is {norm}; nothing stepped")
+        for name, norm in norms.items():
+            self._step(self._models[name], norm)
+        return {
+            name: Result(tuple(value for _, value in sorted(done.items())), norms[name])
+            for name, done in self._finished.items()
+        }
+
+    def close(self) -> None:
+        """Leave the process groups that this object made."""
+        self._channels.close()
+        dist.destroy_process_group(self._control)
+
+    def _runner(self, model: Model, stage: int, module: nn.Module) -> StageRunner:
+        last = stage == len(model.ranks) - 1
+        compute = self._compute(model.name, module, first=stage == 0, last=last)
+        if model.forward_only:
+            return ForwardRunner(compute, last=last)
+        store = WeightStore(GradientSums(module.parameters())) if model.split_weight else None
+        if store is not None:
+            split_linears(module, store)
+        return AutogradRunner(compute, last=last, weights=store)
+
+    def _compute(self, name: str, module: nn.Module, *, first: bool, last: bool) -> Compute:
+        def compute(microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+            given = self._batches[name].inputs(microbatch) if first else received
+            output: torch.Tensor = module(given)
+            if not last:
+                return output
+            made = self._batches[name].finish(microbatch, output)
+            self._finished[name][microbatch] = made.detach()
+            return made
+
+        return compute
+
+    def _check(self, batches: Mapping[str, Batch], schedule: Schedule) -> None:
+        for pipe in schedule.problem.pipelines:
+            model, batch = self._models.get(pipe.name), batches.get(pipe.name)
+            if model is None or batch is None:
+                raise ValueError(f"schedule: no model or no batch is called {pipe.name!r}")
+            if tuple(pipe.stages) != model.ranks:
+                raise ValueError(
+                    f"schedule: {pipe.name} on ranks {tuple(pipe.stages)}, the model on "
+                    f"{model.ranks}"
+                )
+            if pipe.num_microbatches != len(batch.shapes):
+                raise ValueError(
+                    f"schedule: {pipe.num_microbatches} micro-batches of {pipe.name}, the batch "
+                    f"has {len(batch.shapes)}"
+                )
+            if pipe.forward_only != model.forward_only:
+                raise ValueError(f"schedule: {pipe.name} runs only forward in one of both")
+        extra = set(batches) - {pipe.name for pipe in schedule.problem.pipelines}
+        if extra:
+            raise ValueError(f"schedule: runs nothing of {', '.join(sorted(extra))}")
+
+    def _norms(self, names: Sequence[str]) -> dict[str, float]:
+        squares = torch.zeros(len(names), dtype=torch.float64)
+        for index, name in enumerate(names):
+            for gradient in self._gradients(self._models[name]):
+                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                squares[index] += norm.square().cpu()
+        dist.all_reduce(squares, group=self._control)
+        return {name: math.sqrt(float(s)) for name, s in zip(names, squares, strict=True)}
+
+    def _step(self, model: Model, norm: float) -> None:
+        if model.optimizer is None:
+            return
+        if model.clip_grad and norm > model.clip_grad:
+            for gradient in self._gradients(model):
+                gradient.mul_(model.clip_grad / norm)
+        model.optimizer.step()
+        model.optimizer.zero_grad()
+
+    def _clear(self, names: Mapping[str, Batch]) -> None:
+        for name in names:
+            for module in self._models[name].stages.values():
+                module.zero_grad()
+
+    def _gradients(self, model: Model) -> list[torch.Tensor]:
+        if model.forward_only:
+            return []
+        return [
+            parameter.grad
+            for _, module in sorted(model.stages.items())
+            for parameter in module.parameters()
+            if parameter.grad is not None
+        ]

@@ -1,0 +1,204 @@
+"""Any models under one schedule: each trains as it would alone in a plain loop."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rlhfuse.schedules.fused import fuse
+from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
+from rlhfuse.schedules.standard import one_f_one_b
+from rlhfuse.training.fused_step import Batch, FusedStep, Model, Result
+from tests.training.ranks import run_ranks
+
+WIDTH, ROWS, COUNT = 24, 20, 3
+Weights = dict[str, torch.Tensor]
+
+
+def stages(seed: int) -> list[nn.Module]:
+    torch.manual_seed(seed)
+    return [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)) for _ in range(2)
+    ]
+
+
+def rows(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(ROWS + m, WIDTH, generator=generator) for m in range(COUNT)]
+
+
+def mean_square(targets: list[torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    return lambda microbatch, out: functional.mse_loss(out, targets[microbatch]) / COUNT
+
+
+def batch(inputs: list[torch.Tensor], finish: Callable[[int, torch.Tensor], torch.Tensor]) -> Batch:
+    return Batch([tuple(x.shape) for x in inputs], lambda microbatch: inputs[microbatch], finish)
+
+
+def adam(modules: list[nn.Module]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for m in modules for p in m.parameters()], lr=1e-2)
+
+
+def plain(seed: int, steps: int, clip: float) -> tuple[Weights, list[list[float]]]:
+    """One model alone: its weights after `steps`, and every loss."""
+    modules = stages(seed)
+    optimizer = adam(modules)
+    losses = []
+    for step in range(steps):
+        inputs, targets = rows(10 * seed + step), rows(100 + 10 * seed + step)
+        found = []
+        for microbatch in range(COUNT):
+            out = modules[1](modules[0](inputs[microbatch]))
+            loss = mean_square(targets)(microbatch, out)
+            loss.backward()
+            found.append(float(loss.detach()))
+        nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(found)
+    return named(modules), losses
+
+
+def named(modules: list[nn.Module]) -> Weights:
+    return {
+        f"{stage}.{name}": p.detach().clone()
+        for stage, module in enumerate(modules)
+        for name, p in module.named_parameters()
+    }
+
+
+def problem(*, second_forward_only: bool = False) -> Problem:
+    backward = 0 if second_forward_only else 2
+    weight = 0 if second_forward_only else 1
+    return Problem(
+        2,
+        (
+            Pipeline.make("one", (0, 1), COUNT, 1, 2, weight=1),
+            Pipeline.make("two", (1, 0), COUNT, 1, backward, weight=weight),
+        ),
+    )
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_two_policies_train_together_as_each_alone(split: bool) -> None:
+    schedule = fuse(problem(), iterations=20, split_weight=split)
+    assert schedule.problem.num_ranks == 2
+
+    def run(rank: int) -> tuple[dict[str, Weights], list[dict[str, Result]]]:
+        models = []
+        for name, seed, ranks in (("one", 1, (0, 1)), ("two", 2, (1, 0))):
+            mine = {s: stages(seed)[s] for s in range(2) if ranks[s] == rank}
+            models.append(
+                Model(name, ranks, mine, adam(list(mine.values())), 0.3, split_weight=split)
+            )
+        step = FusedStep(models, rank=rank, device=torch.device("cpu"), dtype=torch.float32)
+        results = []
+        for number in range(2):
+            data = {
+                name: batch(rows(10 * seed + number), mean_square(rows(100 + 10 * seed + number)))
+                for name, seed in (("one", 1), ("two", 2))
+            }
+            results.append(step.update(data, schedule))
+        held = {
+            model.name: {
+                f"{s}.{name}": p.detach()
+                for s, module in model.stages.items()
+                for name, p in module.named_parameters()
+            }
+            for model in models
+        }
+        step.close()
+        return held, results
+
+    per_rank = run_ranks(2, run)
+    for name, seed, last in (("one", 1, 1), ("two", 2, 0)):
+        weights, losses = plain(seed, 2, 0.3)
+        held = {k: v for part in per_rank for k, v in part[0][name].items()}
+        assert set(held) == set(weights)
+        for key, expected in weights.items():
+            assert torch.allclose(held[key], expected, rtol=1e-5, atol=1e-6), key
+        for number in range(2):
+            found = [float(x) for x in per_rank[last][1][number][name].finished]
+            assert found == pytest.approx(losses[number], rel=1e-6)
+            assert per_rank[1 - last][1][number][name].finished == ()
+
+
+def test_a_forward_only_teacher_runs_in_a_student_s_bubbles() -> None:
+    """The teacher's answers for the next batch come out while the student learns from the last."""
+    schedule = fuse(problem(second_forward_only=True), iterations=20)
+
+    def run(rank: int) -> list[torch.Tensor]:
+        mine = {s: stages(1)[s] for s in range(2) if s == rank}
+        frozen = {s: stages(2)[s] for s in range(2) if 1 - s == rank}
+        step = FusedStep(
+            [
+                Model("one", (0, 1), mine, adam(list(mine.values()))),
+                Model("two", (1, 0), frozen, forward_only=True),
+            ],
+            rank=rank,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        data = {
+            "one": batch(rows(1), mean_square(rows(2))),
+            "two": batch(rows(3), lambda _, out: out),
+        }
+        result = step.update(data, schedule)
+        step.close()
+        return list(result["two"].finished)
+
+    teacher = stages(2)
+    answers = run_ranks(2, run)
+    assert answers[1] == []
+    for got, row in zip(answers[0], rows(3), strict=True):
+        assert torch.equal(got, teacher[1](teacher[0](row)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (Pipeline.make("three", (0,), COUNT, 1, 2), "called 'three'"),
+        (Pipeline.make("one", (0,), COUNT + 1, 1, 2), "4 micro-batches of one, the batch has 3"),
+        (Pipeline.make("one", (0,), COUNT, 1, 0), "only forward"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(wrong: Pipeline, words: str) -> None:
+    schedule: Schedule = one_f_one_b(Problem(1, (wrong,)))
+
+    def run(rank: int) -> str:
+        modules = {0: stages(1)[0]}
+        step = FusedStep(
+            [Model("one", (0,), modules, adam(list(modules.values())))],
+            rank=rank,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        with pytest.raises(ValueError, match="schedule") as caught:
+            step.update({"one": batch(rows(1), mean_square(rows(2)))}, schedule)
+        return str(caught.value)
+
+    assert words in run_ranks(1, run)[0]
+
+
+def test_nothing_is_stepped_when_a_gradient_is_not_finite() -> None:
+    schedule = one_f_one_b(Problem(1, (Pipeline.make("one", (0,), COUNT, 1, 2),)))
+
+    def run(rank: int) -> bool:
+        module = stages(1)[0]
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        step = FusedStep(
+            [Model("one", (0,), {0: module}, adam([module]))],
+            rank=rank,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        with pytest.raises(FloatingPointError, match="one: the gradient norm is nan"):
+            step.update({"one": batch(rows(1), lambda _, out: out.sum() * float("nan"))}, schedule)
+        step.update({"one": batch(rows(1), mean_square(rows(2)))}, schedule)
+        return all(torch.isfinite(p).all() for p in module.parameters()) and any(
+            not torch.equal(before[name], p) for name, p in module.named_parameters()
+        )
+
+    assert run_ranks(1, run) == [True]
