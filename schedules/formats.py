@@ -154,7 +154,7 @@ def to_flexfusion(schedule: Schedule) -> str:
                 f"[{index[task.pipeline]}, {task.microbatch}, {stage}, {start:g}, "
                 f"{ends[task]:g}, {held:.6g}], "
             )
-        lines.append("".join(words))
+        lines.append("".join(words) or " ")  # a blank line would end the trace
     return "\n".join(lines) + "\n"
 
 

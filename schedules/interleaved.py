@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
-from rlhfuse.schedules.standard import Rows, in_groups, plain_rows, within_cap
+from rlhfuse.schedules.standard import Rows, checked, in_groups, plain_rows
 
 
 def interleaved(problem: Problem, chunks: int = 2) -> Schedule:
@@ -28,7 +28,7 @@ def interleaved(problem: Problem, chunks: int = 2) -> Schedule:
         return plain_rows(pipe) if pipe.forward_only else _rows(pipe)
 
     cut = chunked(problem, chunks)
-    return within_cap(in_groups(cut, rows), f"interleaved 1F1B with {chunks} chunks")
+    return checked(in_groups(cut, rows), f"interleaved 1F1B with {chunks} chunks")
 
 
 def _rows(pipe: Pipeline) -> Rows:

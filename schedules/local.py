@@ -395,13 +395,25 @@ def _reorder(
 
 
 @compiled
+def _any_instant(order: Ints, duration: Floats, begin: int, stop: int) -> bool:
+    """Whether a task from `order[begin]` to `order[stop]` takes no time.
+
+    Through such a task the second of a tight pair may need the first.
+    """
+    for i in range(begin, stop + 1):  # noqa: SIM110  (compiled)
+        if duration[order[i]] <= EPS:
+            return True
+    return False
+
+
+@compiled
 def swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
     """Swap a tight critical pair and bring everything up to date; the makespan, -1 for a circle."""
     u, v = rows.tasks[p], rows.tasks[p + 1]
     begin, stop = bench.slot_of[u], bench.slot_of[v]
     start = bench.end[v] - coded.duration[v]
     _exchange(rows, coded, bench, p)
-    if coded.duration[u] <= EPS or coded.duration[v] <= EPS:
+    if _any_instant(bench.order, coded.duration, begin, stop):
         return measure(rows, coded, bench, late)
     _reorder(u, v, bench.order, bench.slot_of, start, bench.spare, bench.end, coded.duration)
     _forward(coded, rows, bench, begin, p)

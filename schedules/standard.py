@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.dispatch import dispatch_pipeline
 from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule, Task
-from rlhfuse.schedules.timing import makespan
+from rlhfuse.schedules.timing import check_channels, makespan
 
 StageOrder = Callable[[Problem, Pipeline, int], Iterator[Task]]
 Rows = Mapping[int, Iterable[Task]]  # what one pipeline runs on each of its ranks
@@ -38,7 +38,7 @@ def gpipe(problem: Problem) -> Schedule:
     Raises:
         ValueError: all micro-batches in flight exceed the memory cap.
     """
-    return within_cap(_in_groups(problem, _gpipe_stage), "GPipe")
+    return checked(_in_groups(problem, _gpipe_stage), "GPipe")
 
 
 def zb_h1(problem: Problem) -> Schedule:
@@ -196,11 +196,11 @@ def plain_rows(pipe: Pipeline) -> Rows:
     return rows
 
 
-def within_cap(schedule: Schedule, policy: str) -> Schedule:
-    """The schedule itself, if it keeps its problem's memory cap.
+def checked(schedule: Schedule, policy: str) -> Schedule:
+    """The schedule itself, if it keeps its problem's memory cap and can be executed.
 
     Raises:
-        ValueError: it does not; the policy, what it needs and the way out.
+        ValueError: it does not; the policy, why, and the way out.
     """
     need, cap = max(peak_memory(schedule)), schedule.problem.memory_cap
     if cap is not None and need > cap * (1 + REL_TOL):
@@ -208,4 +208,11 @@ def within_cap(schedule: Schedule, policy: str) -> Schedule:
             f"{policy} holds {need:.6g} on a rank, over the memory cap of {cap:g}; raise the cap "
             "or take the policy fused"
         )
+    try:
+        check_channels(schedule)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{policy} cannot be executed with these stage maps ({reason}); take the policy fused"
+        ) from error
     return schedule

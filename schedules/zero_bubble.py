@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rlhfuse.schedules.interleaved import chunked
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
-from rlhfuse.schedules.standard import Rows, in_groups, plain_rows, within_cap
+from rlhfuse.schedules.standard import Rows, checked, in_groups, plain_rows
 
 
 def zb_v(problem: Problem) -> Schedule:
@@ -26,7 +26,7 @@ def zb_v(problem: Problem) -> Schedule:
     def rows(pipe: Pipeline) -> Rows:
         return plain_rows(pipe) if pipe.forward_only else _rows(pipe)
 
-    return within_cap(in_groups(chunked(problem, 2, fold=True), rows), "ZB-V")
+    return checked(in_groups(chunked(problem, 2, fold=True), rows), "ZB-V")
 
 
 def _rows(pipe: Pipeline) -> Rows:

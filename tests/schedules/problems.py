@@ -9,8 +9,8 @@ from rlhfuse.schedules.ir import Pipeline, Problem
 @st.composite
 def problems(draw: st.DrawFn, caps: bool = True) -> Problem:
     """One to four pipelines on one to four ranks, with any stage map, links, releases and caps."""
-    num_ranks = draw(st.integers(1, 4))
-    number = draw(st.integers(1, 4))
+    num_ranks: int = draw(st.integers(1, 4))
+    number: int = draw(st.integers(1, 4))
     names = ("actor", "critic", "reward", "reference")[:number]
     pipelines = tuple(draw(_pipelines(name, num_ranks)) for name in names)
     loose = Problem(num_ranks, pipelines)
@@ -20,7 +20,8 @@ def problems(draw: st.DrawFn, caps: bool = True) -> Problem:
         cap = None
     pairs = [(a, b) for a in range(num_ranks) for b in range(a)]
     links: float | dict[tuple[int, int], float] = draw(st.sampled_from([0.0, 0.5]))
-    if pairs and draw(st.booleans()):
+    each = draw(st.booleans())
+    if pairs and each:
         links = {pair: draw(st.sampled_from([0.0, 0.25, 3.0])) for pair in pairs}
     return Problem(num_ranks, pipelines, None if cap is None else cap * least, links)
 
