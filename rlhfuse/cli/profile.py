@@ -211,7 +211,7 @@ def _write_page(path: Path, trace: "Trace", found: "Explained", title: str) -> N
     from rlhfuse.report.profile_page import render_profile
 
     trend = [(n, attribute(trace.load(n).timeline)) for n in trace.steps[-_TREND_STEPS:]]
-    text = render_profile(found.summary, found.table, title, trend, found.rounds)
+    text = render_profile(found.summary, found.table, title, trend)
     path.write_text(text, encoding="utf-8")
 
 

@@ -92,7 +92,8 @@ def save_plot(table: "SpanTable", path: Path, headline: str) -> None:
     for place, segments in enumerate(rows.values()):
         cause, edges, span = segments.cause, segments.edges_s, segments.span
         # Touching pieces of one look are drawn as one; what no pixel could show is left out.
-        change = np.flatnonzero(np.diff(cause, prepend=-1) | (np.diff(edges)[: len(cause)] > 1e-3))
+        fine = np.diff(edges) < grid.wall_s / _FINEST
+        change = np.flatnonzero(np.diff(cause, prepend=-1).astype(bool) | ~fine)
         starts, ends = edges[change], np.append(edges[change[1:]], edges[-1])
         wide = ends - starts >= grid.wall_s / _FINEST
         for code in np.unique(cause[change][wide]).tolist():

@@ -8,11 +8,13 @@ import numpy as np
 from rlhfuse.profiler.arrays import Floats, Ints
 from rlhfuse.profiler.attribution import device_lanes, lane_segments
 from rlhfuse.profiler.causes import CAUSES as CAUSE_LIST
+from rlhfuse.profiler.perfetto import flows
 from rlhfuse.profiler.segments import LaneSegments
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report.palette import Style, style_of
 from rlhfuse.timeline import Timeline
 
+_MOST_FLOWS = 200_000
 _TICKS = 2**31  # the wall time in clock ticks of the page: under a nanosecond each for 2 s
 
 
@@ -33,6 +35,7 @@ class LaneData(msgspec.Struct, frozen=True, rename="camel"):
     names: str
     style_table: tuple[tuple[str, str, bool], ...]  # label, colour, idle
     name_table: tuple[str, ...]
+    flows: str  # messages by time of use: uint32 lane, tick sent, lane, tick used
     style_seconds: tuple[float, ...]  # of the devices' time, per style
 
 
@@ -97,6 +100,18 @@ class _Packer:
             self._seconds.append(0.0)
         return index
 
+    def _flows(self, lanes: tuple[str, ...]) -> Floats:
+        places = {lane: place for place, lane in enumerate(lanes)}
+        begin_s, scale = self._table.begin_s, _TICKS / self._wall_s
+        found = flows(self._table)
+        rows = [
+            (places[f.source], (f.sent_s - begin_s) * scale, places[f.target], f.used_s - begin_s)
+            for f in (found if len(found) <= _MOST_FLOWS else [])
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 4)
+        table[:, 3] *= scale
+        return np.clip(np.rint(table), 0, _TICKS)
+
     def data(self, title: str, lanes: tuple[str, ...]) -> LaneData:
         assert len(self._styles) < 256
         ticks = np.concatenate([np.empty(0), *self._edges]) * (_TICKS / self._wall_s)
@@ -111,6 +126,7 @@ class _Packer:
             styles=_base64(_joined(self._style_of).astype("u1")),
             names=_base64(names.astype("<u4")),
             style_table=tuple((s.label, s.color, s.idle) for s in self._styles),
+            flows=_base64(self._flows(lanes).astype("<u4")),
             name_table=tuple(self._table.names[n - 1] if n else "" for n in used.tolist()),
             style_seconds=tuple(self._seconds),
         )

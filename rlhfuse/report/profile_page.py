@@ -5,15 +5,17 @@ from html import escape
 
 from rlhfuse.profiler.attribution import StepAttribution
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, WORK, Cause
-from rlhfuse.profiler.recovery import Recovered
+from rlhfuse.profiler.held import held_microbatches
 from rlhfuse.profiler.summary import ProfileSummary
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report import charts, markup
 from rlhfuse.report.lanes import lane_data
 from rlhfuse.report.palette import CAUSES
-from rlhfuse.timeline import Timeline
+from rlhfuse.timeline import Timeline, lane_order
 
 _COLOR = "#0072b2"
+_RANKS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#a8457f")
+_MOST_POINTS = 600
 
 
 def render_profile(
@@ -21,7 +23,6 @@ def render_profile(
     timeline: Timeline | SpanTable,
     title: str,
     trend: Sequence[tuple[int, StepAttribution]] = (),
-    rounds: Sequence[Recovered] = (),
 ) -> str:
     """The page as text. `trend`: the attributions of several steps, where there are several."""
     name = "All" if summary.step is None else f"Step {summary.step}"
@@ -31,12 +32,14 @@ def render_profile(
         markup.section(
             "Rank by rank",
             "Full blocks are work; pale blocks with a line below are idle time, coloured by its "
-            "cause. Click a name below the picture to hold it up.",
+            "cause; arrows are messages between tasks, shown where there are not too many. Click a "
+            "name below the picture to hold it up.",
             markup.timeline_view("timeline", data),
         ),
         _causes(summary),
         _what_if(summary),
         _trend(trend),
+        _memory(SpanTable.of(timeline)),
         _ranks(summary),
         _warnings(summary),
     ]
@@ -143,7 +146,33 @@ def _what_if(summary: ProfileSummary) -> str:
         else []
     )
     told = "".join(f"<p>{escape(text)}</p>" for text in [*ideal, *(ran.stragglers if ran else [])])
-    return markup.section("What if", why, charts.bars(rows, label_width=380), told)
+    return markup.section("What if", why, charts.bars(rows, label_width=470), told)
+
+
+def _memory(table: SpanTable) -> str:
+    """Micro-batches in flight on some ranks, first to last."""
+    curves = held_microbatches(table)
+    lanes = sorted(curves, key=lane_order)
+    if not lanes:
+        return ""
+    shown = [lanes[round(i * (len(lanes) - 1) / 5)] for i in range(6)]
+    lines = []
+    for color, lane in zip(_RANKS, dict.fromkeys(shown), strict=False):
+        points: list[tuple[float, float]] = []
+        curve = curves[lane]
+        for moment, held in curve[:: max(1, len(curve) // _MOST_POINTS)]:
+            if points:
+                points.append((moment - table.begin_s, points[-1][1]))
+            points.append((moment - table.begin_s, held))
+        lines.append(charts.Line(lane, color, points))
+    peaks = ", ".join(f"{lane} {max(n for _, n in curves[lane])}" for lane in lanes[:16])
+    more = f" and {len(lanes) - 16} more" if len(lanes) > 16 else ""
+    return markup.section(
+        "Activations held",
+        "Micro-batches whose activations a rank holds: from the start of the forward pass to the "
+        f"end of the backward pass (or of the weight gradient). Most at once: {peaks}{more}.",
+        f'<div class="two">{charts.line_chart(lines, [], "seconds", "micro-batches")}</div>',
+    )
 
 
 def _trend(trend: Sequence[tuple[int, StepAttribution]]) -> str:

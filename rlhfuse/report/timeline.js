@@ -3,7 +3,7 @@
 // click, or with Ctrl), drag to pan, arrows and +/- on the keyboard, two fingers on a screen.
 // Text reaches the page through canvas text and textContent only.
 (() => {
-  const GUTTER = 92, AXIS = 24, GAP = 5, OVERVIEW = 12;
+  const GUTTER = 92, AXIS = 24, GAP = 5, OVERVIEW = 12, MOST_ARROWS = 400;
 
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const words = (text) => new Uint32Array(bytes(text).buffer);
@@ -34,6 +34,7 @@
       this.edges = words(data.edges);
       this.styles = bytes(data.styles);
       this.names = words(data.names);
+      this.flows = words(data.flows);
       this.span = Math.max(wallS || data.wallS, data.wallS);
       this.from = 0;
       this.to = this.span;
@@ -110,6 +111,7 @@
       c.font = "12px system-ui, sans-serif";
       this.axis(c);
       for (let lane = 0; lane < this.data.lanes.length; lane++) this.lane(c, lane);
+      this.arrows(c);
       this.overview(c);
       this.root.dataset.window = this.from.toFixed(9) + " " + this.to.toFixed(9);
     }
@@ -195,6 +197,37 @@
       c.textAlign = "left";
       c.fillStyle = textOn(this.data.styleTable[style][1]);
       c.fillText(text, from + 5, this.top(lane) + this.rowHeight / 2);
+    }
+
+    // Messages as arrows, from the end of what made them to the start of what used them, once few
+    // enough are in sight to be told apart.
+    arrows(c) {
+      const f = this.flows, tick = this.data.tickS, count = f.length / 4;
+      this.arrowsDrawn = 0;
+      if (this.pick >= 0 || !count) return;
+      let low = 0, high = count;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (f[4 * middle + 3] * tick < this.from) low = middle + 1; else high = middle;
+      }
+      const seen = [];
+      for (let i = low; i < count && f[4 * i + 3] * tick <= this.to; i++) {
+        if (seen.length > MOST_ARROWS) return;
+        seen.push(i);
+      }
+      c.save();
+      c.beginPath(); c.rect(GUTTER, AXIS, this.width - GUTTER, this.height); c.clip();
+      c.strokeStyle = this.ink; c.fillStyle = this.ink; c.globalAlpha = 0.5; c.lineWidth = 1;
+      for (const i of seen) {
+        const down = f[4 * i + 2] > f[4 * i], h = this.rowHeight;
+        const x0 = this.x(f[4 * i + 1] * tick), y0 = this.top(f[4 * i]) + (down ? h : 0);
+        const x1 = this.x(f[4 * i + 3] * tick), y1 = this.top(f[4 * i + 2]) + (down ? 0 : h);
+        c.beginPath(); c.moveTo(x0, y0); c.lineTo(x1, y1); c.stroke();
+        const s = down ? -5 : 5;
+        c.beginPath(); c.moveTo(x1, y1); c.lineTo(x1 - 3, y1 + s); c.lineTo(x1 + 3, y1 + s); c.fill();
+      }
+      this.arrowsDrawn = seen.length;
+      c.restore();
     }
 
     overview(c) {
