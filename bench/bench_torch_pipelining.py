@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ def torch_runner(
     num_stages = 2 * NUM_RANKS if v_shape else NUM_RANKS
     mine = (rank, num_stages - 1 - rank) if v_shape else (rank,)
     modules = {s: make_stage(s, asked.blocks // num_stages, asked.width) for s in mine}
-    stages = [PipelineStage(m, s, num_stages, CPU) for s, m in modules.items()]
+    stages: list[Any] = [PipelineStage(m, s, num_stages, CPU) for s, m in modules.items()]
     inputs, targets = make_data(asked, count)
     schedule = (
         ScheduleZBVZeroBubble(stages, count, loss_fn=functional.mse_loss)
@@ -99,7 +100,11 @@ def our_runner(
         lambda mb: inputs.chunk(count)[mb],
         lambda mb, out: functional.mse_loss(out, targets.chunk(count)[mb]) / count,
     )
-    return lambda: fused.update({"model": batch}, schedule) and None, modules
+
+    def step() -> None:
+        fused.update({"model": batch}, schedule)
+
+    return step, modules
 
 
 def our_schedules(count: int) -> dict[str, Schedule]:
