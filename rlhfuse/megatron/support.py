@@ -84,8 +84,7 @@ def explain(config: Any, *, split_weight: bool = False) -> tuple[Support, ...]:
 
 def fall_back_reasons(call: Call, *, split_weight: bool) -> list[str]:
     """Why this call is left to Megatron's schedule; empty if it runs on ours."""
-    rows = _rows(call.config, split_weight)
-    reasons = [f"{r.setting}={r.value}: {r.reason}" for r in rows if r.verdict in _NOT_OURS]
+    reasons = fall_back_reasons_of(call.config, split_weight=split_weight)
     if call.unknown and any(value is not None for value in call.unknown.values()):
         reasons.append(f"unknown argument {', '.join(sorted(call.unknown))}")
     if call.adjust_tensor_shapes_fn is not None:
@@ -93,6 +92,12 @@ def fall_back_reasons(call: Call, *, split_weight: bool) -> list[str]:
     if isinstance(getattr(call.p2p_communicator, "pp_group", None), list):
         reasons.append("p2p_communicator: several modules in one pipeline")
     return reasons
+
+
+def fall_back_reasons_of(config: Any, *, split_weight: bool) -> list[str]:
+    """As `fall_back_reasons`, from the configuration alone."""
+    rows = _rows(config, split_weight)
+    return [f"{r.setting}={r.value}: {r.reason}" for r in rows if r.verdict in _NOT_OURS]
 
 
 _NOT_OURS = (Verdict.FALLS_BACK, Verdict.REFUSED)
@@ -112,7 +117,7 @@ def _rows(config: Any, split: bool) -> Iterator[Support]:
             yield _row(config, name, Verdict.FALLS_BACK, f"with split weights: {reason}")
     for name, reason in _SUPPORTED:
         value = getattr(config, name, None)
-        if value not in (None, False, 1):
+        if value is True or value not in (None, False, 1):  # one of a kind: nothing is cut
             yield _row(config, name, Verdict.SUPPORTED, reason)
 
 

@@ -1,0 +1,1 @@
+"""Fused updates inside other frameworks' training processes."""

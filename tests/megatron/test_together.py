@@ -1,0 +1,160 @@
+"""Two frameworks' training loops, fused mini-batch by mini-batch, give what each gives alone."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from megatron.core import parallel_state, pipeline_parallel
+
+from rlhfuse.integrations import verl
+from rlhfuse.integrations.slime import train_actor_critic
+from rlhfuse.megatron import ModelContext, explain
+from rlhfuse.megatron.fused import FusedScheduler
+from rlhfuse.megatron.support import Verdict
+from rlhfuse.megatron.together import LoopStopped, run_together
+from rlhfuse.megatron.values import make_value_model
+from tests.megatron.laws import History, differences
+from tests.megatron.tiny import Setting, Trained, config_for, init_parallel, on_cpu
+from tests.training.ranks import run_ranks
+
+ACTOR = Setting(num_microbatches=2)
+CRITIC = Setting(num_microbatches=3, hidden=16, value_head=True, seed=1)
+
+
+def framework() -> Any:
+    """A module with a training loop, which binds Megatron's function at import as all do."""
+    module = ModuleType("a_framework")
+    vars(module)["get_forward_backward_func"] = pipeline_parallel.get_forward_backward_func
+    sys.modules[module.__name__] = module
+    return module
+
+
+def loop(module: Any, model: Trained, steps: int, breaks: bool = False) -> History:
+    """As verl's ``train_mini_batch``: per mini-batch zero, forward-backward, step."""
+    history: History = []
+    with on_cpu():  # modes belong to a thread
+        for step in range(steps):
+            model.zero()
+            store = module.get_forward_backward_func()(**model.arguments(step))
+            if breaks:
+                raise ZeroDivisionError("the optimizer broke")
+            gradients = model.gradients()
+            history.append((store, gradients, model.step()))
+            evaluated = module.get_forward_backward_func()(
+                **model.arguments(step, forward_only=True)
+            )
+            history.append((evaluated, {}, {}))
+    return history
+
+
+def build(contexts: dict[str, ModelContext]) -> dict[str, Trained]:
+    models = {}
+    for name, setting in (("actor", ACTOR), ("critic", CRITIC)):
+        with contexts[name].active():
+            models[name] = Trained(setting, make_value_model if setting.value_head else None)
+    return models
+
+
+def together(rank: int) -> tuple[list[str], set[str], str, bool]:
+    module = framework()
+    with on_cpu():
+        contexts = {
+            "actor": ModelContext.create(partial(init_parallel, ACTOR)),
+            "critic": ModelContext.create(partial(init_parallel, CRITIC), reverse=True),
+        }
+        steps = {"actor": 3, "critic": 2}
+        expected = {}
+        for name, model in build(contexts).items():
+            with contexts[name].active():
+                expected[name] = loop(module, model, steps[name])
+        scheduler = FusedScheduler("fuse", record=True)
+        models = build(contexts)
+        loops: dict[str, Callable[[], History]] = {
+            name: partial(loop, module, model, steps[name]) for name, model in models.items()
+        }
+        found = dict(
+            zip(
+                ("actor", "critic"),
+                train_actor_critic(loops["actor"], loops["critic"], scheduler, contexts),
+                strict=True,
+            )
+        )
+        wrong = [w for name in expected for w in differences(expected[name], found[name])]
+        fused = {str(span.args["pipeline"]) for span in scheduler.timeline.spans}
+        own = module.get_forward_backward_func is pipeline_parallel.get_forward_backward_func
+        loops["critic"] = partial(loop, module, models["critic"], 2, True)
+        stopped = ""
+        try:
+            run_together(loops, scheduler, contexts)
+        except (ZeroDivisionError, LoopStopped) as error:
+            stopped = f"{type(error).__name__}: {error}"
+    return wrong, fused, stopped, own
+
+
+@pytest.mark.slow
+def test_loops_of_different_length_fused() -> None:
+    for wrong, fused, stopped, own in run_ranks(2, together, limit_s=90):
+        assert wrong == []
+        assert fused == {"actor", "critic"}
+        assert stopped == "ZeroDivisionError: the optimizer broke"
+        assert own, "the framework's name is Megatron's again"
+
+
+class Engine:
+    """As much of verl's Megatron engine as its settings."""
+
+    def __init__(self, config: Any, replay: str = "disabled") -> None:
+        self.tf_config = config
+        self.engine_config = ModuleType("engine_config")
+        vars(self.engine_config)["router_replay"] = ModuleType("router_replay")
+        vars(self.engine_config.router_replay)["mode"] = replay
+        self.module: list[torch.nn.Module] = []
+
+
+def test_verl_engines_that_cannot_be_fused_are_refused() -> None:
+    one, wide = config_for(Setting()), config_for(Setting(tp=2))
+    verl.check(Engine(one), Engine(one))
+    with pytest.raises(ValueError, match="is 1 for the actor and 2 for the critic"):
+        verl.check(Engine(one), Engine(wide))
+    with pytest.raises(ValueError, match=r"critic: router_replay\.mode is 'R2'"):
+        verl.check(Engine(one), Engine(one, "R2"))
+    with pytest.raises(ValueError, match=r"actor: engine object is not verl's Megatron engine"):
+        verl.check(object(), Engine(one))
+
+
+def test_explain_tells_what_becomes_of_each_setting() -> None:
+    config = config_for(Setting(tp=2, chunks=2, per_token=True, experts=4))
+    config.defer_embedding_wgrad_compute = True
+    verdicts = {row.setting: row.verdict for row in explain(config)}
+    assert verdicts["virtual_pipeline_model_parallel_size"] is Verdict.SUPPORTED
+    assert verdicts["calculate_per_token_loss"] is Verdict.SUPPORTED
+    assert "defer_embedding_wgrad_compute" not in verdicts
+    split = {row.setting: row for row in explain(config, split_weight=True)}
+    assert split["defer_embedding_wgrad_compute"].verdict is Verdict.FALLS_BACK
+    config.overlap_moe_expert_parallel_comm = True
+    config.cuda_graph_impl = "local"
+    rows = {row.setting: str(row) for row in explain(config)}
+    assert "falls back" in rows["overlap_moe_expert_parallel_comm"]
+    assert "falls back" in rows["cuda_graph_impl"]
+
+
+def test_state_outside_a_context_is_untouched() -> None:
+    def make() -> None:
+        vars(parallel_state)["_PIPELINE_GLOBAL_RANKS"] = [3, 2]
+
+    before = dict(vars(parallel_state))
+    context = ModelContext.create(make)
+    assert dict(vars(parallel_state)) == before
+    with context.active():
+        assert parallel_state.get_pipeline_model_parallel_first_rank() == 3
+        vars(parallel_state)["_PIPELINE_GLOBAL_RANKS"] = [5, 4]
+    assert dict(vars(parallel_state)) == before
+    with context.active():
+        assert parallel_state.get_pipeline_model_parallel_first_rank() == 5
