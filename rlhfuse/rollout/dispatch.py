@@ -28,17 +28,22 @@ def dispatch(
     lengths: LengthModel,
     policy: Policy,
     now_s: float,
+    first: int,
 ) -> dict[int, list[int]]:
     """Take from the queue while there is room; returns the samples for each instance, which are
     RUNNING there. Work is expected tokens, times how slow the instance is seen to be. Where the
     engine keeps a prompt's cache, siblings follow one another to an instance until it has its
-    share of all work."""
+    share of all work. Only the `first` instances get any while they have room."""
     workers = fleet.workers
-    heap = [(w.expected * w.slowness, w.load, i) for i, w in enumerate(workers) if w.alive]
+    heap = [(w.expected * w.slowness, w.load, i) for i, w in enumerate(workers[:first]) if w.alive]
+    others = [(w.expected, w.load, i) for i, w in enumerate(workers[first:], first) if w.alive]
     heapq.heapify(heap)
     share = _share(queue, samples, fleet, lengths) if policy.shared_prefix else 0.0
     given: dict[int, list[int]] = {}
     homes: dict[int, int] = {}  # group -> instance that got a sibling last
+    if not heap:
+        heap, others = others, []
+        heapq.heapify(heap)
     while queue and heap:
         sample = samples[queue[0]]
         work, load, instance = heap[0]
@@ -48,6 +53,9 @@ def dispatch(
             continue
         if not fleet.has_room(instance, sample):
             heapq.heappop(heap)
+            if not heap and others:
+                heap, others = others, []
+                heapq.heapify(heap)
             continue
         expected = lengths.expected_tokens(sample)
         if policy.shared_prefix:

@@ -37,7 +37,9 @@ class EngineModel:
             base = self.table[batch]
         else:
             base = self.table[-1] + self.beyond_s * (batch - len(self.table) + 1)
-        return base + self.context_s * (self.context + 0.5 * steps * batch)
+        if self.context_s:
+            base += self.context_s * (self.context + 0.5 * steps * batch)
+        return base
 
     def catch_up(self, now_s: float) -> bool:
         """Bring `steps` to the present; whether any were made (then `last` tells of them)."""

@@ -31,6 +31,7 @@ class Worker:
     expected: float = 0.0  # tokens that its samples will still get, as expected when they came
     steps: float = 0.0
     heard_s: float = 0.0  # `steps` are of this moment
+    unsure: set[int] = field(default_factory=set)  # samples that came while others were stepped
     held: float = 0.0  # prompt tokens less offsets, summed over its samples
     slowness: float = 1.0
     watched_s: float = -1.0  # since when nothing but steps happened there; -1: not watched
@@ -43,6 +44,10 @@ class Worker:
         if not self.calls:
             return 0.0
         return sum(seconds for _, _, seconds in self.calls) - 0.5 * self.calls[0][2]
+
+    def look_away(self) -> None:
+        """Something else than steps happens there: begin to watch again at the next progress."""
+        self.watched_s, self.watched_steps = -1.0, self.steps
 
     @property
     def context(self) -> float:
@@ -64,6 +69,7 @@ class Fleet:
         self.num_alive = instances
         self._policy = policy
         self._table = cost.step_table(policy.max_running).tolist()
+        self._top = policy.max_running
         self._context_s = cost.decode_context_s
         self._destination: dict[int, int] = {}
         self._expected: dict[int, float] = {}
@@ -88,12 +94,14 @@ class Fleet:
     def step_s(self, worker: Worker) -> float:
         """What a step of the worker's samples should take."""
         batch = len(worker.running)
-        base = self._table[min(batch, len(self._table) - 1)]
-        return float(base + self._context_s * worker.context)
+        base: float = self._table[batch] if batch <= self._top else self._table[-1]
+        if self._context_s:
+            base += self._context_s * worker.context
+        return base
 
     def steps_at(self, worker: Worker, now_s: float) -> float:
         """Steps that the worker has probably done by now."""
-        if not worker.running:
+        if not worker.running or now_s <= worker.heard_s:
             return worker.steps
         return worker.steps + (now_s - worker.heard_s) / (worker.slowness * self.step_s(worker))
 
@@ -101,13 +109,17 @@ class Fleet:
         """The sample runs on `sample.instance`; `expected`: tokens that it will still get."""
         assert sample.instance is not None
         worker = self.workers[sample.instance]
-        worker.steps, worker.heard_s = self.steps_at(worker, now_s), now_s
-        offset = worker.steps - sample.response_tokens
+        steps = self.steps_at(worker, now_s)
+        if not worker.running:
+            worker.heard_s = now_s
+        elif steps > worker.steps:
+            worker.unsure.add(sample.id)
+        offset = steps - sample.response_tokens
         reserved = self.reserve(sample)
         worker.running[sample.id] = reserved
         worker.load += reserved
         worker.expected += expected
-        worker.watched_s = -1.0
+        worker.look_away()
         self._expected[sample.id] = expected
         worker.held += sample.prompt_tokens - offset
         self.rows.add(sample, sample.instance, offset)
@@ -115,6 +127,8 @@ class Fleet:
 
     def send(self, sample: Sample, destination: int) -> None:
         """The sample has been told to leave for `destination`."""
+        assert sample.instance is not None
+        self.workers[sample.instance].look_away()  # its batch is another from now on
         worker = self.workers[destination]
         worker.inbound[sample.id] = self.reserve(sample)
         worker.load += worker.inbound[sample.id]
@@ -129,8 +143,11 @@ class Fleet:
                 worker.held -= sample.prompt_tokens - self.rows.remove(sample.id)
                 worker.expected -= self._expected.pop(sample.id)
                 worker.load -= worker.running.pop(sample.id)
+                worker.unsure.discard(sample.id)
+                if sample.state is SampleState.MOVING or not worker.running:
+                    worker.look_away()
                 if not worker.running:
-                    worker.expected, worker.held, worker.watched_s = 0.0, 0.0, -1.0
+                    worker.expected = worker.held = 0.0
                     self.ready.note(sample.instance)
         destination = self._destination.pop(sample.id, None)
         if destination is not None:
@@ -146,13 +163,15 @@ class Fleet:
             return
         worker = self.workers[instance]
         steps = tokens + self.rows.offsets[row]
-        if steps < worker.steps:  # it stood still while others were stepped
-            worker.held -= worker.steps - steps
-            self.rows.offsets[row] = worker.steps - tokens
-        else:
-            worker.watched_due_s += (steps - worker.steps) * self.step_s(worker)
-            worker.steps = steps
-        worker.heard_s = now_s
+        if sample_id in worker.unsure or steps < worker.steps:
+            # It came while others were stepped, or stood still: they say where the engine is.
+            worker.unsure.discard(sample_id)
+            offset = self.steps_at(worker, now_s) - tokens
+            worker.held -= offset - self.rows.offsets[row]
+            self.rows.offsets[row] = offset
+            return
+        worker.watched_due_s += (steps - worker.steps) * self.step_s(worker)
+        worker.steps, worker.heard_s = steps, now_s
         _watch(worker, now_s)
 
     def lose(self, instance: int) -> list[int]:
@@ -178,7 +197,8 @@ class Fleet:
         worker.can_score = True
         if not worker.alive:
             worker.alive, worker.asleep = True, False
-            worker.slowness, worker.watched_s = 1.0, -1.0
+            worker.slowness = 1.0
+            worker.look_away()
             self.num_alive += 1
         self.ready.note(instance)
 
@@ -244,6 +264,8 @@ class Fleet:
 def _watch(worker: Worker, now_s: float) -> None:
     """Learn how slow the worker is, from stretches of pure stepping of some length."""
     done = worker.steps - worker.watched_steps
+    if worker.watched_s < 0.0 and done <= 0.0:
+        return  # not yet at it
     if worker.watched_s >= 0.0:
         if done < LEAST_STEPS or worker.watched_due_s <= 0.0:
             return

@@ -28,7 +28,7 @@ class Inference:
         if not fused:
             self._serial(out, num_open)
             return
-        while self.board.num_pending or self.groups.pending:
+        while len(self.fleet.ready) and (self.board.num_pending or self.groups.pending):
             found = place_call(
                 self._waiting_s(), self.fleet.ready, self.cost.swap_s, self.policy.score_ahead
             )

@@ -116,9 +116,12 @@ class LengthModel:
 
     def expected_tokens(self, sample: Sample) -> float:
         """Expected tokens still to come, from what is known of the prompt: for dispatch."""
-        final = self.mean * self._scale.get(sample.id, 1.0)
-        final = max(final, 1.5 * sample.response_tokens)
-        return max(min(final, float(self.max_response_tokens)) - sample.response_tokens, 1.0)
+        final = self.mean * self._scale[sample.id] if sample.id in self._scale else self.mean
+        done = sample.response_tokens
+        if done:
+            final = max(final, 1.5 * done)
+        left = (final if final < self.max_response_tokens else self.max_response_tokens) - done
+        return left if left > 1.0 else 1.0
 
     def scales(self, sample_ids: npt.NDArray[np.int64]) -> Floats:
         """By how much each sample's lengths are longer than the curve says. [n]"""

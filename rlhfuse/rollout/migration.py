@@ -15,6 +15,7 @@ from rlhfuse.rollout.snapshot import Tail, state_of, thinned
 LATER = (0.9, 0.75, 0.55, 0.35, 0.2, 0.1)  # moments to wait for, by part remaining
 MOST_SAMPLES = 2048  # that a forecast looks at; of more, a part of the instances stands for all
 MOST_SCENARIOS = 12
+MOST_TRIED = 3  # plans, from the best on: of what is better by the margin, something may not fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ def decide(tail: Tail, frame: Frame) -> Move | None:
         return None
     blocks = block_order(part, frame.policy.block)
     plans = _weighed(part, state, blocks, num)
-    for now_s, size in sorted(plans):
-        if now_s >= enough_s or _later_is_better(state, keep_first(part, blocks, size), now_s):
+    for now_s, size in sorted(plans)[:MOST_TRIED]:
+        if now_s >= enough_s or _later_is_better(part, state, blocks, size, now_s):
             return None
         move = _whole(tail, part, size / len(blocks), now_s, stay_s, frame)
         if move is not None:
@@ -87,9 +88,15 @@ def _weighed(part: Tail, state: State, blocks: list[Ints], num: int) -> list[tup
     return [(end, size) for size, end in ends.items()]
 
 
-def _later_is_better(state: State, keep: Bools, now_s: float) -> bool:
+def _later_is_better(part: Tail, state: State, blocks: list[Ints], size: int, now_s: float) -> bool:
+    """Whether the same move, or one to fewer blocks, ends sooner if it waits."""
     num = state.remaining.shape[1]
-    return num > 2 and any(end_s(state, keep, max(1, int(part * num))) < now_s for part in LATER)
+    sizes = sorted({size, max(1, size // 2), max(1, size // 4)}, reverse=True)
+    return num > 2 and any(
+        end_s(state, keep_first(part, blocks, fewer), max(1, int(when * num))) < now_s
+        for fewer in sizes
+        for when in LATER
+    )
 
 
 def _remaining(tail: Tail, lengths: LengthModel, scenarios: int) -> Floats:

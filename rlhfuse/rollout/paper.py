@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from rlhfuse.rollout.forecast import Bools, Floats, end_s
+from rlhfuse.rollout.forecast import Bools, end_s
 from rlhfuse.rollout.migration import Frame, Move, assign, block_order, keep_first
-from rlhfuse.rollout.snapshot import Tail, state_of
+from rlhfuse.rollout.snapshot import Tail, state_of, whole_iteration
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)
 WITHOUT_HISTORY = 0.2  # what the paper found best
@@ -58,7 +58,7 @@ def best_threshold(num_samples: int, instances: int, prompt: float, frame: Frame
     instances = max(block, instances // stride // block * block)
     num = max(1, num_samples // stride)
     remaining = np.random.default_rng(0).choice(history, (4, num))
-    tail = _whole_iteration(num, instances, prompt)
+    tail = whole_iteration(num, instances, prompt)
     state = state_of(
         tail, remaining, frame.roles, frame.train, frame.cost, frame.policy, frame.table
     )
@@ -77,25 +77,3 @@ def best_threshold(num_samples: int, instances: int, prompt: float, frame: Frame
 
 def _first(instances: int, number: int) -> Bools:
     return np.asarray(np.arange(instances) < number, dtype=np.bool_)
-
-
-def _whole_iteration(num: int, instances: int, prompt: float) -> Tail:
-    """All samples at their start, dealt out in turn."""
-    zeros: Floats = np.zeros(instances)
-    yes = np.ones(instances, dtype=np.bool_)
-    ids = np.arange(num, dtype=np.int64)
-    return Tail(
-        sample_ids=ids,
-        groups=ids,
-        tokens=np.zeros(num),
-        prompts=np.full(num, prompt),
-        home=ids % instances,
-        alive=yes,
-        scores=yes,
-        busy_s=zeros,
-        slow=np.ones(instances),
-        loaded=~yes,
-        backlog_s=0.0,
-        num_samples=num,
-        group_tokens={},
-    )

@@ -47,7 +47,7 @@ class Policy:
     max_response_tokens: int = 1024
     max_running: int = 256
     cache_tokens: int = 0
-    margin: float = 0.01
+    margin: float = 0.02
     hysteresis_s: float = 0.02
     paper_threshold: float = 0.0
     score_token_budget: int = 2048

@@ -29,10 +29,9 @@ class Ready:
         for instance in range(len(workers)):
             self.note(instance)
 
-    @property
-    def num_free(self) -> int:
-        """Blocks that are free, busy scoring or not."""
-        return len(self._holds)
+    def __len__(self) -> int:
+        """Blocks that can take a call."""
+        return len(self._place)
 
     def note(self, instance: int) -> None:
         """File the worker's block by what it can take."""

@@ -58,6 +58,7 @@ class RolloutScheduler:
         self.cost = cost
         self.policy = policy
         self.roles = roles
+        self._fused = policy.inter_stage is not InterStage.OFF
         self.lengths = lengths or LengthModel(policy.max_response_tokens)
         self._function_reward = function_reward
         self._train = train_groups
@@ -79,6 +80,7 @@ class RolloutScheduler:
         books = Books(self._fleet, self._board, self._groups, len(samples))
         self._tail_watch = TailWatch(books, self.cost, self.policy, self.lengths, self.roles)
         self._now_s = 0.0
+        self._first = len(self._fleet.workers)  # instances that samples are dispatched to
 
     # --- questions -------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class RolloutScheduler:
         out: list[ev.Command] = []
         match event:
             case ev.Finished():
-                self._finished(event)
+                self._finished(event, out)
             case ev.Scored():
                 self._scored(event, out)
             case ev.Progress():
@@ -122,13 +124,11 @@ class RolloutScheduler:
             case ev.Rewarded():
                 self._rewarded(event.sample_id, out)
             case ev.Started():
-                self._started(event)
+                self._started(event, out)
             case ev.Tick():
                 pass
             case _:
                 self._rare(event, out)
-        if isinstance(event, ev.Finished):
-            self._settle(event.sample_id, out)
         self._advance(out)
         return out
 
@@ -150,13 +150,15 @@ class RolloutScheduler:
             case ev.InstanceReady():
                 self._fleet.revive(event.instance)
 
-    def _started(self, event: ev.Started) -> None:
+    def _started(self, event: ev.Started, out: list[ev.Command]) -> None:
         assert self.done, f"the iteration before is not done: {self.waiting_for()}"
         self.lengths.begin(event.samples)
         self._begin(event.samples)
         self._now_s = event.now_s
         assert all(s.state is S.QUEUED for s in event.samples), "samples must be QUEUED"
         self._queue.extend(queue_order(self._samples, self.lengths))
+        if self._fused:
+            self._first = self._tail_watch.opening(event.samples, out)
 
     def _progressed(self, event: ev.Progress) -> None:
         samples, instance = self._samples, event.instance
@@ -166,7 +168,7 @@ class RolloutScheduler:
                 sample.response_tokens = tokens
                 self._fleet.reached(instance, sample_id, tokens, self._now_s)
 
-    def _finished(self, event: ev.Finished) -> None:
+    def _finished(self, event: ev.Finished, out: list[ev.Command]) -> None:
         sample = self._samples.get(event.sample_id)
         if sample is None or not _is_on(event.instance, sample):
             return
@@ -179,6 +181,8 @@ class RolloutScheduler:
         self._board.add(sample.id, sample.total_tokens)
         if self._function_reward:
             self._rewards.want(sample.id)
+        elif not self.roles:
+            self._settle(sample.id, out)
 
     def _scored(self, event: ev.Scored, out: list[ev.Command]) -> None:
         self._fleet.answered(event.worker, event.role, event.sample_ids)
@@ -300,14 +304,11 @@ class RolloutScheduler:
             if self._board.num_pending or self._groups.pending:
                 self._inference.advance(out, self._fused, self._num_open)
 
-    @property
-    def _fused(self) -> bool:
-        return self.policy.inter_stage is not InterStage.OFF
-
     def _dispatch(self, out: list[ev.Command]) -> None:
         given = dispatch(
-            self._queue, self._samples, self._fleet, self.lengths, self.policy, self._now_s
-        )
+            self._queue, self._samples, self._fleet, self.lengths, self.policy,
+            self._now_s, self._first,
+        )  # fmt: skip
         for instance in sorted(given):
             out += wake(self._fleet, instance)
             out.append(ev.Generate(instance, tuple(given[instance])))

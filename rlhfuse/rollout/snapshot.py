@@ -151,3 +151,25 @@ def state_of(
         group_tokens=np.array([float(known.get(g, 0)) for g in distinct.tolist()]),
         train_token_s=cost.score_token_s[TRAIN] if train else 0.0,
     )
+
+
+def whole_iteration(num: int, instances: int, prompt: float) -> Tail:
+    """All samples at their start, dealt out in turn."""
+    zeros: Floats = np.zeros(instances)
+    yes = np.ones(instances, dtype=np.bool_)
+    ids = np.arange(num, dtype=np.int64)
+    return Tail(
+        sample_ids=ids,
+        groups=ids,
+        tokens=np.zeros(num),
+        prompts=np.full(num, prompt),
+        home=ids % instances,
+        alive=yes,
+        scores=yes,
+        busy_s=zeros,
+        slow=np.ones(instances),
+        loaded=~yes,
+        backlog_s=0.0,
+        num_samples=num,
+        group_tokens={},
+    )

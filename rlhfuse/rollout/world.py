@@ -277,7 +277,7 @@ class Simulator:
             del source.running[sample_id]
             self._moving[sample_id] = (command.source, command.destination, command.with_cache)
             self._moved += 1
-            at_s = self._now_s + self._cost.migrate_call_s * source.slow
+            at_s = max(self._now_s, source.blocked_s) + self._cost.migrate_call_s * source.slow
             if command.with_cache:
                 sent_s = self._cost.migrate_token_s * held * source.slow
                 at_s = max(at_s, source.link_s, destination.link_s) + sent_s
