@@ -255,7 +255,7 @@ class _Search:
 
     def answer(self) -> Schedule:
         """The best schedule, validated."""
-        if self.found is None and self.rows is not None:
+        if self.found is None and self.rows is not None and self.best < np.inf:
             assert self.bench is not None
             self.found = decode(self.problem, self.coded, Rows(self.bench.best, self.rows.first))
         if self.found is None:
