@@ -3,15 +3,16 @@ steps that follow, whose response lengths the simulator is told.
 
     python -m bench.bench_calibration configs/quickstart.yaml --steps 9
 
-Step 1 warms up (compilation, first touch), steps 2 and 3 are fitted from, every fourth step runs
-serially. The last column of the result predicts without knowing the lengths: the step's samples
-drawn again from the lengths of the steps before.
+Step 1 warms up (compilation, first touch); costs are fitted from the first two steps after it in
+which the workers had their cores to themselves (processor time at least 0.93 of wall time in
+training tasks), and steps without are left out of the summary: a busy machine is no calibration.
+Every fourth step runs serially. `blind_error`: lengths drawn again from those of earlier steps.
 """
 
 import argparse
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bench.record import Row, print_table, write_result
 from rlhfuse.config import Config
 from rlhfuse.config_file import load
 from rlhfuse.cost import CostModel
+from rlhfuse.placement import StagePlacement
 from rlhfuse.planner.measured import (
     MeasuredStep,
     StepCosts,
@@ -33,11 +35,12 @@ from rlhfuse.resolve import resolve
 from rlhfuse.rollout.loop import RolloutResult
 from rlhfuse.session import open_session
 from rlhfuse.step_metrics import StepTimes
-from rlhfuse.timeline import load_chrome
+from rlhfuse.timeline import Kind, Timeline, load_chrome
 from rlhfuse.trainer import Fusions, StepResult, Trainer
 from rlhfuse.update_plan import UpdatePlan
 
 WARM_UP, FITTED = 1, 2
+ALONE = 0.93
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -97,68 +100,91 @@ def run_live(config: Config, steps: int, serial_every: int) -> Live:
         return Live(config, tuple(done), session.folder.path)
 
 
-def fitted(live: Live, config: Config) -> StepCosts:
-    """Costs from the two steps after the first."""
-    run = resolve(config)
-    previous = StepCosts(CostModel.default(), run.costs, 0.0, 0.0, 0.0, "default")
-    steps = [
+def core_share(timeline: Timeline) -> float:
+    """Processor time over wall time of the training tasks."""
+    spans = timeline.of_kinds((Kind.F, Kind.B, Kind.I, Kind.W)).spans
+    used = sum(float(span.args.get("cpu_s", 0.0)) for span in spans)
+    return used / sum(span.duration_s for span in spans)
+
+
+def rows_of(live: Live) -> list[Row]:
+    """Predicted and measured seconds of every step but the first and those fitted from."""
+    config, run = live.config, resolve(live.config)
+    lines = {
+        s.step: load_chrome(live.folder / "timeline" / f"step_{s.step}.json") for s in live.steps
+    }
+    share = {step: core_share(line) for step, line in lines.items()}
+    after = live.steps[WARM_UP:]
+    clean = [s for s in after if share[s.step] >= ALONE]
+    chosen = (clean if len(clean) > FITTED else list(after))[:FITTED]
+    measured = [
         MeasuredStep(
-            load_chrome(live.folder / "timeline" / f"step_{s.step}.json"),
+            lines[s.step],
             int(s.metrics["perf/total_num_tokens"]),
             s.metrics["timing_s/update"],
             s.metrics["timing_s/update_weights"],
         )
-        for s in live.steps[WARM_UP : WARM_UP + FITTED]
+        for s in chosen
     ]
-    return fit_step_costs(config, steps, previous, "two steps")
+    previous = StepCosts(CostModel.default(), run.costs, 0.0, 0.0, 0.0, "default")
+    costs = fit_step_costs(config, measured, previous, "two steps")
+    return [
+        _row(live, step, run.pipelines, costs, share[step.step])
+        for step in after
+        if step not in chosen
+    ]
 
 
-def rows_of(live: Live) -> list[Row]:
-    """Predicted and measured seconds of every step after those that were fitted from."""
+def _row(
+    live: Live,
+    step: Step,
+    pipelines: Mapping[str, StagePlacement],
+    costs: StepCosts,
+    share: float,
+) -> Row:
     config = live.config
-    costs, pipelines = fitted(live, config), resolve(config).pipelines
-    rows: list[Row] = []
-    for number in range(WARM_UP + FITTED, len(live.steps)):
-        step = live.steps[number]
-        serial = step.metrics["serial"] > 0
-        chosen = without_fusion(config) if serial else config
-        history = [n for earlier in live.steps[:number] for n in earlier.lengths]
-        known = with_lengths(workload_of(config), step.lengths, step.prompts, history)
-        told, _ = predict_one(chosen, known, pipelines, costs, step=step.step)
-        drawn = workload_of(config, history, seed=number).lengths
-        blind = with_lengths(known, drawn, step.prompts, history)
-        guessed, _ = predict_one(chosen, blind, pipelines, costs, step=step.step)
-        live_s = step.metrics["timing_s/step"]
-        rows.append(
-            {
-                "step": step.step,
-                "mode": "serial" if serial else "fused",
-                "rollout_s": step.metrics["timing_s/rollout"],
-                "predicted_rollout_s": told.generation + told.inference,
-                "update_s": step.metrics["timing_s/update"],
-                "predicted_update_s": told.training,
-                "step_s": live_s,
-                "predicted_step_s": told.step,
-                "error": told.step / live_s - 1,
-                "blind_error": guessed.step / live_s - 1,
-            }
-        )
-    return rows
+    serial = step.metrics["serial"] > 0
+    chosen = without_fusion(config) if serial else config
+    history = [n for s in live.steps if s.step < step.step for n in s.lengths]
+    known = with_lengths(workload_of(config), step.lengths, step.prompts, history)
+    told, _ = predict_one(chosen, known, pipelines, costs, step=step.step)
+    drawn = workload_of(config, history, seed=step.step).lengths
+    blind = with_lengths(known, drawn, step.prompts, history)
+    guessed, _ = predict_one(chosen, blind, pipelines, costs, step=step.step)
+    live_s = step.metrics["timing_s/step"]
+    return {
+        "step": step.step,
+        "mode": "serial" if serial else "fused",
+        "core_share": share,
+        "rollout_s": step.metrics["timing_s/rollout"],
+        "predicted_rollout_s": told.generation + told.inference,
+        "update_s": step.metrics["timing_s/update"],
+        "predicted_update_s": told.training,
+        "step_s": live_s,
+        "predicted_step_s": told.step,
+        "error": told.step / live_s - 1,
+        "blind_error": guessed.step / live_s - 1,
+    }
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """Medians of the errors' sizes, and of all steps together."""
+    """Sizes of the errors over the steps that had the machine to themselves."""
+    clean = [row for row in rows if float(row["core_share"]) >= ALONE]
+    if not clean:
+        return {"steps": len(rows), "steps_alone": 0}
 
     def total(name: str) -> float:
-        return sum(float(row[name]) for row in rows)
+        return sum(float(row[name]) for row in clean)
 
-    sizes = [abs(float(row["error"])) for row in rows]
+    sizes = [abs(float(row["error"])) for row in clean]
     return {
         "steps": len(rows),
+        "steps_alone": len(clean),
+        "within_10_percent": sum(size <= 0.1 for size in sizes),
         "median_abs_error": statistics.median(sizes),
         "greatest_abs_error": max(sizes),
         "error_of_sum": total("predicted_step_s") / total("step_s") - 1,
-        "median_abs_blind_error": statistics.median(abs(float(r["blind_error"])) for r in rows),
+        "median_abs_blind_error": statistics.median(abs(float(r["blind_error"])) for r in clean),
     }
 
 
@@ -169,7 +195,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--serial-every", type=int, default=4)
     parser.add_argument("--name", default="bench_calibration")
-    parser.add_argument("--keep", type=Path, help="Folder for the run, to look at it again.")
+    parser.add_argument("--keep", type=Path, help="Keep the run below this folder.")
+    parser.add_argument("--again", type=Path, help="Predict a run that --keep kept, by its folder.")
     args = parser.parse_args()
     config = load(args.config, args.overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -181,8 +208,11 @@ def main() -> None:
         )
         fusion = msgspec.structs.replace(config.fusion, audit_every=0)
         config = msgspec.structs.replace(config, trainer=trainer, fusion=fusion)
-        live = run_live(config, args.steps, args.serial_every)
-        if args.keep:
+        if args.again:
+            lengths = (args.again / "lengths.json").read_bytes()
+            live = Live(config, msgspec.json.decode(lengths, type=tuple[Step, ...]), args.again)
+        else:
+            live = run_live(config, args.steps, args.serial_every)
             (live.folder / "lengths.json").write_bytes(msgspec.json.encode(live.steps))
         rows = rows_of(live)
     print_table(rows)

@@ -34,7 +34,11 @@ from rlhfuse.planner import rollout as ro
 from rlhfuse.planner.evaluate import Evaluated, evaluate
 from rlhfuse.planner.plan import cluster_of
 from rlhfuse.planner.workload import workload_of
-from rlhfuse.rollout.policy import Migration
+from rlhfuse.rollout.events import Command
+from rlhfuse.rollout.lengths import LengthModel
+from rlhfuse.rollout.policy import Migration, Policy
+from rlhfuse.rollout.scheduler import RolloutScheduler
+from rlhfuse.rollout.simulator import Simulator, samples_of
 
 PAIRS = (("13b", "33b"), ("33b", "13b"), ("33b", "65b"), ("65b", "33b"))
 LIMITS = (512, 1024, 2048)
@@ -103,22 +107,41 @@ def found_for(actor: str, critic: str, limit: int, variant: Variant) -> Evaluate
     return evaluate(config, workload_of(config), cluster)
 
 
-def curve(found: Evaluated) -> list[tuple[float, float]]:
-    """(threshold, generation plus inference against serial) of the paper's policy."""
+class _NothingBefore(RolloutScheduler):
+    """The paper's system, as we read it: until the tail moves, nothing is scored."""
+
+    def _advance(self, out: list[Command]) -> None:
+        threshold = self.policy.paper_threshold * len(self._samples)
+        self._fused = self._num_generating <= threshold
+        super()._advance(out)
+
+
+def curve(found: Evaluated, *, early: bool) -> list[tuple[float, float]]:
+    """(threshold, generation plus inference against serial) of one fixed threshold. `early`: on
+    top of our early scoring, where instances that run dry by themselves score too."""
     policy = ro.policy_of(found.config, found.rollout.layout)
     serial_s = found.rollout.serial.end_s
     points = []
     for threshold in THRESHOLDS:
         chosen = replace(policy, migration=Migration.PAPER, paper_threshold=threshold)
-        _, stats = ro.run(found.workload, found.rollout.layout, found.rollout.cost, chosen)
-        points.append((threshold, serial_s / stats.end_s))
+        end_s = _end(found, chosen, RolloutScheduler if early else _NothingBefore)
+        points.append((threshold, serial_s / end_s))
     return points
+
+
+def _end(found: Evaluated, policy: Policy, kind: type[RolloutScheduler]) -> float:
+    workload, layout, cost = found.workload, found.rollout.layout, found.rollout.cost
+    lengths = LengthModel(policy.max_response_tokens, workload.history)
+    scheduler = kind(layout.instances, workload.scored, cost, policy, lengths=lengths)
+    samples = samples_of(workload.prompts)
+    world = Simulator(scheduler, cost, workload.lengths, samples, layout.instances, record=False)
+    return world.run()[1].end_s
 
 
 def row_of(actor: str, critic: str, limit: int, found: Evaluated) -> Row:
     serial, fused = found.serial, found.fused
     rollout, training = found.rollout, found.training
-    best, at = max((gain, threshold) for threshold, gain in curve(found))
+    best, at = max((gain, threshold) for threshold, gain in curve(found, early=False))
     inter_s = rollout.serial.end_s - rollout.fused.end_s
     intra_s = serial.training - fused.training
     split_s = found.workload.num_minibatches * min(
@@ -160,26 +183,31 @@ def summary_of(name: str, rows: Sequence[Row]) -> Row:
     return told
 
 
-def draw(curves: dict[tuple[str, str, int], list[tuple[float, float]]],
-         ours: dict[tuple[str, str, int], float], path: Path) -> None:  # fmt: skip
-    figure = Figure(figsize=(12, 4))
+Key = tuple[str, str, int]
+Curves = dict[Key, list[tuple[float, float]]]
+
+
+def draw(curves: Curves, early: Curves, ours: dict[Key, float], path: Path) -> None:
+    """One panel per response limit: the paper's policy, ours with a threshold, ours."""
+    figure = Figure(figsize=(13, 4.6))
     axes = figure.subplots(1, len(LIMITS), sharey=True, squeeze=False)[0]
     colors = ("#0072b2", "#d55e00", "#009e73", "#a8457f")
     for axis, limit in zip(axes, LIMITS, strict=True):
-        for (actor, critic), color in zip(PAIRS, colors, strict=True):
-            points = curves[actor, critic, limit]
-            name = f"{actor.upper()}/{critic.upper()}"
-            axis.plot(*zip(*points, strict=True), "o-", ms=3, color=color, label=name)
-            axis.axhline(ours[actor, critic, limit], color=color, ls=":", lw=1)
+        axis.axvspan(0.17, 0.23, color="#e8e8e8", zorder=0)
         axis.axhline(1.0, color="#666", lw=0.8)
-        axis.axvspan(0.17, 0.23, color="#ddd", zorder=0)
-        axis.set_title(f"responses up to {limit}")
-        axis.set_xlabel("samples that remain when the tail moves, as part of the batch")
-        axis.xaxis.label.set_size(8)
-    axes[0].set_ylabel("generation + inference, times as fast as serial")
+        for (actor, critic), color in zip(PAIRS, colors, strict=True):
+            key = (actor, critic, limit)
+            name = f"{actor.upper()}/{critic.upper()}"
+            axis.plot(*zip(*curves[key], strict=True), "o-", ms=3, color=color, label=name)
+            axis.plot(*zip(*early[key], strict=True), "--", lw=1, color=color)
+            axis.axhline(ours[key], color=color, ls=":", lw=1.2)
+        axis.set_title(f"responses up to {limit}", fontsize=10)
+        axis.set_xlabel("part of the batch that remains when the tail moves", fontsize=9)
+    axes[0].set_ylabel("generation + inference, times as fast as serial", fontsize=9)
     axes[0].legend(title="actor/critic", fontsize=8)
     figure.suptitle(
-        "One fixed threshold (solid), our policy (dotted); grey: the paper's best. Simulated",
+        "Simulated. Solid: one threshold, nothing scored before it (the paper's system). Dashed: "
+        "with early scoring.\nDotted: our policy. Grey: the threshold that the paper found best.",
         fontsize=10,
     )
     figure.tight_layout()
@@ -190,31 +218,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="paper_evaluation")
     args = parser.parse_args()
-    rows, curves, ours = [], {}, {}
+    rows: list[Row] = []
+    curves: dict[Key, list[tuple[float, float]]] = {}
+    early: dict[Key, list[tuple[float, float]]] = {}
+    ours: dict[Key, float] = {}
     for actor, critic in PAIRS:
         for limit in LIMITS:
             found = found_for(actor, critic, limit, VARIANTS[0])
             rows.append(row_of(actor, critic, limit, found))
-            curves[actor, critic, limit] = curve(found)
+            curves[actor, critic, limit] = curve(found, early=False)
+            early[actor, critic, limit] = curve(found, early=True)
             ours[actor, critic, limit] = float(rows[-1]["rollout"])
     print_table([{k: v for k, v in row.items() if k != "layouts"} for row in rows])
     for row in rows:
         print(row["actor"], row["critic"], row["limit"], row["layouts"])
-    variants = [summary_of(VARIANTS[0].name, rows)]
+    variants = [summary_of("as assumed, all 12 settings", rows)]
+    middle = [row for row in rows if row["limit"] == 1024]
+    variants.append(summary_of("as assumed, responses up to 1024", middle))
     for variant in VARIANTS[1:]:
-        some = [
-            row_of(a, c, limit, found_for(a, c, limit, variant))
-            for a, c in PAIRS
-            for limit in LIMITS
-        ]
+        some = [row_of(a, c, 1024, found_for(a, c, 1024, variant)) for a, c in PAIRS]
         variants.append(summary_of(variant.name, some))
-    print("\nleast / median / greatest over the 12 settings; the paper reports", PAPER)
+    print("\nleast / median / greatest; the paper reports", PAPER)
     print_table(variants)
-    draw(curves, ours, RESULTS / f"{args.name}.png")
+    draw(curves, early, ours, RESULTS / f"{args.name}.png")
     points: list[Row] = [
-        {"actor": a, "critic": c, "limit": limit, "threshold": t, "paper_policy": g}
-        for (a, c, limit), line in curves.items()
-        for t, g in line
+        {"actor": a, "critic": c, "limit": limit, "threshold": t, "rollout": gain, "policy": name}
+        for name, found_curves in (("paper", curves), ("early scoring", early))
+        for (a, c, limit), line in found_curves.items()
+        for t, gain in line
     ]
     print(write_result(args.name, [dict(PAPER), *rows, *variants, *points]))
 
