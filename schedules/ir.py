@@ -12,6 +12,7 @@ from enum import StrEnum
 from math import isfinite
 
 MAX_TASKS = 5_000_000  # a typing slip (10^9 micro-batches) must not eat the machine
+MAX_RANKS = 100_000
 REL_TOL = 1e-6  # every comparison of times and of memory
 
 
@@ -251,6 +252,8 @@ def _check_count(where: str, num_stages: int, num_microbatches: int) -> None:
 def _check_problem(problem: Problem) -> None:
     if not isinstance(problem.num_ranks, int) or problem.num_ranks < 1:
         raise ValueError(f"ranks is {problem.num_ranks!r}, expected a whole number of at least 1")
+    if problem.num_ranks > MAX_RANKS:
+        raise ValueError(f"ranks is {problem.num_ranks}, expected at most {MAX_RANKS}")
     if not problem.pipelines:
         raise ValueError("pipelines is empty, expected at least one")
     names = [pipe.name for pipe in problem.pipelines]

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import msgspec
 
 from rlhfuse.cli.common import emit_json, stdout_kept_clean, user_errors
 from rlhfuse.cli.pareto_plot import save_pareto_plot
+from rlhfuse.cli.schedule_files import check_ending, read_schedule, write_schedule
 from rlhfuse.cli.schedule_plot import save_plot
 from rlhfuse.cli.schedule_table import print_explained, print_front, print_summaries
 from rlhfuse.schedules.bounds import latency_bound
-from rlhfuse.schedules.formats import schedule_to_json, to_flexfusion, to_torch_csv
 from rlhfuse.schedules.fused import Progress, fuse
-from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
+from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.layouts import Placement
 from rlhfuse.schedules.pareto import Point, pareto
 from rlhfuse.schedules.problem_file import read_problem
@@ -25,11 +25,6 @@ from rlhfuse.schedules.summary import Explained, Summary, explain, standard_poli
 from rlhfuse.schedules.timing import check_channels
 
 POLICIES = ("fused", *(policy.name for policy in standard_policies()))
-_WRITERS: dict[str, Callable[[Schedule], bytes | str]] = {
-    ".json": schedule_to_json,
-    ".csv": to_torch_csv,
-    ".txt": to_flexfusion,
-}
 
 
 @click.command()
@@ -47,6 +42,12 @@ _WRITERS: dict[str, Callable[[Schedule], bytes | str]] = {
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--split-weight", is_flag=True, help="Allow I and W in place of B.")
 @click.option("--policy", type=click.Choice(POLICIES), default="fused", show_default=True)
+@click.option(
+    "--from",
+    "given",
+    type=click.Path(path_type=Path),
+    help="Explain this schedule (as -o writes) instead of searching.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it (PNG or SVG).")
 @click.option("--compare", is_flag=True, help="All policies side by side.")
 @click.option("--pareto", "points", type=int, help="Latency against memory, at so many caps.")
@@ -63,6 +64,7 @@ def schedule(
     seed: int,
     split_weight: bool,
     policy: str,
+    given: Path | None,
     plot: Path | None,
     compare: bool,
     points: int | None,
@@ -74,7 +76,9 @@ def schedule(
     PROBLEM gives ranks and pipelines, or `layout`: tp, pp and dp of two models on the same GPUs.
     """
     with user_errors(), stdout_kept_clean(as_json):
-        _check_options(budget_s, iterations, noise, plot, output)
+        _check_options(budget_s, iterations, noise, plot)
+        check_ending("-o", output)
+        check_ending("--from", given)
         said = None if as_json else _say_placement
         problem = read_problem(problem_path, split_weight=split_weight, on_placement=said)
         if memory_cap is not None:
@@ -88,9 +92,12 @@ def schedule(
                 raise ValueError("--pareto finds many schedules: -o cannot say which to write")
             answer: object = _front(search, problem, points, plot)
         else:
-            best, summary = search.run(problem, policy)
+            if given is not None:
+                policy, (best, summary) = given.name, search.explain(problem, given)
+            else:
+                best, summary = search.run(problem, policy)
             if output is not None:
-                _write(best, output)
+                write_schedule(best, output)
             if plot is not None:
                 save_plot(best, plot, _headline(policy, summary))
             explained = explain(best, summary, policy, 0.1 if noise is None else noise)
@@ -138,6 +145,12 @@ class _Search:
             check_channels(found)
         seconds = time.monotonic() - start
         return found, summarize(found, split_weight=split, seconds=seconds, problem=problem)
+
+    def explain(self, problem: Problem, path: Path) -> tuple[Schedule, Summary]:
+        """The schedule in a file, as an answer to the problem; valid and executable."""
+        found = read_schedule(path, problem)
+        split = self.split_weight or any(task.op is Op.W for _, _, task in found.tasks())
+        return found, summarize(found, split_weight=split, seconds=0.0, problem=problem)
 
     def compare(self, problem: Problem, done: str) -> list[tuple[str, Summary]]:
         """Every other policy; those that cannot answer the problem are left out, with a word."""
@@ -277,11 +290,6 @@ def _headline(policy: str, summary: Summary) -> str:
     )
 
 
-def _write(found: Schedule, output: Path) -> None:
-    data = _WRITERS[output.suffix](found)
-    output.write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
 def _say_placement(placement: Placement) -> None:
     click.echo(placement.describe(), err=True)
 
@@ -291,7 +299,6 @@ def _check_options(
     iterations: int | None,
     noise: float | None,
     plot: Path | None,
-    output: Path | None,
 ) -> None:
     if budget_s is not None and not 0 < budget_s < float("inf"):
         raise ValueError(f"--budget-s is {budget_s}, expected a positive number of seconds")
@@ -301,5 +308,3 @@ def _check_options(
         raise ValueError(f"--noise is {noise}, expected a share from 0 to 1 (0.1 is 10 %)")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot is {plot}, expected a name that ends in .png or .svg")
-    if output is not None and output.suffix not in _WRITERS:
-        raise ValueError(f"-o is {output}, expected a name that ends in .json, .csv or .txt")

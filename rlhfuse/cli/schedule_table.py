@@ -1,5 +1,6 @@
 """What ``rlhfuse schedule`` prints for people."""
 
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,9 +14,15 @@ MOST_RANKS = 32  # rows of the table of ranks; beyond, only the sum
 _CAUSES = [cause.value for cause in Bubble]
 
 
+def _console() -> Console:
+    """On a terminal as wide as that, elsewhere wide enough for whole lines."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
 def print_summaries(lines: Sequence[tuple[str, Summary]]) -> None:
     """One line per policy, the first one in bold; the fastest is marked."""
-    table = Table("policy", box=None, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
     for name in ("makespan", "bound", "idle", "peak memory", "vs serial", "search"):
         table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)
@@ -34,12 +41,12 @@ def print_summaries(lines: Sequence[tuple[str, Summary]]) -> None:
             ", ".join(notes),
             style="bold" if number == 0 else None,
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_explained(explained: Explained) -> None:
     """Idle time per rank and cause, the critical path, and what noise costs."""
-    console = Console()
+    console = _console()
     table = Table("idle time", box=None, padding=(0, 2, 0, 0))
     for cause in _CAUSES:
         table.add_column(cause.replace("_", "-"), justify="right")
@@ -94,4 +101,4 @@ def print_front(front: Sequence[Point], lower_bound: float) -> None:
     for point in front:
         over = point.makespan / lower_bound - 1 if lower_bound else 0.0
         table.add_row(f"{point.peak_memory:.5g}", f"{point.makespan:.6g}", f"{100 * over:.1f} %")
-    Console().print(table)
+    _console().print(table)
