@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,8 +24,12 @@ from rlhfuse.engines import vllm_cache, vllm_setup
 from rlhfuse.engines.base import Output, Request, Running, SamplingParams, TokenIds
 from rlhfuse.engines.canonical import canonical_logits, decide
 from rlhfuse.engines.sampling import NEAR_TIE
+from rlhfuse.engines.vllm_cache import HAND_OVER
 from rlhfuse.engines.vllm_sampling import Drawn, KeyedSample, mixed_seed
 from rlhfuse.models.stage import ModelStage
+
+if TYPE_CHECKING:
+    from rlhfuse.engines.vllm_engine import Grown
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ class _Sample:
     tokens: list[int]  # of the response
     logprobs: list[float] = field(default_factory=list)
     request_id: str = ""  # of the request that vLLM runs for it
+    cache: bytes = b""  # that it came with, until its first token here
 
     @property
     def prefix(self) -> TokenIds:
@@ -114,6 +120,7 @@ class VllmEngine:
         self._broken = "no weights have been loaded"
         self._samples: dict[int, _Sample] = {}
         self._by_request: dict[str, _Sample] = {}
+        self._early: list[Output] = []  # of steps that an export had to take
         self._submitted = 0
         self._asleep = False
         self.counts = Counts()
@@ -127,8 +134,8 @@ class VllmEngine:
 
     @property
     def num_running(self) -> int:
-        """Samples accepted and not finished."""
-        return len(self._samples)
+        """Samples accepted, and not finished or with outputs that `step` has yet to return."""
+        return len(self._samples.keys() | {output.sample_id for output in self._early})
 
     @property
     def free_cache_tokens(self) -> int:
@@ -166,6 +173,7 @@ class VllmEngine:
         """Give a sample to vLLM, from where it stands."""
         request, prefix = sample.request, sample.prefix
         core, seed = self._core, request.seed
+        transfer = vllm_cache.unpack_transfer(cache, self._version) if core.nixl else None
         if core.draws is not None:
             core.draws.expect(
                 KeyedSample(request.sample_id, seed, request.params, len(request.prompt))
@@ -175,6 +183,7 @@ class VllmEngine:
             seed = mixed_seed(seed, sample.length)
         self._submitted += 1
         sample.request_id = str(self._submitted)
+        sample.cache = cache
         self._by_request[sample.request_id] = sample
         core.submit(
             sample.request_id,
@@ -183,6 +192,7 @@ class VllmEngine:
             sample_id=request.sample_id,
             seed=seed,
             response_tokens=len(sample.tokens),
+            transfer=transfer,
         )
         if cache and core.connector is not None:
             expected = vllm_cache.header_of(core.caches(), prefix[:-1], self._version)
@@ -195,47 +205,49 @@ class VllmEngine:
     def step(self) -> list[Output]:
         """One step of vLLM: every sample whose prefix is computed gains a token (or several, with
         speculative decoding)."""
-        if not self._samples:
-            return []
+        early, self._early = self._early, []
+        if early or not self._samples:
+            return early
         assert not self._asleep, "step() while asleep"
         if self._broken:
             raise RuntimeError(f"nothing may be generated: {self._broken}")
         # All of the step first: what follows submits and aborts.
-        grown = list(self._core.step())
-        return [
-            self._absorb(self._by_request[g.request_id], g.tokens, g.logprobs, ended=g.finished)
-            for g in grown
-        ]
+        return [self._absorb(grown) for grown in list(self._core.step())]
 
-    def _absorb(
-        self, sample: _Sample, tokens: list[int], logprobs: list[float] | None, *, ended: bool
-    ) -> Output:
+    def _absorb(self, grown: "Grown") -> Output:
+        sample = self._by_request[grown.request_id]
+        tokens, logprobs = grown.tokens, grown.logprobs
         sample_id = sample.request.sample_id
         right = True
         if logprobs is None:
             assert self._core.draws is not None
             drawn = self._core.draws.take(sample_id)
+            self._check_finite(sample, drawn.logprob)
             assert tokens == [drawn.token], "vLLM did not take the drawn token"
             token, logprob = self._decide(sample, drawn) if drawn.near_tie else drawn[:2]
             right = token == drawn.token
             tokens, logprobs = [token], [logprob]
             self.counts.redrawn += not right
-        if not all(math.isfinite(logprob) for logprob in logprobs):
-            raise RuntimeError(
-                f"sample {sample_id}: logits are not finite at token {sample.length}; "
-                f"the weights (version {self._version}) are broken"
-            )
+        self._check_finite(sample, sum(logprobs))
+        sample.cache = b""
         sample.tokens += tokens
         sample.logprobs += logprobs
         self.counts.tokens += len(tokens)
         reason = _finish_reason(sample)
-        if reason or not right:
-            self._withdraw(sample, running=not ended)
-            if reason:
-                del self._samples[sample_id]
-            else:
-                self._submit(sample)
+        if reason:
+            del self._samples[sample_id]
+        if reason or grown.finished or not right:
+            blocks = self._withdraw(sample, running=not grown.finished)
+            if not reason:
+                self._submit(sample, self._pack(sample, *blocks))
         return Output(sample_id, tuple(tokens), tuple(logprobs), bool(reason), reason)
+
+    def _check_finite(self, sample: _Sample, logprob: float) -> None:
+        if not math.isfinite(logprob):
+            raise RuntimeError(
+                f"sample {sample.request.sample_id}: logits are not finite at token "
+                f"{sample.length}; the weights (version {self._version}) are broken"
+            )
 
     def _decide(self, sample: _Sample, drawn: Drawn) -> tuple[int, float]:
         assert drawn.seen is not None
@@ -249,15 +261,25 @@ class VllmEngine:
             response_tokens=len(sample.tokens),
         )
 
-    def _withdraw(self, sample: _Sample, *, running: bool) -> None:
-        """The request that vLLM runs for a sample is over; the sample may go on."""
-        self._core.forget(sample.request_id, running=running)
-        self._dropped(sample)
-
-    def _dropped(self, sample: _Sample) -> None:
-        self._by_request.pop(sample.request_id, None)
+    def _withdraw(self, sample: _Sample, *, running: bool) -> tuple[list[int], int]:
+        """The request that vLLM runs for a sample is over; the sample may go on. Returns its
+        blocks and the tokens computed into them."""
+        blocks = self._core.forget(sample.request_id, running=running)
+        self._by_request.pop(sample.request_id)
         if self._core.draws is not None:
             self._core.draws.forget(sample.request.sample_id)
+        return blocks
+
+    def _pack(self, sample: _Sample, block_ids: list[int], computed: int) -> bytes:
+        """Its blocks as bytes: those that it came with where no step has used them yet; empty
+        where vLLM has not computed all of its prefix."""
+        prefix = sample.prefix[:-1]
+        if computed < len(prefix) or self._core.connector is None:
+            return sample.cache
+        caches = self._core.caches()
+        block_ids = block_ids[: -(-len(prefix) // self._core.block_tokens)]
+        header = vllm_cache.header_of(caches, prefix, self._version)
+        return vllm_cache.serialise(caches, block_ids, header)
 
     def abort(self, sample_ids: Sequence[int]) -> None:
         """Forget samples; unknown ids are ignored."""
@@ -269,31 +291,57 @@ class VllmEngine:
     def export(self, sample_ids: Sequence[int], *, with_cache: bool) -> list[Running]:
         """Remove running samples and return them, in the order given. `Running.logprobs` are
         those of the tokens drawn here (the end of the response)."""
-        exported = []
-        for sample_id in dict.fromkeys(sample_ids):
-            sample = self._samples.pop(sample_id, None)
-            if sample is None:
-                continue
-            cache = self._leave(sample, with_cache=with_cache)
-            response = np.array(sample.tokens, dtype=np.int32)
-            request = replace(sample.request, response=response)
-            exported.append(Running(request, tuple(sample.logprobs), cache))
-        return exported
+        wanted = [i for i in dict.fromkeys(sample_ids) if i in self._samples]
+        leaving = [self._samples.pop(i) for i in wanted]
+        if self._core.nixl and with_cache:
+            caches = self._hand_over(leaving)
+        else:
+            caches = []
+            for sample in leaving:
+                blocks = self._withdraw(sample, running=True)
+                caches.append(self._pack(sample, *blocks) if with_cache else b"")
+        return [
+            Running(
+                replace(sample.request, response=np.array(sample.tokens, dtype=np.int32)),
+                tuple(sample.logprobs),
+                cache,
+            )
+            for sample, cache in zip(leaving, caches, strict=True)
+        ]
 
-    def _leave(self, sample: _Sample, *, with_cache: bool) -> bytes:
-        core, prefix = self._core, sample.prefix[:-1]
-        if core.connector is None or not with_cache:
-            self._withdraw(sample, running=True)
-            return b""
-        block_ids, computed = core.leave(sample.request_id)
-        self._dropped(sample)
-        if computed < len(prefix):  # it had not started here
-            return b""
-        caches = core.caches()
-        block_ids = block_ids[: -(-len(prefix) // core.block_tokens)]
-        return vllm_cache.serialise(
-            caches, block_ids, vllm_cache.header_of(caches, prefix, self._version)
-        )
+    def _hand_over(self, leaving: Sequence[_Sample]) -> list[bytes]:
+        """NIXL lets another instance read the blocks of a request that ends by itself: each
+        sample is submitted once more, for one token that is dropped (its blocks are in the prefix
+        cache). What other samples gain meanwhile is returned by the next `step`."""
+        core = self._core
+        waiting: dict[str, _Sample] = {}
+        transfers: dict[int, bytes] = {}
+        for sample in leaving:
+            core.forget(sample.request_id, running=True)
+            self._by_request.pop(sample.request_id)
+            self._submitted += 1
+            sample.request_id = str(self._submitted)
+            waiting[sample.request_id] = sample
+            core.submit(
+                sample.request_id,
+                sample.prefix.tolist(),
+                sample.request.params,
+                sample_id=sample.request.sample_id,
+                seed=sample.request.seed,
+                response_tokens=len(sample.tokens),
+                transfer=HAND_OVER,
+            )
+        while waiting:
+            for grown in list(core.step()):
+                done = waiting.pop(grown.request_id, None)
+                if done is None:
+                    self._early.append(self._absorb(grown))
+                    continue
+                self._by_request[grown.request_id] = done
+                self._withdraw(done, running=not grown.finished)
+                packed = vllm_cache.pack_transfer(grown.transfer, self._version)
+                transfers[done.request.sample_id] = packed
+        return [transfers[sample.request.sample_id] for sample in leaving]
 
     # --- weights and memory ----------------------------------------------------------------
 
@@ -330,10 +378,18 @@ class VllmEngine:
         expected = torch.log_softmax(canonical_logits(self._model, prompt), -1)
         if not bool(expected.isfinite().all()):
             return
-        self.add(request)
         outputs: list[Output] = []
-        while not outputs:
-            outputs = self.step()
+        draws = self._core.draws
+        if draws is not None:
+            draws.exact = False  # what vLLM computes is wanted, not what would be decided
+        self.add(request)
+        try:
+            while not outputs:
+                outputs = self.step()
+        finally:
+            self.abort([_PROBE_ID])
+            if draws is not None:
+                draws.exact = self._exact
         (probe,) = outputs
         difference = abs(probe.logprobs[0] - float(expected[probe.tokens[0]]))
         if difference > _PROBE_BOUND[self._model.lm_head_weight().dtype]:

@@ -8,12 +8,16 @@ the bytes are only good for.
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
 from rlhfuse.engines.base import TokenIds
+
+HAND_OVER: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What a request says to leave its blocks for another instance to read (NIXL)."""
 
 
 class BlocksHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -109,3 +113,16 @@ def _layers(header: BlocksHeader, data: memoryview) -> Blocks:
         layers.append(torch.frombuffer(raw, dtype=dtype).reshape(count, *shape))
         start += count * size
     return Blocks(header, tuple(layers))
+
+
+def pack_transfer(transfer: dict[str, Any] | None, policy_version: int) -> bytes:
+    """Where a receiver finds a sample's blocks, as a cache; empty where there are none."""
+    return msgspec.json.encode((policy_version, transfer)) if transfer else b""
+
+
+def unpack_transfer(cache: bytes, policy_version: int) -> dict[str, Any] | None:
+    """`pack_transfer` undone; None where it is empty or of other weights."""
+    if not cache:
+        return None
+    version, transfer = msgspec.json.decode(cache, type=tuple[int, dict[str, Any]])
+    return transfer if version == policy_version else None

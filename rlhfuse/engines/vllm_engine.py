@@ -5,15 +5,21 @@ connector below are how its V1 model runner draws our tokens and how key-value b
 out. Call `vllm_setup.prepare` before importing this module. Written against vLLM 0.32.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import math
+import os
+import socket
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+from vllm import EngineArgs, LLMEngine, ModelRegistry, SamplingParams, TokensPrompt
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
@@ -27,6 +33,7 @@ from rlhfuse.engines.vllm_sampling import KeyedDraws
 from rlhfuse.models.stage import ModelConfig
 
 _BLOCK_TOKENS = 32  # what vLLM's attention on a CPU is built for
+_HAND_OVER_S = 30.0  # longest wait for another instance to read its blocks
 
 
 class KeyedProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -73,7 +80,6 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._arrived: dict[str, vllm_cache.Blocks] = {}
         self._had: dict[str, int] = {}  # request -> tokens that the prefix cache has
         self.left: dict[str, tuple[list[int], int]] = {}  # request -> its blocks, tokens in them
-        self.watched: set[str] = set()
         self.loaded_tokens = 0  # so far, not computed here because they came with a request
 
     @property
@@ -114,8 +120,7 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._arrived.pop(request.request_id, None)
-        if request.request_id in self.watched:
-            self.left[request.request_id] = (list(block_ids), request.num_computed_tokens)
+        self.left[request.request_id] = (list(block_ids), request.num_computed_tokens)
         return False, None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -142,12 +147,14 @@ def _attention_caches(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 class Grown(NamedTuple):
-    """What a step of vLLM added to a request. `logprobs` is None where a processor draws."""
+    """What a step of vLLM added to a request. `logprobs` is None where a processor draws;
+    `transfer`: where a connector lets another instance read the ended request's blocks."""
 
     request_id: str
     tokens: list[int]
     logprobs: list[float] | None
     finished: bool
+    transfer: dict[str, Any] | None
 
 
 class VllmCore:
@@ -170,6 +177,7 @@ class VllmCore:
         cache_tokens: int,
     ) -> None:
         """Weights are dummies until `reload`."""
+        _register(config)
         self.on_cpu = on_cpu
         self.block_tokens = options.block_size or _BLOCK_TOKENS
         # Each sample may leave most of a block unused; one more block is vLLM's own.
@@ -194,7 +202,7 @@ class VllmCore:
             disable_log_stats=True,
             logprobs_mode="processed_logprobs",
             speculative_config=options.speculative_config,
-            kv_transfer_config=_kv_transfer(options, speculative),
+            kv_transfer_config=_kv_transfer(options, speculative, on_cpu),
         )
         second_runner = arguments.create_engine_config().use_v2_model_runner
         keyed = _is_on(options.position_keyed, True) and not speculative and not second_runner
@@ -202,18 +210,21 @@ class VllmCore:
             arguments = dataclasses.replace(
                 arguments, logits_processors=[KeyedProcessor], async_scheduling=False
             )
-        self._engine = LLMEngine.from_engine_args(arguments)
+        with _hidden("llvmlite.binding.ffi"):
+            self._engine = LLMEngine.from_engine_args(arguments)
+        self._worker = self._engine.engine_core.engine_core.model_executor.driver_worker.worker
+        self._tied = bool(config.tie_word_embeddings)
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self.draws = self._find_draws() if keyed else None
         self.draws_by_position = keyed or (second_runner and not speculative)
         connector = self._scheduler.connector
         self.connector = connector if isinstance(connector, MigrationConnector) else None
+        self.nixl = options.kv_transfer == "nixl"
         self._names: dict[str, str] = {}  # our request id -> vLLM's own
         self._freed: list[tuple[torch.UntypedStorage, int]] = []
 
     def _find_draws(self) -> KeyedDraws:
-        executor = self._engine.engine_core.engine_core.model_executor
-        batch = executor.driver_worker.worker.model_runner.input_batch
+        batch = self._worker.model_runner.input_batch
         (processor,) = (p for p in batch.logitsprocs.all if isinstance(p, KeyedProcessor))
         draws: KeyedDraws = processor.draws
         return draws
@@ -229,17 +240,21 @@ class VllmCore:
         sample_id: int,
         seed: int,
         response_tokens: int,
+        transfer: dict[str, Any] | None = None,
     ) -> None:
-        """Generate after `tokens` (prompt and response so far); `params` count the response."""
+        """Generate after `tokens` (prompt and response so far); `params` count the response.
+        `transfer`: of blocks to read (NIXL), or `vllm_cache.HAND_OVER`, to leave some behind."""
+        handing_over = transfer == vllm_cache.HAND_OVER
         ours = {
-            "max_tokens": params.max_tokens - response_tokens,
+            "max_tokens": 1 if handing_over else params.max_tokens - response_tokens,
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,
             "detokenize": False,
             "output_kind": RequestOutputKind.DELTA,
         }
+        extra = {"sample_id": sample_id, "kv_transfer_params": transfer}
         if self.draws is not None:  # greedy: the processor has decided
-            theirs = SamplingParams(temperature=0.0, extra_args={"sample_id": sample_id}, **ours)
+            theirs = SamplingParams(temperature=0.0, extra_args=extra, **ours)
         else:
             theirs = SamplingParams(
                 temperature=params.temperature,
@@ -249,6 +264,7 @@ class VllmCore:
                 seed=seed % (1 << 63),
                 min_tokens=max(0, params.min_tokens - response_tokens),
                 logprobs=0,
+                extra_args=extra,
                 **ours,
             )
         prompt = TokensPrompt(prompt_token_ids=tokens)
@@ -265,13 +281,17 @@ class VllmCore:
             if self.draws is None:
                 entries = zip(tokens, completion.logprobs, strict=True)
                 logprobs = [float(entry[token].logprob) for token, entry in entries]
-            yield Grown(output.request_id, tokens, logprobs, output.finished)
+            yield Grown(
+                output.request_id, tokens, logprobs, output.finished, output.kv_transfer_params
+            )
 
-    def forget(self, request_id: str, *, running: bool) -> None:
-        """A request is over; vLLM is told where it does not know."""
+    def forget(self, request_id: str, *, running: bool) -> tuple[list[int], int]:
+        """A request is over; vLLM is told where it does not know. Returns its blocks, which are
+        whole until the next step, and how many tokens were computed into them."""
         if running:
             self._engine.abort_request([request_id])
-        self._names.pop(request_id, None)
+        name = self._names.pop(request_id)
+        return self.connector.left.pop(name, ([], 0)) if self.connector else ([], 0)
 
     # --- key-value blocks ------------------------------------------------------------------
 
@@ -291,19 +311,15 @@ class VllmCore:
         assert self.connector is not None
         self.connector.arrive(self._names[request_id], blocks)
 
-    def leave(self, request_id: str) -> tuple[list[int], int]:
-        """End a running request; its blocks, whole until the next step, and the tokens in them."""
-        assert self.connector is not None
-        name = self._names[request_id]
-        self.connector.watched.add(name)
-        self.forget(request_id, running=True)
-        self.connector.watched.discard(name)
-        return self.connector.left.pop(name, ([], 0))
-
     def drop_prefixes(self) -> None:
         """Forget keys and values of ended requests (they were computed with other weights)."""
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM kept keys and values of ended requests")
+        deadline = time.monotonic() + _HAND_OVER_S
+        while not self._engine.reset_prefix_cache():
+            if time.monotonic() > deadline:
+                raise RuntimeError("vLLM kept keys and values of ended requests")
+            # Blocks that another instance has read are freed in a step.
+            self._engine.engine_core.engine_core.step()
+            time.sleep(0.001)
 
     # --- weights and memory ----------------------------------------------------------------
 
@@ -311,6 +327,10 @@ class VllmCore:
         """All weights in place, Hugging Face names, by vLLM's own load path: a layer is packed
         for its kernels when its last tensor has come."""
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        model = self._worker.get_model()
+        if self.on_cpu and self._tied:
+            # No tensor comes by its name, so vLLM leaves a tied head with its old packed copy.
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
     def sleep(self) -> None:
         """Give back the cache. On a CPU vLLM's own sleep does nothing: its tensors are emptied."""
@@ -330,21 +350,57 @@ class VllmCore:
         for storage, num_bytes in self._freed:
             storage.resize_(num_bytes)
         self._freed.clear()
+        for cache in self.caches().values():
+            cache.zero_()  # what is masked out is still multiplied, and must be finite
 
     def close(self) -> None:
-        """End the engine."""
+        """End the engine, and every other of this process with it (vLLM's groups are global)."""
         self._engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """vLLM 0.32 looks through all modules for kernels to replace, and stumbles over an object of
+    llvmlite's (numba's) that claims to have every attribute."""
+    found = sys.modules.pop(module, None)
+    try:
+        yield
+    finally:
+        if found is not None:
+            sys.modules[module] = found
+
+
+def _register(config: ModelConfig) -> None:
+    """Name the model's class to vLLM, which else imports itself in another process to look at it,
+    and keeps what it saw in the user's home."""
+    module = importlib.import_module(f"vllm.model_executor.models.{config.model_type}")
+    (name,) = config.architectures or ()
+    ModelRegistry.register_model(name, getattr(module, name))
 
 
 def _is_on(switch: str, automatic: bool) -> bool:
     return automatic if switch == "auto" else switch == "on"
 
 
-def _kv_transfer(options: VllmConfig, speculative: bool) -> KVTransferConfig | None:
-    if not _is_on(options.kv_transfer, not speculative):
+def _kv_transfer(options: VllmConfig, speculative: bool, on_cpu: bool) -> KVTransferConfig | None:
+    if options.kv_transfer == "nixl":
+        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(_free_port()))
+        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
+        return KVTransferConfig(
+            kv_connector="NixlConnector",
+            kv_role="kv_both",
+            kv_buffer_device="cpu" if on_cpu else "cuda",
+        )
+    if options.kv_transfer == "off" or (options.kv_transfer == "auto" and speculative):
         return None
     return KVTransferConfig(
         kv_connector=MigrationConnector.__name__,
         kv_connector_module_path=__name__,
         kv_role="kv_both",
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

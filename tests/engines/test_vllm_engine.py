@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import (
@@ -16,8 +17,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from rlhfuse.config import VllmConfig
 from rlhfuse.engines import vllm_setup
-from rlhfuse.engines.base import TokenIds
+from rlhfuse.engines.base import Request, SamplingParams, TokenIds
+from rlhfuse.engines.canonical import canonical_logits
 from rlhfuse.engines.torch_engine import TorchEngine
 from rlhfuse.engines.vllm_adapter import VllmEngine
 from rlhfuse.models.loading import load_model
@@ -185,3 +188,87 @@ def test_blocks_are_used_and_foreign_ones_announced(
     assert "computed again" in caplog.text
     with pytest.raises(ValueError, match="not the bytes"):
         make().add(moved.request, b"\x04\x00\x00\x00junk" + moved.cache)
+
+
+def test_sleep_returns_the_cache_to_the_system(hf_model: Path) -> None:
+    """64 MiB of it: resident bytes go down by as much, and come back."""
+    engine = VllmEngine(
+        load_model(hf_model, head=Head.LM),
+        hf_model,
+        max_num_seqs=4,
+        max_model_len=MAX_LEN,
+        cache_tokens=64 * 1024,  # 1 KiB a token
+        policy_version=0,
+    )
+    engine.sleep()
+    engine.wake()  # now all of it has been touched
+    process = psutil.Process()
+    awake = process.memory_info().rss
+    engine.sleep()
+    asleep = process.memory_info().rss
+    assert 60 < (awake - asleep) / 2**20 < 70
+    first, second = conformance.requests(2, vocab_size=VOCAB)
+    engine.add(first)
+    with pytest.raises(AssertionError, match="asleep"):
+        engine.step()
+    engine.wake()
+    engine.abort([first.sample_id])
+    assert conformance.run(engine, [second])[second.sample_id].finish_reason
+
+
+def test_speculative_decoding_passes_through(hf_model: Path) -> None:
+    """vLLM's own sampler, exact in distribution: lengths, stops and log-probabilities hold."""
+    options = VllmConfig(
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 2,
+            "prompt_lookup_min": 1,
+        }
+    )
+    model = load_model(hf_model, head=Head.LM)
+    with pytest.raises(ValueError, match="speculative"):
+        VllmEngine(
+            model, hf_model, max_num_seqs=4, max_model_len=MAX_LEN, exact=True, options=options
+        )
+    engine = VllmEngine(
+        model, hf_model, max_num_seqs=4, max_model_len=MAX_LEN, policy_version=0, options=options
+    )
+    (request,) = conformance.requests(1, vocab_size=VOCAB)
+    # A repetitive prompt, so that something is proposed; greedy, so that it is often right.
+    request = replace(
+        request,
+        prompt=np.array([5, 6, 7, 8] * 6, dtype=np.int32),
+        params=replace(request.params, temperature=0.0, max_tokens=40),
+    )
+    result = conformance.run(engine, [request])[request.sample_id]
+    embedded = TorchEngine(model, max_num_seqs=4, max_model_len=MAX_LEN)
+    plain = conformance.run(embedded, [request])[request.sample_id]
+    assert result.tokens == plain.tokens
+    np.testing.assert_allclose(result.logprobs, plain.logprobs, atol=1e-3)
+
+
+def test_vllm_s_own_sampler_draws_from_the_same_distribution(hf_model: Path) -> None:
+    """One token each of 600 samples, against the exact probabilities: chi-square."""
+    model = load_model(hf_model, head=Head.LM)
+    engine = VllmEngine(
+        model,
+        hf_model,
+        max_num_seqs=64,
+        max_model_len=MAX_LEN,
+        policy_version=0,
+        options=VllmConfig(position_keyed="off"),
+    )
+    prompt = np.arange(3, 15, dtype=np.int32)
+    params = SamplingParams(max_tokens=1, temperature=1.5, top_k=8)
+    asked = [
+        Request(sample_id=i, prompt=prompt, seed=i * 7919, params=params, response=prompt[:0])
+        for i in range(600)
+    ]
+    results = conformance.run(engine, asked)
+    kept = (canonical_logits(model, prompt) / 1.5).topk(8)
+    expected = torch.softmax(kept.values, -1).numpy() * len(asked)
+    drawn = [result.tokens[0] for result in results.values()]
+    counts = np.array([drawn.count(token) for token in kept.indices.tolist()])
+    assert counts.sum() == len(asked), "nothing outside the top 8"
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3  # 7 degrees of freedom, p = 0.001
