@@ -151,11 +151,11 @@ class Simulator:
         if epoch != engine.epoch:
             return
         role, sample_ids = engine.calls.popleft()
+        self._next_call(index)  # what it was given ahead, before it hears anything new
         if role == TRAIN:
             self._tell(ev.Trained(self._now_s, index, sample_ids))
         else:
             self._tell(ev.Scored(self._now_s, index, role, sample_ids))
-        self._next_call(index)
         if engine.running:
             self._plan(index)
 
