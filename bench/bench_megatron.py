@@ -88,7 +88,8 @@ class _Sleep(torch.autograd.Function):
 
 def _sleeping(step: Any, seconds: float, data: Any, model: Any, *rest: Any) -> Any:
     output, loss_func = step(data, model, *rest)
-    return _Sleep.apply(output, seconds), loss_func
+    slept: torch.Tensor = _Sleep.apply(output, seconds)  # type: ignore[no-untyped-call]
+    return slept, loss_func
 
 
 def _sleep_for_weights(seconds_per_linear: float) -> None:

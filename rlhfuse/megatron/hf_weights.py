@@ -140,7 +140,7 @@ def _attention(layer: Any, prefix: str) -> Iterator[_Entry]:
             yield _Entry(parameter, names, _join_qkv, _part_qkv, 0)
     for which in "qk":
         head_norm = getattr(attention, f"{which}_layernorm", None)
-        if hasattr(head_norm, "weight"):
+        if head_norm is not None and hasattr(head_norm, "weight"):
             yield _whole(head_norm.weight, f"{prefix}.self_attn.{which}_norm.weight")
     yield _Entry(
         attention.linear_proj.weight, (f"{prefix}.self_attn.o_proj.weight",), _one, _as_one, 1

@@ -28,7 +28,9 @@ def vocab_parallel_logprob(
     if tp_group is None or tp_group.size() == 1:
         whole = token_logprob(rows, chosen, temperature=temperature).logprob
         return whole.reshape(labels.shape)
-    found: torch.Tensor = _VocabParallel.apply(rows / temperature, chosen, tp_group)
+    found: torch.Tensor = _VocabParallel.apply(  # type: ignore[no-untyped-call]
+        rows / temperature, chosen, tp_group
+    )
     return found.reshape(labels.shape)
 
 

@@ -33,8 +33,8 @@ def measured_costs(timeline: Timeline) -> dict[str, Costs]:
     dist.all_gather_object(everywhere, medians)
     found: dict[str, dict[int, dict[str, float]]] = {}
     for one in everywhere:
-        for (pipeline, stage), parts in (one or {}).items():
-            found.setdefault(pipeline, {}).setdefault(stage, parts)
+        for (pipeline, stage), seconds in (one or {}).items():
+            found.setdefault(pipeline, {}).setdefault(stage, seconds)
     return {pipeline: _costs(stages) for pipeline, stages in found.items()}
 
 

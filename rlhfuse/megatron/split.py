@@ -123,7 +123,9 @@ def _split_forward(store: ProductStore) -> Callable[..., torch.Tensor]:
         )
         if not weight.requires_grad or not torch.is_grad_enabled():
             return _output(input, linear)
-        out: torch.Tensor = _SplitLinear.apply(input, anchor, linear, store)
+        out: torch.Tensor = _SplitLinear.apply(  # type: ignore[no-untyped-call]
+            input, anchor, linear, store
+        )
         return out
 
     return forward

@@ -108,8 +108,9 @@ class _Saved:
 
     def restore(self, call: Call) -> None:
         for chunk in call.chunks:
-            if hasattr(chunk, "zero_grad_buffer"):  # also resets what was reduced already
-                chunk.zero_grad_buffer()
+            reset: Any = getattr(chunk, "zero_grad_buffer", None)
+            if reset is not None:  # also forgets what was reduced already
+                reset()
         with torch.no_grad():
             for parameter, gradient in self.gradients:
                 if hasattr(parameter, "main_grad"):

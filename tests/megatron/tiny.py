@@ -54,7 +54,7 @@ def on_cpu() -> Iterator[None]:
     """Within, in this process, what Megatron hard-codes for CUDA happens on the CPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     WrappedTorchNorm.__new__ = norm_of_a_part(WrappedTorchNorm.__new__)
     moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine is missing
     tp_random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
@@ -168,7 +168,7 @@ def layer_spec(setting: Setting) -> Any:
 class Trained:
     """A model on this rank with its optimizer, in the parallel state of the moment."""
 
-    def __init__(self, setting: Setting, head: Callable[[Any], None] | None = None) -> None:
+    def __init__(self, setting: Setting, head: Callable[[Any], object] | None = None) -> None:
         self.setting = setting
         self.config = config_for(setting)
         self.chunks = [self._chunk(index, head) for index in range(setting.chunks)]
@@ -185,7 +185,7 @@ class Trained:
                 self.chunks,
             )
 
-    def _chunk(self, index: int, head: Callable[[Any], None] | None) -> Any:
+    def _chunk(self, index: int, head: Callable[[Any], object] | None) -> Any:
         setting = self.setting
         torch.manual_seed(setting.seed)
         stage = {"vp_stage": index} if setting.chunks > 1 else {}
