@@ -17,6 +17,7 @@ import psutil
 
 from rlhfuse.config import TrainerConfig
 from rlhfuse.data import StreamState
+from rlhfuse.engines.vllm_setup import installed_version
 from rlhfuse.placement import StagePlacement
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -189,11 +190,12 @@ def environment() -> dict[str, str | int]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
-    for package in ("rlhfuse", "torch", "transformers", "ray", "vllm", "triton"):
+    for package in ("rlhfuse", "torch", "transformers", "ray", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    found["vllm"] = installed_version() or "not installed"
     return found
 
 

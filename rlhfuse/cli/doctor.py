@@ -16,6 +16,7 @@ import msgspec
 import psutil
 
 from rlhfuse.cli.common import FAILURE, OK, emit_json, stdout_kept_clean
+from rlhfuse.engines.vllm_setup import installed_version
 
 GIB = 1024**3
 Status = Literal["ok", "note", "missing", "problem"]
@@ -215,7 +216,8 @@ def _ports() -> Iterator[Finding]:
 def _optional() -> Iterator[Finding]:
     for module, (distribution, enables, way) in _OPTIONAL.items():
         if _importable(module):
-            yield Finding(distribution, "ok", _version(distribution) or "installed")
+            found = installed_version() if module == "vllm" else _version(distribution)
+            yield Finding(distribution, "ok", found or "installed")
         else:
             yield Finding(distribution, "missing", f"not installed: {way}", enables)
 

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,11 @@ import torch
 
 from rlhfuse.config import VllmConfig
 from rlhfuse.engines import vllm_cache, vllm_setup
-from rlhfuse.engines.base import Output, Request, Running, SamplingParams, TokenIds
+from rlhfuse.engines.base import Output, Request, Running, SamplingParams
 from rlhfuse.engines.canonical import canonical_logits, decide
 from rlhfuse.engines.sampling import NEAR_TIE
 from rlhfuse.engines.vllm_cache import HAND_OVER
+from rlhfuse.engines.vllm_sample import Counts, VllmSample, exactness, finish_reason
 from rlhfuse.engines.vllm_sampling import Drawn, KeyedSample, mixed_seed
 from rlhfuse.models.stage import ModelStage
 
@@ -37,34 +38,6 @@ _PROBE_ID = -1
 _PROBE_TOKENS = 12
 # How far a probe's log-probability may be from float64's.
 _PROBE_BOUND = {torch.float32: NEAR_TIE, torch.float16: 0.05, torch.bfloat16: 0.25}
-
-
-@dataclass(slots=True)
-class _Sample:
-    """A sample in the engine: its tokens so far, and what was drawn here."""
-
-    request: Request
-    tokens: list[int]  # of the response
-    logprobs: list[float] = field(default_factory=list)
-    request_id: str = ""  # of the request that vLLM runs for it
-    cache: bytes = b""  # that it came with, until its first token here
-
-    @property
-    def prefix(self) -> TokenIds:
-        return np.concatenate([self.request.prompt, np.array(self.tokens, dtype=np.int32)])
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the draws came to: tokens, near ties among them, and those that vLLM had wrong."""
-
-    tokens: int = 0
-    near_ties: int = 0
-    redrawn: int = 0
 
 
 class VllmEngine:
@@ -89,7 +62,7 @@ class VllmEngine:
         vllm_setup.prepare()
         options = options or VllmConfig()
         weight = model.lm_head_weight()
-        self._exact = _exactness(exact, weight.dtype, options)
+        self._exact = exactness(exact, weight.dtype, options)
         if self._exact:
             # The second model runner takes no processor that could flag near ties.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
@@ -118,8 +91,8 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._version = -1
         self._broken = "no weights have been loaded"
-        self._samples: dict[int, _Sample] = {}
-        self._by_request: dict[str, _Sample] = {}
+        self._samples: dict[int, VllmSample] = {}
+        self._by_request: dict[str, VllmSample] = {}
         self._early: list[Output] = []  # of steps that an export had to take
         self._submitted = 0
         self._asleep = False
@@ -165,15 +138,16 @@ class VllmEngine:
             raise ValueError(f"{place}: its response is complete at max_tokens already")
         if request.sample_id in self._samples:
             raise ValueError(f"{place}: is running here already")
-        sample = _Sample(request, request.response.tolist())
-        self._samples[request.sample_id] = sample
+        sample = VllmSample(request, request.response.tolist())
         self._submit(sample, cache)
+        self._samples[request.sample_id] = sample
 
-    def _submit(self, sample: _Sample, cache: bytes = b"") -> None:
+    def _submit(self, sample: VllmSample, cache: bytes = b"") -> None:
         """Give a sample to vLLM, from where it stands."""
         request, prefix = sample.request, sample.prefix
         core, seed = self._core, request.seed
         transfer = vllm_cache.unpack_transfer(cache, self._version) if core.nixl else None
+        blocks = self._blocks(sample, cache) if cache and core.connector is not None else None
         if core.draws is not None:
             core.draws.expect(
                 KeyedSample(request.sample_id, seed, request.params, len(request.prompt))
@@ -194,13 +168,18 @@ class VllmEngine:
             response_tokens=len(sample.tokens),
             transfer=transfer,
         )
-        if cache and core.connector is not None:
-            expected = vllm_cache.header_of(core.caches(), prefix[:-1], self._version)
-            blocks = vllm_cache.parse(cache, expected)
-            if isinstance(blocks, str):
-                log.warning("sample %d: its cache is computed again: %s", request.sample_id, blocks)
-            else:
-                core.arrive(sample.request_id, blocks)
+        if blocks is not None:
+            core.arrive(sample.request_id, blocks)
+
+    def _blocks(self, sample: VllmSample, cache: bytes) -> vllm_cache.Blocks | None:
+        """What a sample came with, where it is of use here."""
+        header = vllm_cache.header_of(self._core.caches(), sample.prefix[:-1], self._version)
+        blocks = vllm_cache.parse(cache, header)
+        if isinstance(blocks, vllm_cache.Blocks):
+            return blocks
+        sample_id = sample.request.sample_id
+        log.warning("sample %d: its cache is computed again: %s", sample_id, blocks)
+        return None
 
     def step(self) -> list[Output]:
         """One step of vLLM: every sample whose prefix is computed gains a token (or several, with
@@ -233,7 +212,7 @@ class VllmEngine:
         sample.tokens += tokens
         sample.logprobs += logprobs
         self.counts.tokens += len(tokens)
-        reason = _finish_reason(sample)
+        reason = finish_reason(sample)
         if reason:
             del self._samples[sample_id]
         if reason or grown.finished or not right:
@@ -242,14 +221,14 @@ class VllmEngine:
                 self._submit(sample, self._pack(sample, *blocks))
         return Output(sample_id, tuple(tokens), tuple(logprobs), bool(reason), reason)
 
-    def _check_finite(self, sample: _Sample, logprob: float) -> None:
+    def _check_finite(self, sample: VllmSample, logprob: float) -> None:
         if not math.isfinite(logprob):
             raise RuntimeError(
                 f"sample {sample.request.sample_id}: logits are not finite at token "
                 f"{sample.length}; the weights (version {self._version}) are broken"
             )
 
-    def _decide(self, sample: _Sample, drawn: Drawn) -> tuple[int, float]:
+    def _decide(self, sample: VllmSample, drawn: Drawn) -> tuple[int, float]:
         assert drawn.seen is not None
         self.counts.near_ties += 1
         return decide(
@@ -261,7 +240,7 @@ class VllmEngine:
             response_tokens=len(sample.tokens),
         )
 
-    def _withdraw(self, sample: _Sample, *, running: bool) -> tuple[list[int], int]:
+    def _withdraw(self, sample: VllmSample, *, running: bool) -> tuple[list[int], int]:
         """The request that vLLM runs for a sample is over; the sample may go on. Returns its
         blocks and the tokens computed into them."""
         blocks = self._core.forget(sample.request_id, running=running)
@@ -270,7 +249,7 @@ class VllmEngine:
             self._core.draws.forget(sample.request.sample_id)
         return blocks
 
-    def _pack(self, sample: _Sample, block_ids: list[int], computed: int) -> bytes:
+    def _pack(self, sample: VllmSample, block_ids: list[int], computed: int) -> bytes:
         """Its blocks as bytes: those that it came with where no step has used them yet; empty
         where vLLM has not computed all of its prefix."""
         prefix = sample.prefix[:-1]
@@ -309,12 +288,12 @@ class VllmEngine:
             for sample, cache in zip(leaving, caches, strict=True)
         ]
 
-    def _hand_over(self, leaving: Sequence[_Sample]) -> list[bytes]:
+    def _hand_over(self, leaving: Sequence[VllmSample]) -> list[bytes]:
         """NIXL lets another instance read the blocks of a request that ends by itself: each
         sample is submitted once more, for one token that is dropped (its blocks are in the prefix
         cache). What other samples gain meanwhile is returned by the next `step`."""
         core = self._core
-        waiting: dict[str, _Sample] = {}
+        waiting: dict[str, VllmSample] = {}
         transfers: dict[int, bytes] = {}
         for sample in leaving:
             core.forget(sample.request_id, running=True)
@@ -420,22 +399,3 @@ class VllmEngine:
     def _refuse_while_running(self, what: str) -> None:
         if self.num_running:
             raise RuntimeError(f"{what} refused: {self.num_running} samples are running")
-
-
-def _exactness(exact: bool | None, dtype: torch.dtype, options: VllmConfig) -> bool:
-    obstacles = {
-        f"the weights are {dtype}": dtype != torch.float32,
-        "speculative decoding is on": options.speculative_config is not None,
-        "rollout.vllm.position_keyed is off": options.position_keyed == "off",
-    }
-    why = ", ".join(text for text, there in obstacles.items() if there)
-    if exact and why:
-        raise ValueError(f"rollout.exactness: token is not possible, {why}; choose distribution")
-    return not why if exact is None else exact
-
-
-def _finish_reason(sample: _Sample) -> str:
-    params = sample.request.params
-    if sample.tokens[-1] in params.stop_token_ids:
-        return "stop"
-    return "length" if len(sample.tokens) >= params.max_tokens else ""
