@@ -1,107 +1,274 @@
-"""The profiler, measured: a real run against theory, known causes found again, speed.
+"""The profiler, measured: a real run against theory, known causes found again, HTA, size, overhead.
 
-Run: ``python bench/bench_profiler.py [--events N]``. Prints three tables; every figure is of the
-machine it runs on.
+    python -m bench.bench_profiler truth|primus|large|label
+    python -m bench.bench_profiler hta --python OTHER_VENV/bin/python
+
+`hta` compares with HolisticTraceAnalysis, installed in an environment of its own.
 """
 
 import argparse
 import json
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from rlhfuse.profiler.attribution import attribute
+import torch
+
+from bench.profiler_truth import FORWARD_S, disturbed, make
+from bench.record import Row, print_table, spread, write_result
+from rlhfuse.profiler.causes import Cause
 from rlhfuse.profiler.clocks import align
 from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
-from rlhfuse.schedules.ir import Pipeline, Problem
-from rlhfuse.schedules.standard import one_f_one_b
-from rlhfuse.schedules.timing import simulate
+from rlhfuse.profiler.record import record
+from rlhfuse.profiler.trace import Loaded, Trace
 from rlhfuse.timeline import Timeline
 
-PRIMUS = Path(__file__).parents[1] / "tests/profiler/data/primus_pp8"
+DATA = Path(__file__).parents[1] / "tests/profiler/data"
 
 
-def primus() -> None:
+def primus() -> list[Row]:
     """Idle share of a real pp=8 run beside theory and beside the run's own totals."""
-    trace = open_trace([PRIMUS])
-    print("Primus pp=8, 16 micro-batches: theory (p-1)/(m+p-1) = 30.4 %")
-    print(f"{'step':>6}{'wall s':>10}{'bubble':>9}{'replay/measured':>17}{'critic fused':>14}")
+    trace = open_trace([DATA / "primus_pp8"])
+    rows: list[Row] = []
     for step in (2, 10, 20):
         _, summary = explain(trace, step)
         by_name = {what.name: what for what in summary.what_if}
-        replayed = by_name["as it ran, replayed"].makespan_s / summary.wall_s
         fused = next(w for n, w in by_name.items() if n.startswith("fused with a critic"))
-        print(
-            f"{step:>6}{summary.wall_s:>10.3f}{summary.bubble_fraction:>9.1%}{replayed:>17.4f}"
-            f"{fused.saving_fraction:>14.1%}"
+        file = json.loads((DATA / "primus_pp8/pp_rank_0.json").read_text())
+        assert summary.bubble_fraction is not None
+        rows.append(
+            {
+                "step": step,
+                "wall_s": summary.wall_s,
+                "own_total_s": file[str(step)]["total"] / 1e3,
+                "idle": summary.bubble_fraction,
+                "idle_least_rank": min(r.idle_s / r.wall_s for r in summary.per_rank),
+                "idle_most_rank": max(r.idle_s / r.wall_s for r in summary.per_rank),
+                "theory": 7 / 23,
+                "replay_over_measured": by_name["as it ran, replayed"].makespan_s / summary.wall_s,
+                "saved_by_fusing_a_critic": fused.saving_fraction,
+            }
         )
+    return rows
 
 
-def synthetic() -> None:
-    """Skewed and jittered timelines: errors of clocks (of a task) and of causes (of wall time)."""
-    print("\nKnown causes; clocks up to 200 ms, micro-batches 10 % apart, messages equally long")
-    print(f"{'pp':>4}{'m':>5}{'clock error / task':>20}{'largest cause error / wall':>28}")
-    for ranks, mbs in ((2, 4), (4, 8), (8, 16), (16, 32)):
-        rng = random.Random(ranks)
-        weights = [rng.uniform(0.9, 1.1) for _ in range(mbs)]
-        pipe = Pipeline.make("m", list(range(ranks)), mbs, 0.01, 0.02, microbatch_weights=weights)
-        truth = simulate(one_f_one_b(Problem(ranks, (pipe,), link_latency=5e-4)))
-        skews = {lane: rng.uniform(-0.2, 0.2) for lane in truth.lanes}
-        skewed = [Timeline(truth.of_lane(x)).shifted(skews[x]) for x in truth.lanes]
-        found = align(Timeline.merged(skewed))
-        clock = max(
-            abs(found.offsets_s[x] - (skews["rank0"] - skews[x])) / 0.01 for x in truth.lanes
-        )
-        before, after = attribute(truth), attribute(found.timeline)
-        error = max(
-            abs(after.causes.get(cause, 0.0) - seconds) / (before.wall_s * ranks)
-            for cause, seconds in before.causes.items()
-        )
-        print(f"{ranks:>4}{mbs:>5}{clock:>20.2%}{error:>28.2%}")
+def truth() -> list[Row]:
+    """Jitter, skew and drift: errors of clocks (of a forward task) and of causes (of the wall)."""
+    rows: list[Row] = []
+    for ranks in (2, 4, 8, 16):
+        for replicas in (1, 2, 4):
+            clock_errors, cause_errors = [], []
+            for seed in range(3):
+                rng = random.Random(1000 * ranks + 10 * replicas + seed)
+                real = make(ranks, replicas, 4 * ranks, rng)
+                shown, clocks = disturbed(real, rng)
+                loaded = Loaded(shown)
+                _, summary = explain(
+                    Trace("made", (), lambda step, x=loaded: x), None, critic_scale=None
+                )
+                clock_errors.append(_clock_error(shown, clocks))
+                for row in summary.per_rank:
+                    expected = real.causes[f"rank{row.rank}"]
+                    cause_errors += [
+                        abs(row.causes.get(c.value, 0.0) - expected.get(c, 0.0)) / real.wall_s
+                        for c in Cause
+                    ]
+            rows.append(
+                {
+                    "pp": ranks,
+                    "dp": replicas,
+                    "microbatches": 4 * ranks,
+                    "clock_error_of_task": max(clock_errors),
+                    "largest_cause_error_of_wall": max(cause_errors),
+                }
+            )
+    return rows
 
 
-def speed(events: int) -> None:
-    """A made-up PyTorch trace of `events` events, a third of them kernels."""
-    rng = random.Random(1)
+def _clock_error(shown: Timeline, clocks: dict[str, tuple[float, float]]) -> float:
+    """Largest difference between any two aligned clocks, at the step's start and in its middle."""
+    found = align(shown)
+    worst = 0.0
+    lanes = sorted(clocks, key=lambda lane: int(lane[4:]))
+    for moment in (0.0, shown.wall_s / 2):
+        errors = []
+        for lane in lanes:
+            offset, rate = clocks[lane]
+            reads = moment + offset + rate * moment
+            shift = found.offsets_s.get(lane, 0.0)
+            shift += found.drifts.get(lane, 0.0) * (reads - shown.start_s)
+            errors.append(reads + shift - moment)
+        worst = max(worst, max(errors) - min(errors))
+    return worst / FORWARD_S
+
+
+def large(megabytes: int) -> list[Row]:
+    """A made-up PyTorch trace: seconds and peak memory of reading and explaining it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rank0.json"
-        with path.open("w") as file:
-            file.write('{"schemaVersion": 1, "traceEvents": [')
-            now = 1.7e15
-            for n in range(events // 3):
-                now += rng.uniform(1, 30)
-                shared = {"ph": "X", "pid": 1, "tid": 2, "dur": rng.uniform(1, 14), "ts": now}
-                args = {"External id": n, "Input Dims": [[2048, 1], [1, 4096]], "correlation": n}
-                rows = [
-                    {**shared, "cat": cat, "name": name, "args": args}
-                    for cat, name in (
-                        ("cpu_op", "aten::mm"),
-                        ("cuda_runtime", "cudaLaunchKernel"),
-                        ("kernel", f"gemm_{n % 40}"),
-                    )
-                ]
-                text = ",\n".join(json.dumps(row) for row in rows)
-                file.write(text if n == 0 else ",\n" + text)
-            file.write("]}")
+        events = _write_trace(path, megabytes * 10**6)
         began = time.perf_counter()
         trace = open_trace([path])
-        explain(trace, None)
-        took = time.perf_counter() - began
-        size = path.stat().st_size / 1e6
+        read = time.perf_counter()
+        _, summary = explain(trace, None)
+        done = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\nPyTorch trace of {size:.0f} MB, {events} events: {took:.1f} s, peak {peak:.0f} MiB")
+    return [
+        {
+            "megabytes": megabytes,
+            "events": events,
+            "read_s": read - began,
+            "explain_s": done - read,
+            "peak_mib": peak,
+            "busy_s": summary.per_rank[0].compute_s,
+        }
+    ]
+
+
+def _write_trace(path: Path, size: int) -> int:
+    """Operators, launches and kernels as PyTorch's profiler writes them; how many events."""
+    rng, now, number = random.Random(1), 1.7e15, 0
+    with path.open("w") as file:
+        info = '{"backend": "nccl", "rank": 0, "world_size": 1}'
+        file.write(f'{{"schemaVersion": 1, "distributedInfo": {info},\n"traceEvents": [\n')
+        while file.tell() < size:
+            rows = []
+            for _ in range(2000):
+                now, number = now + rng.uniform(1, 30), number + 1
+                ts, dur = round(now, 3), round(rng.uniform(1, 14), 3)
+                for cat, name, at, more in (
+                    ("cpu_op", "aten::mm", ts, '"Input Dims": [[2048, 1], [1, 4096]]'),
+                    ("cuda_runtime", "cudaLaunchKernel", ts, f'"correlation": {number}'),
+                    (
+                        "kernel",
+                        f"gemm_kernel_{number % 40}",
+                        ts + 4,
+                        f'"stream": 7, "correlation": {number}, "grid": [16, 1, 1]',
+                    ),
+                ):
+                    rows.append(
+                        f'  {{\n    "ph": "X", "cat": "{cat}", "name": "{name}", "pid": 71, '
+                        f'"tid": 71,\n    "ts": {at:.3f}, "dur": {dur},\n    "args": {{\n      '
+                        f'"External id": {number}, {more}\n    }}\n  }}'
+                    )
+            file.write((",\n" if number > 2000 else "") + ",\n".join(rows))
+        file.write('\n],\n"displayTimeUnit": "ms"}\n')
+    return 3 * number
+
+
+HTA = """
+import contextlib, io, json, logging, resource, sys, time
+logging.disable(logging.CRITICAL)
+began = time.perf_counter()
+from hta.trace_analysis import TraceAnalysis
+loaded = time.perf_counter()
+with contextlib.redirect_stdout(io.StringIO()):
+    analysis = TraceAnalysis(trace_dir=sys.argv[1], include_last_profiler_step=True)
+    table = analysis.get_temporal_breakdown(visualize=False)
+done = time.perf_counter()
+rows = table[["rank", "idle_time(us)", "compute_time(us)", "kernel_time(us)"]].values.tolist()
+kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+peak = sum(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
+print(json.dumps([rows, loaded - began, done - loaded, peak]))
+"""
+OURS = """
+import json, resource, sys, time
+from pathlib import Path
+began = time.perf_counter()
+from rlhfuse.profiler.causes import IDLE, WORK, Cause
+from rlhfuse.profiler.readers.detect import open_trace
+loaded = time.perf_counter()
+found = attribute(open_trace([Path(sys.argv[1])]).load(None).timeline)
+done = time.perf_counter()
+rows = []
+for lane in found.lanes:
+    outside = lane.causes.get(Cause.CONTROLLER, 0.0)  # before its first and after its last kernel
+    idle = sum(lane.causes.get(cause, 0.0) for cause in IDLE) - outside
+    compute = sum(lane.causes.get(cause, 0.0) for cause in WORK)
+    rows.append([int(lane.lane[4:]), 1e6 * idle, 1e6 * compute, 1e6 * (lane.wall_s - outside)])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps([rows, loaded - began, done - loaded, peak]))
+"""
+
+
+def hta(python: str, repeats: int) -> list[Row]:
+    """Idle, computing and kernel time of both tools; medians of their seconds."""
+    folder = str(DATA / "kineto_recsys")
+    results = {"hta": (python, HTA), "rlhfuse": (sys.executable, OURS)}
+    rows: list[Row] = []
+    for tool, (program, code) in results.items():
+        runs = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            done = subprocess.run(
+                [program, "-c", code, folder], capture_output=True, text=True, check=True
+            )
+            runs.append((json.loads(done.stdout), time.perf_counter() - began))
+        analysis = spread([run[2] for run, _ in runs])[0]
+        whole = spread([seconds for _, seconds in runs])[0]
+        for rank, idle, compute, kernels in runs[0][0][0]:
+            rows.append(
+                {
+                    "tool": tool,
+                    "rank": int(rank),
+                    "idle_us": float(idle),
+                    "busy_us": float(kernels - idle),
+                    "compute_us": float(compute),
+                    "analysis_s": analysis,
+                    "with_start_s": whole,
+                    "peak_mib": max(run[3] for run, _ in runs),
+                }
+            )
+    return rows
+
+
+def label(labels: int) -> list[Row]:
+    """What a label of `rlhfuse.profiler.record` costs, on this machine's devices."""
+    rows: list[Row] = []
+    names = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for name in names:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            record(Path(folder), rank=0, stage=0, device=torch.device(name)) as recorder,
+            recorder.step(1),
+        ):
+            times = []
+            for microbatch in range(labels):
+                began = time.perf_counter()
+                with recorder.task("F", microbatch):
+                    pass
+                times.append((time.perf_counter() - began) * 1e6)
+        median, least, _ = spread(times)
+        rows.append({"device": name, "labels": labels, "median_us": median, "least_us": least})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--events", type=int, default=600_000)
+    parser.add_argument("what", choices=["truth", "primus", "large", "hta", "label"])
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--python", default=sys.executable, help="of an environment with HTA")
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    primus()
-    synthetic()
-    speed(arguments.events)
+    rows: list[Row]
+    match arguments.what:
+        case "truth":
+            rows = truth()
+        case "primus":
+            rows = primus()
+        case "large":
+            rows = large(arguments.megabytes)
+        case "hta":
+            rows = hta(arguments.python, arguments.repeats)
+        case _:
+            rows = label(2000)
+    print_table(rows)
+    print(write_result(f"profiler_{arguments.what}", rows))
 
 
 if __name__ == "__main__":

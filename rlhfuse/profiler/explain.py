@@ -8,6 +8,7 @@ from rlhfuse.profiler.stages import stage_what_ifs
 from rlhfuse.profiler.summary import ProfileSummary, ScheduleSummary, WhatIf, summarize
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.trace import Trace
+from rlhfuse.profiler.transfers import meetings, named_collectives, split
 from rlhfuse.schedules.ir import Pipeline
 
 
@@ -49,9 +50,10 @@ def explain_step(
     """As `explain`, with the training rounds."""
     loaded = trace.load(step)
     aligned = align(loaded.timeline)
-    table = aligned.timeline
+    pairs, unmatched = meetings(named_collectives(aligned.timeline))
+    table = split(aligned.timeline, pairs)
     rounds, warnings = recover(table)
-    told = [*loaded.warnings, *aligned.notes, *warnings]
+    told = [*loaded.warnings, *aligned.notes, *unmatched, *warnings]
     found, schedule = list(loaded.what_if), None
     if critic_scale is not None:
         found += stage_what_ifs(table, table.wall_s)

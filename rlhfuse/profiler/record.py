@@ -9,11 +9,19 @@
 Every rank writes ``step_N.rank_R.json``; ``rlhfuse profile trace`` reads them together. While
 PyTorch's own profiler runs, its trace carries the same labels. On a GPU, times are those of the
 current stream, by events: nothing is synchronised before a step ends.
+
+Megatron's own pipeline loops are labelled from outside, micro-batch by micro-batch, without its
+synchronising timers:
+
+    from megatron.core.pipeline_parallel import schedules
+    with record(folder, rank=rank, stage=pp_rank) as r, r.megatron(schedules, num_ranks=pp_size):
+        with r.step(iteration): train_step(...)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import record_function
@@ -21,6 +29,13 @@ from torch.profiler import record_function
 from rlhfuse.schedules.ir import Op, Task
 from rlhfuse.timeline import Kind, Span, Timeline, save_chrome
 from rlhfuse.training.clock import Mark, clock_of
+
+
+class MegatronSchedules(Protocol):
+    """Megatron's module ``megatron.core.pipeline_parallel.schedules``, as far as it is hooked."""
+
+    forward_step: Callable[..., Any]
+    backward_step: Callable[..., Any]
 
 
 class Recorder:
@@ -32,6 +47,7 @@ class Recorder:
         self._stage = stage
         self._clock = clock_of(device)
         self._marks: list[tuple[Kind, str, Mark, Mark]] = []
+        self._on_step: list[Callable[[], None]] = []
 
     @contextmanager
     def task(self, op: str, microbatch: int, *, pipeline: str = "model") -> Iterator[None]:
@@ -49,9 +65,58 @@ class Recorder:
             self._marks.append((kind, name, begin, self._clock.mark()))
 
     @contextmanager
+    def megatron(
+        self, schedules: MegatronSchedules, *, num_ranks: int, pipeline: str = "model"
+    ) -> Iterator[None]:
+        """Label what Megatron's pipeline loops compute, while this lasts.
+
+        A backward pass is told by the output it starts from, so that interleaved chunks are told
+        apart; nothing is kept alive.
+
+        Args:
+            schedules: the module whose `forward_step` and `backward_step` the loops call.
+            num_ranks: of the pipeline; chunk c of this rank is stage ``c * num_ranks + stage``.
+            pipeline: its name; data-parallel replicas need a name each.
+        """
+        forward, backward = schedules.forward_step, schedules.backward_step
+        seen: dict[int, int] = {}  # forward passes so far, by stage
+        task_of: dict[int, tuple[int, int]] = {}  # id of an output -> stage and micro-batch
+
+        def labelled_forward(*args: Any, **kwargs: Any) -> Any:
+            stage = self._stage + num_ranks * int(kwargs.get("vp_stage") or 0)
+            microbatch = kwargs.get("current_microbatch")
+            if not isinstance(microbatch, int):
+                microbatch = seen.get(stage, 0)
+            seen[stage] = microbatch + 1
+            with self.span(Kind.F, str(Task(pipeline, Op.F, stage, microbatch))):
+                result = forward(*args, **kwargs)
+            task_of[id(_output(result))] = (stage, microbatch)
+            return result
+
+        def labelled_backward(*args: Any, **kwargs: Any) -> Any:
+            output = args[1] if len(args) > 1 else kwargs.get("output_tensor")
+            stage, microbatch = task_of.pop(id(_single(output)), (self._stage, -1))
+            if microbatch < 0:
+                with self.span(Kind.B, "backward"):
+                    return backward(*args, **kwargs)
+            with self.span(Kind.B, str(Task(pipeline, Op.B, stage, microbatch))):
+                return backward(*args, **kwargs)
+
+        schedules.forward_step, schedules.backward_step = labelled_forward, labelled_backward
+        self._on_step.append(seen.clear)
+        self._on_step.append(task_of.clear)
+        try:
+            yield
+        finally:
+            schedules.forward_step, schedules.backward_step = forward, backward
+            self._on_step.clear()
+
+    @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """One step; its file is written when it ends."""
         self._marks.clear()
+        for forget in self._on_step:
+            forget()
         self._clock.start()
         yield
         lane, seconds = f"rank{self._rank}", self._clock.seconds
@@ -61,6 +126,15 @@ class Recorder:
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         save_chrome(Timeline(spans), self._folder / f"step_{number}.rank_{self._rank}.json")
+
+
+def _output(result: object) -> object:
+    """The output tensor in what Megatron's `forward_step` returns: (output, number of tokens)."""
+    return _single(result[0] if isinstance(result, tuple) else result)
+
+
+def _single(output: object) -> object:
+    return output[0] if isinstance(output, list) and len(output) == 1 else output
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which schedule ran: stages, micro-batches, order and measured costs, from a timeline's tasks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
@@ -74,6 +74,9 @@ def stragglers(rounds: Sequence[Recovered]) -> list[str]:
 def schedule_name(schedule: Schedule) -> str:
     """How its rows look: ``fused``, ``serial``, ``1F1B``, ``GPipe``, or ``custom``."""
     pipes = schedule.problem.pipelines
+    if len(pipes) > 1 and _replicas(pipes):
+        kinds = {schedule_name(_alone(schedule, pipe)) for pipe in pipes}
+        return f"{' and '.join(sorted(kinds))}, {len(pipes)} data-parallel replicas"
     if len(pipes) > 1:
         mixed = any(_switches(row) > len(pipes) - 1 for row in schedule.rows)
         return "fused" if mixed else "serial"
@@ -86,6 +89,19 @@ def schedule_name(schedule: Schedule) -> str:
     if pipe.interleaved:
         return f"interleaved ({pipe.num_stages // len(set(pipe.stages))} chunks a rank)"
     return "1F1B" if _is_one_f_one_b(schedule, pipe) else "custom"
+
+
+def _replicas(pipes: Sequence[Pipeline]) -> bool:
+    """Whether the pipelines run side by side: as many stages each, and no rank of two."""
+    ranks = [set(pipe.stages) for pipe in pipes]
+    apart = sum(map(len, ranks)) == len(set[int]().union(*ranks))
+    return apart and len({pipe.num_stages for pipe in pipes}) == 1
+
+
+def _alone(schedule: Schedule, pipe: Pipeline) -> Schedule:
+    """One pipeline of a schedule, with the others' tasks left out."""
+    rows = tuple(tuple(t for t in row if t.pipeline == pipe.name) for row in schedule.rows)
+    return Schedule(replace(schedule.problem, pipelines=(pipe,)), rows)
 
 
 def _recover(training: Round, ranks: Mapping[str, int]) -> Recovered:

@@ -63,8 +63,8 @@ def rollout_of(table: SpanTable) -> Rollout | None:
     begin = float(table.start_s[generates].min())
     generated = np.full(len(table.lanes), begin)
     np.maximum.at(generated, table.lane[generates], table.end_s[generates])
-    lengths = (table.end_s - table.start_s) * scores
-    scoring = np.bincount(table.lane, lengths, minlength=len(table.lanes))
+    lengths = np.where(scores, table.end_s - table.start_s, 0.0)
+    scoring = np.bincount(table.lane, lengths, minlength=len(table.lanes)).astype(np.float64)
     last = float(table.end_s[generates].max())
     end = max(last, float(table.end_s[scores].max()))
     fused = bool((table.start_s[scores] < last).any())

@@ -81,23 +81,35 @@ def _matched(lists: Sequence[Sequence[Comm]]) -> list[tuple[Comm, ...]] | None:
     return list(zip(*lists, strict=True))
 
 
+def named_collectives(table: SpanTable) -> list[Comm]:
+    """Transfers of ours that say which collective they are: ``args["collective"]``."""
+    if not table.source:
+        return []
+    found = []
+    for row in np.flatnonzero(table.is_kind((Kind.TRANSFER,))).tolist():
+        name = table.source[row].args.get("collective")
+        if name is not None:
+            found.append(Comm(row, int(table.lane[row]), (), str(name), "collective"))
+    return found
+
+
 def split(table: SpanTable, found: Sequence[Meeting]) -> SpanTable:
     """Each matched kernel as a wait for its last partner, and a transfer."""
     latest: dict[Comm, tuple[float, int, bool]] = {}
     for meeting in found:
         for comm in meeting.comms:
-            start_s, last = max(
+            began, last = max(
                 (float(table.start_s[other.row]), other.rank)
                 for other in meeting.comms
                 if other is not comm
             )
-            if start_s > latest.get(comm, (-np.inf, 0, False))[0]:
-                latest[comm] = (start_s, last, meeting.message)
+            if began > latest.get(comm, (-np.inf, 0, False))[0]:
+                latest[comm] = (began, last, meeting.message)
     if not latest:
         return table
     rows = np.array([comm.row for comm in latest])
     until = np.clip(
-        np.array([start_s for start_s, _, _ in latest.values()]),
+        np.array([began for began, _, _ in latest.values()]),
         table.start_s[rows],
         table.end_s[rows],
     )

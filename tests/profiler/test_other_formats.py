@@ -151,12 +151,12 @@ def test_rollout_dumps_tell_the_tail(tmp_path: Path, how: str) -> None:
         rows: list[dict[str, object]] = []
         for i in range(100):
             length = 1000 if i == 0 else 100
-            response: dict[str, object] = {
+            ways: dict[str, dict[str, object]] = {
                 "length": {"response_length": length, "output": "x"},
                 "ids": {"output_ids": list(range(length))},
                 "text": {"output": "abcd" * length},
-            }[how]
-            rows.append({"input": "p", "score": 1.0, **response})
+            }
+            rows.append({"input": "p", "score": 1.0, **ways[how]})
         random.Random(step).shuffle(rows)
         (tmp_path / f"{step}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     trace = open_trace([tmp_path])

@@ -104,9 +104,9 @@ def test_labelled_pipeline_work_gives_a_bubble(tmp_path: Path) -> None:
     _, summary = explain(trace, None, critic_scale=None)
     assert summary.bubble_fraction == pytest.approx(0.55)
     # What computes inside a label is its work; the rest of the label is a gap in it.
-    for rank in summary.per_rank:
-        assert rank.causes["forward"] == pytest.approx(9e-5)
-        assert rank.causes["host_gap"] == pytest.approx(1e-5)
+    for row in summary.per_rank:
+        assert row.causes["forward"] == pytest.approx(9e-5)
+        assert row.causes["host_gap"] == pytest.approx(1e-5)
     assert summary.per_rank[1].causes["warm_up"] == pytest.approx(1e-4)
 
 

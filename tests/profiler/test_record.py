@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.profiler.record import record
-from rlhfuse.timeline import Kind
+from rlhfuse.timeline import Kind, load_chrome
 
 CPU = torch.device("cpu")
 
@@ -83,3 +85,39 @@ def test_gpu_times_are_those_of_the_stream(tmp_path: Path) -> None:
         torch.cuda._sleep(20_000_000)  # about 10 ms on the device, nothing on the host
     timeline, _ = explain(open_trace([tmp_path]), 1, critic_scale=None)
     assert timeline.span(0).duration_s > 0.003
+
+
+class _Loops:
+    """Stands for Megatron's module: loops that call `forward_step` and `backward_step` by name."""
+
+    def __init__(self) -> None:
+        self.forward_step: Callable[..., Any] = lambda *args, **kwargs: (torch.ones(1), 3)
+        self.backward_step: Callable[..., Any] = lambda *args: None
+
+    def interleaved(self, chunks: int, microbatches: int) -> None:
+        outputs = []
+        for chunk in range(chunks):
+            for microbatch in range(microbatches):
+                made = self.forward_step(
+                    None, None, None, 4, None, current_microbatch=microbatch, vp_stage=chunk
+                )
+                outputs.append(made[0])
+        for output in reversed(outputs):
+            self.backward_step(None, output, None, None, None)
+
+
+def test_megatrons_loops_are_labelled(tmp_path: Path) -> None:
+    loops = _Loops()
+    before = loops.forward_step
+    with (
+        record(tmp_path, rank=1, stage=1, device=CPU) as recorder,
+        recorder.megatron(loops, num_ranks=2),
+    ):
+        for step in (1, 2):
+            with recorder.step(step):
+                loops.interleaved(chunks=2, microbatches=2)
+    assert loops.forward_step is before
+    spans = load_chrome(tmp_path / "step_2.rank_1.json").spans
+    forward = ["model:1F0", "model:1F1", "model:3F0", "model:3F1"]
+    backward = ["model:3B1", "model:3B0", "model:1B1", "model:1B0"]
+    assert [span.name for span in spans] == forward + backward

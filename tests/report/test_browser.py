@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
+from rlhfuse.profiler.arrays import Floats
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.profiler.summary import summarize
 from rlhfuse.profiler.table import KIND_CODE, SpanTable
@@ -116,7 +117,8 @@ def test_hostile_text_runs_nothing(browser: Browser, make_run: MakeRun) -> None:
 @pytest.mark.slow
 def test_a_million_spans_are_drawn_fast(browser: Browser, tmp_path: Path) -> None:
     count, lanes = 1_000_000, 8
-    lane, start = np.arange(count) % lanes, np.arange(count) // lanes * 1e-3
+    lane = np.arange(count) % lanes
+    start: Floats = np.arange(count) // lanes * np.float64(1e-3)
     kind = np.full(count, KIND_CODE[Kind.GENERATE], dtype=np.int8)
     names = np.zeros(count, dtype=np.int64)
     table = SpanTable.build(
@@ -142,16 +144,16 @@ def test_a_million_spans_are_drawn_fast(browser: Browser, tmp_path: Path) -> Non
 def test_a_profile_page_draws(browser: Browser, tmp_path: Path) -> None:
     data = Path(__file__).parents[1] / "profiler/data/primus_pp8"
     trace = open_trace([data])
-    timeline = trace.load(2).timeline
-    hostile = Timeline((*timeline.spans, Span(HOSTILE, 0, 1, Kind.OTHER, HOSTILE)))
+    spans = SpanTable.of(trace.load(2).timeline).spans()
+    hostile = Timeline((*spans, Span(HOSTILE, 0, 1, Kind.OTHER, HOSTILE)))
     summary = summarize(HOSTILE, trace.steps, 2, hostile, warnings=[HOSTILE])
     page = tmp_path / "profile.html"
     page.write_text(render_profile(summary, hostile, HOSTILE))
     browser.open(page)
     assert browser.errors == []
     assert browser.evaluate("window.hacked === undefined && document.images.length === 0") is True
-    start, end = _window(browser)
-    assert end - start == pytest.approx(hostile.wall_s, rel=1e-3)
+    begin, end = _window(browser)
+    assert end - begin == pytest.approx(hostile.wall_s, rel=1e-3)
     assert _painted(browser, 0.005, 0, "#f0b73f")  # rank 0 begins with a forward pass
     # Every message is an arrow: 16 micro-batches over 7 links, both ways.
     assert browser.evaluate("rlhfuseViews[0].arrowsDrawn") == 2 * 7 * 16

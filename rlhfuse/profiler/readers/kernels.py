@@ -231,6 +231,7 @@ def _comms(rank: RankKernels, number: int, kept: Ints, offset: int) -> tuple[lis
                 comm = Comm(place[row], number, (), record.group, record.what, record.sequence)
                 found.append(comm)
             continue
+        peers: tuple[tuple[int, bool], ...]
         peers = ((record.peer, record.what == "send"),) if record.peer is not None else ()
         sequence = record.sequence if peers else None
         peers = peers or batches.peers(correlation)
