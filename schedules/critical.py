@@ -1,5 +1,6 @@
 """Why a schedule takes as long as it does: its critical path, and its idle time by cause."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -122,6 +123,7 @@ class _Memory:
     cap: float | None
     levels: list[float]
     held: list[float]
+    places: tuple[list[int], ...]  # of each pipeline, stage and operation, in order
 
     def fits(self, claim: float, index: int, position: int, *, stays: bool) -> bool:
         """Whether `claim` more would fit before place `index`; till `position` where it stays."""
@@ -209,7 +211,9 @@ def _idle_spans(schedule: Schedule, clock: _Clock) -> Iterator[Idle]:
             yield Idle(rank, 0.0, clock.last, Bubble.WARM_UP)
             continue
         pieces = [(0.0, clock.start(row[0]), Bubble.WARM_UP)]
-        memory = _Memory(clock.problem.memory_cap, levels[rank], clock.held(row))
+        memory = _Memory(
+            clock.problem.memory_cap, levels[rank], clock.held(row), _places_of_each_kind(row)
+        )
         for index in range(1, len(row)):
             pieces += _pause(clock, row, index, memory)
         pieces.append((clock.end[row[-1]], clock.last, Bubble.COOL_DOWN))
@@ -243,8 +247,12 @@ def _stalled_from(
     first = float("inf")
     if memory.cap is None:
         return first
-    for position, task in _next_of_each_kind(row, index):
-        arrival = clock.arrival(task)
+    for places in memory.places:
+        which = bisect_left(places, index)
+        if which == len(places):
+            continue
+        position = places[which]
+        task, arrival = row[position], clock.arrival(row[position])
         if arrival >= end or position == index:
             continue
         pipe = clock.pipes[task.pipeline]
@@ -255,12 +263,8 @@ def _stalled_from(
     return first
 
 
-def _next_of_each_kind(row: tuple[Task, ...], index: int) -> Iterator[tuple[int, Task]]:
-    """From `index` on, the first task of each pipeline, stage and operation."""
-    seen: set[tuple[str, Op, int]] = set()
-    for position in range(index, len(row)):
-        task = row[position]
-        kind = (task.pipeline, task.op, task.pp_stage)
-        if kind not in seen:
-            seen.add(kind)
-            yield position, task
+def _places_of_each_kind(row: tuple[Task, ...]) -> tuple[list[int], ...]:
+    kinds: dict[tuple[str, Op, int], list[int]] = {}
+    for position, task in enumerate(row):
+        kinds.setdefault((task.pipeline, task.op, task.pp_stage), []).append(position)
+    return tuple(kinds.values())

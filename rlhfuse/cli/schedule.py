@@ -1,5 +1,6 @@
 """``rlhfuse schedule``: the best schedule for the pipelines in a problem file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from rlhfuse.cli.schedule_plot import save_plot
 from rlhfuse.cli.schedule_table import print_explained, print_front, print_summaries
 from rlhfuse.schedules.bounds import latency_bound
 from rlhfuse.schedules.fused import Progress, fuse
+from rlhfuse.schedules.interleaved import chunked
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.layouts import Placement
 from rlhfuse.schedules.pareto import Point, pareto
@@ -23,8 +25,9 @@ from rlhfuse.schedules.problem_file import read_problem
 from rlhfuse.schedules.robust import fuse_robust
 from rlhfuse.schedules.summary import Explained, Summary, explain, standard_policies, summarize
 from rlhfuse.schedules.timing import check_channels
+from rlhfuse.schedules.zero_bubble import zb_v
 
-POLICIES = ("fused", *(policy.name for policy in standard_policies()))
+POLICIES = ("fused", "fused-v", *(policy.name for policy in standard_policies()))
 
 
 @click.command()
@@ -74,6 +77,7 @@ def schedule(
     """Find the best schedule for the pipelines in PROBLEM (YAML or JSON).
 
     PROBLEM gives ranks and pipelines, or `layout`: tp, pp and dp of two models on the same GPUs.
+    The policies interleaved, zb-v and fused-v cut the stages of each rank into chunks.
     """
     with user_errors(), stdout_kept_clean(as_json):
         _check_options(budget_s, iterations, noise, plot)
@@ -138,6 +142,8 @@ class _Search:
         split = self.split_weight
         if policy == "fused":
             found = self.fuse(problem, split)
+        elif policy == "fused-v":
+            found = self.fuse_folded(problem, split)
         else:
             chosen = next(p for p in standard_policies() if p.name == policy)
             found, split = chosen.make(problem), split or chosen.split
@@ -170,7 +176,15 @@ class _Search:
         lines.append((name, summarize(found, split_weight=other, seconds=seconds)))
         return lines
 
-    def fuse(self, problem: Problem, split: bool) -> Schedule:
+    def fuse_folded(self, problem: Problem, split: bool) -> Schedule:
+        """Fused, with each pipeline cut in two chunks a rank, there and back, as in ZB-V."""
+        start = None
+        if split:
+            with contextlib.suppress(ValueError):  # over the cap: no place to start from
+                start = zb_v(problem)
+        return self.fuse(chunked(problem, 2, fold=True), split, start)
+
+    def fuse(self, problem: Problem, split: bool, start: Schedule | None = None) -> Schedule:
         if self.noise is not None:
             return fuse_robust(
                 problem,
@@ -187,6 +201,7 @@ class _Search:
             iterations=self.iterations,
             seed=self.seed,
             split_weight=split,
+            warm_start=start,
             on_progress=teller.tell,
         )
         teller.end()
