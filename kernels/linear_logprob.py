@@ -174,7 +174,7 @@ class _LinearLogprob(torch.autograd.Function):
         dtype, given = out.dtype, Temperatures(ctx.temperature, temperatures)
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         by_hidden = torch.empty_like(hidden, dtype=dtype)
-        by_weight = torch.zeros_like(wide)
+        by_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
         for index, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
             if index < len(kept):
@@ -197,12 +197,13 @@ class _LinearLogprob(torch.autograd.Function):
                 out=by_logits,
             )
             by_hidden[rows] = head_logits(by_logits, wide.T, None)
-            by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
+            if by_weight is not None:
+                by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
             if by_bias is not None:
                 by_bias += by_logits.sum(0)
         return (
             by_hidden.to(hidden.dtype),
-            by_weight.to(weight.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
             None if by_bias is None or bias is None else by_bias.to(bias.dtype),
             *(None,) * 7,
         )

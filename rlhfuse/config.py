@@ -44,6 +44,9 @@ class TrainedModelConfig(Section, frozen=True):
     num_microbatches: NonNegative = 0  # per mini-batch; 0: from the token budget
     ppo_max_token_len_per_gpu: Positive = 16384  # token budget of a micro-batch
     gradient_checkpointing: bool = False
+    lora_rank: NonNegative = 0  # 0: train all weights; else adapters of this rank (needs peft)
+    lora_alpha: Positive = 16
+    target_modules: tuple[str, ...] = ()  # names of linear layers; empty: all of the decoder's
 
 
 class ActorConfig(TrainedModelConfig, frozen=True):
@@ -104,7 +107,9 @@ class VllmConfig(Section, frozen=True):
     block_size: NonNegative = 0  # tokens per key-value block; 0: 32 on a CPU, else vLLM's choice
     max_num_batched_tokens: NonNegative = 0  # tokens of a step, prefill included; 0: vLLM's choice
     enforce_eager: Switch = "auto"  # no CUDA graphs; auto: on a CPU
-    kv_transfer: Switch = "auto"  # migrating samples may take their key-value blocks along
+    # How migrating samples may take their key-value blocks along: as bytes over our own channel
+    # (auto), or read by the receiver through vLLM's NIXL connector (needs the package nixl).
+    kv_transfer: Literal["auto", "blocks", "nixl", "off"] = "auto"
     position_keyed: Switch = "auto"  # off: vLLM's own sampler, exact in distribution only
     speculative_config: dict[str, str | int | float | bool] | None = None
 

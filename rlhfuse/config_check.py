@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -225,6 +226,9 @@ def _missing(config: Config) -> Iterator[str]:
     for place, name in files:
         if not Path(name).is_file():
             yield f"{place}: there is no file {name!r}"
+    for role, model in _trained(config):
+        if model.lora_rank and find_spec("peft") is None:
+            yield f"{role}.lora_rank: needs the package peft (pip install peft), or 0"
     variable = config.reward.auth_env
     if variable and not os.environ.get(variable):
         yield f"reward.auth_env: the environment variable {variable} is not set"

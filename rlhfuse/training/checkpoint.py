@@ -183,10 +183,7 @@ def load_rng(folder: Path, rank: int, device: torch.device) -> None:
 def export_stage(folder: Path, stage: TrainedStage, num_stages: int) -> None:
     """Write one stage's weights as one file of a Hugging Face model folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in stage.stage.named_hf_parameters()
-    }
+    tensors = {name: weight.cpu().contiguous() for name, weight in stage.weights()}
     name = f"model-{stage.pp_stage + 1:05d}-of-{num_stages:05d}.safetensors"
     save_file(tensors, folder / name, metadata={"format": "pt"})
 

@@ -75,7 +75,7 @@ class Replicas:
         if stage.num_shards == 1:
             return
         ranks, group = self._groups[stage.role, stage.pp_stage]
-        parameters = dict(stage.stage.named_parameters())
+        parameters = stage.trained_parameters()
         for owner, names in enumerate(stage.optimizer.shards):
             for part in _buckets([parameters[name] for name in names]):
                 flat = torch.cat([p.reshape(-1) for p in part])
@@ -95,7 +95,7 @@ class Replicas:
 
 def _gradients(stage: TrainedStage) -> list[torch.Tensor]:
     found = []
-    for name, parameter in stage.stage.named_parameters():
+    for name, parameter in stage.trained_parameters().items():
         gradient = stage.sums.of(parameter)
         assert gradient is not None, f"{stage.pipeline} stage {stage.pp_stage}: {name} got none"
         found.append(gradient)

@@ -123,6 +123,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (rows,) = ctx.saved_tensors
-        ctx.store.add(_Product(ctx.linear, rows.detach(), gradient))
+        weight, bias = ctx.linear
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            ctx.store.add(_Product(ctx.linear, rows.detach(), gradient))
         by_rows = gradient @ ctx.linear[0] if ctx.needs_input_grad[0] else None
         return by_rows, None, None, None

@@ -28,7 +28,7 @@ class TiedEmbeddings:
         """Where `stage` holds a tied matrix, both ends get the sum of both gradients. Collective
         over both ends."""
         tied = stage.stage.tied_parameter
-        if tied is None:
+        if tied is None or not tied.requires_grad:
             return
         gradient = stage.sums.of(tied)
         assert gradient is not None, f"{stage.pipeline} stage {stage.pp_stage}: no gradient"

@@ -1,12 +1,14 @@
 """One pipeline stage of a trained model: layers, task runner, gradients, optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.models.loading import load_stage
+from rlhfuse.models.lora import add_adapters, merged_weights
 from rlhfuse.models.stage import Head, ModelStage
 from rlhfuse.placement import StagePlacement, replica_of, role_of
 from rlhfuse.training.batch import MicroBatch
@@ -51,7 +53,15 @@ class TrainedStage:
             dtype=dtype,
             new_head_seed=config.critic.init_seed if role == "critic" else None,
         )
-        self.sums = GradientSums(self.stage.parameters())
+        if model.lora_rank:
+            add_adapters(
+                self.stage,
+                rank=model.lora_rank,
+                alpha=model.lora_alpha,
+                targets=model.target_modules,
+                seed=config.trainer.seed,
+            )
+        self.sums = GradientSums(self.trained_parameters().values())
         store = WeightStore(self.sums) if config.fusion.split_weight else None
         if store is not None:
             split_linears(self.stage, store)
@@ -64,7 +74,7 @@ class TrainedStage:
         sharded = config.placement.shard_optimizer and num_replicas > 1
         self.num_shards = num_replicas if sharded else 1
         self.optimizer = StageOptimizer(
-            dict(self.stage.named_parameters()),
+            self.trained_parameters(),
             self.sums,
             model.optim,
             total_steps,
@@ -74,6 +84,14 @@ class TrainedStage:
         self._batches: Sequence[MicroBatch] = ()
         self._loss: LossFunction | None = None
         self._losses: dict[int, tuple[torch.Tensor, Stats]] = {}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that the optimizer changes: all, or the adapters (and a scalar head)."""
+        return {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of the model as it computes: adapters merged in."""
+        return merged_weights(self.stage)
 
     def begin(self, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int) -> None:
         """Get ready for the micro-batches of one mini-batch; the counts are those of all

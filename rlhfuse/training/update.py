@@ -150,12 +150,8 @@ class RankTrainer:
             return merge(tallies)
 
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
-        """The parameters of this rank's stages of `role`, by Hugging Face name."""
-        return {
-            name: parameter.detach()
-            for stage in self._of(role)
-            for name, parameter in stage.stage.named_hf_parameters()
-        }
+        """The weights of this rank's stages of `role`, by Hugging Face name."""
+        return {name: weight for stage in self._of(role) for name, weight in stage.weights()}
 
     def digest(self, role: str) -> dict[str, str]:
         """sha256 of every tensor of `named_tensors`."""

@@ -87,7 +87,9 @@ def test_qwen2_with_tied_embeddings_and_without_a_critic(tmp_path: Path) -> None
     _holds(replace(config, placement=replace(config.placement, actor_pp=1)), tmp_path)
 
 
-def test_qwen3_with_warm_up_adaptive_kl_and_a_critic_of_two_replicas(tmp_path: Path) -> None:
+def test_qwen3_with_adapters_warm_up_adaptive_kl_and_a_critic_of_two_replicas(
+    tmp_path: Path,
+) -> None:
     config = _config(tmp_path, "qwen3")
     algorithm = replace(
         config.algorithm,
@@ -95,8 +97,13 @@ def test_qwen3_with_warm_up_adaptive_kl_and_a_critic_of_two_replicas(tmp_path: P
         kl_penalty="k3",
         kl_ctrl=replace(config.algorithm.kl_ctrl, type="adaptive"),
     )
-    placement = replace(config.placement, critic_pp=1)
-    _holds(replace(config, algorithm=algorithm, placement=placement), tmp_path)
+    config = replace(
+        config,
+        algorithm=algorithm,
+        placement=replace(config.placement, critic_pp=1),
+        actor=replace(config.actor, lora_rank=4),
+    )
+    _holds(config, tmp_path)
 
 
 def test_tied_embeddings_over_two_stages(tmp_path: Path) -> None:
