@@ -25,7 +25,19 @@ SLOT_F, SLOT_B, SLOT_W = 0, 1, 2
 
 def compiled(function: Function) -> Function:
     """Numba's njit, cached on disk; nothing is compiled before the first call."""
-    return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+    return cast(Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+def inlined(function: Function) -> Function:
+    """A helper that disappears into its compiled callers (a call would count references)."""
+    return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
+
+
+@compiled
+def draw(state: "Ints") -> float:
+    """Uniform in [0, 1): a 48-bit linear congruential generator with its own state [1]."""
+    state[0] = (state[0] * 25214903917 + 11) & 281474976710655
+    return float(state[0] >> 17) / 2147483648.0
 
 
 class Coded(NamedTuple):

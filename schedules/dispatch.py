@@ -1,9 +1,13 @@
-"""List scheduling: whenever a rank is free it takes the most urgent task that may start.
+"""List scheduling, in time's direction and against it.
 
-A task may start when its input has arrived, the memory cap holds with room kept for one
-micro-batch of every other chain of the rank (so nothing can get stuck), the chain's limit of
-micro-batches in flight allows it, and its receiver has at most one message unread (so the result
-passes the channel check).
+Whenever a rank is free it takes the most urgent task that may start: its input has arrived, the
+memory cap holds, the chain's limit of micro-batches in flight allows it, and its receiver has at
+most two messages unread. So the result passes the channel check, unless streams share a channel (a
+rank that holds several stages of a pipeline); then it must be asked.
+
+A rank keeps room for one micro-batch of every chain of a pipeline that does not give way to the
+claiming one. The pipeline that gives way to none can then always move on, next the one that gives
+way only to it, and so on: nothing gets stuck for memory.
 """
 
 from collections.abc import Sequence
@@ -12,9 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhfuse.schedules.compiled import (
-    SLOT_B,
     SLOT_F,
-    SLOT_W,
     Coded,
     Floats,
     Ints,
@@ -22,29 +24,50 @@ from rlhfuse.schedules.compiled import (
     compiled,
     decode,
     encode,
+    inlined,
+)
+from rlhfuse.schedules.flows import (
+    AFTER,
+    CLAIM,
+    CLOSER,
+    COUNT,
+    DOWN,
+    DURATION,
+    EARLIEST,
+    FIRST,
+    LOCAL,
+    NET,
+    OPENS,
+    RANK,
+    READS,
+    SENDS,
+    SHARED,
+    UP,
+    Flow,
+    make_flow,
 )
 from rlhfuse.schedules.ir import Problem, Schedule
 
 NEVER = 1e300
+UNREAD = 2  # messages that may be unread on a channel (see `timing`)
+WAIT = NO_LIMIT = 1 << 40
+FREE, HELD, START = range(3)  # columns of `Desk.rank`
 
 
 class Desk(NamedTuple):
-    """Working arrays of one dispatcher; made once, used for every run."""
+    """Working arrays of a dispatcher; made once, used for every run."""
 
-    chain_first: Ints  # [num_ranks + 1] chains of rank r: chain_list[first[r]:first[r + 1]]
-    chain_list: Ints  # [C]
-    largest: Floats  # [C] memory of the heaviest micro-batch
-    unread: Ints  # [C, 2] how many messages of (chain, slot) may be unread
-    next: Ints  # [C, 3] next micro-batch of each slot
-    ready: Floats  # [C, 3] when the input of the next task is there
-    starts: Floats  # [C, 3] when the next task could start
+    next: Ints  # [K] next task of each kind
+    starts: Floats  # [K] when it could start
+    unread: Ints  # [K] messages of a stream
+    must: Ints  # [num_ranks] kind that must come next, WAIT for a stream, -1 for neither
     end: Floats  # [T]
-    free: Floats  # [num_ranks]
-    held: Floats  # [num_ranks]
-    best_task: Ints  # [num_ranks]
-    best_start: Floats  # [num_ranks]
-    tasks: Ints  # [num_ranks, most tasks of a rank] rows being written
+    rank: Floats  # [num_ranks, 3], columns FREE, HELD (memory) and START (of the best next task)
+    best_kind: Ints  # [num_ranks] that task's
+    row_first: Ints  # [num_ranks + 1]
+    tasks: Ints  # [N] rows being written
     length: Ints  # [num_ranks]
+    touched: Ints  # [num_ranks, at least 3] ranks whose best next task may have changed
 
 
 class Policy(NamedTuple):
@@ -52,253 +75,316 @@ class Policy(NamedTuple):
 
     key: Floats  # [T]
     limit: Ints  # [C] micro-batches in flight
+    way: Ints  # [C] a chain keeps no room for chains with a larger number
     window: float  # a task up to this much later may go first if it is more urgent
+    bold: bool  # may leave a third message unread and wait until one is read
     cap: float
 
 
-def make_desk(coded: Coded) -> Desk:
+def make_desk(coded: Coded, flow: Flow) -> Desk:
     """Working arrays for problems of this shape."""
-    ranks, chains = coded.num_ranks, coded.base.shape[0]
-    order = np.argsort(coded.chain_rank, kind="stable")
-    first = np.searchsorted(coded.chain_rank[order], np.arange(ranks + 1))
-    largest = np.zeros(chains)
-    np.maximum.at(largest, coded.chain, coded.claim)
-    work = np.bincount(coded.chain_rank, coded.num_mb * coded.chain_slots, ranks)
+    ranks, kinds = coded.num_ranks, flow.kind.shape[0]
+    work = np.bincount(flow.kind[:, RANK], flow.kind[:, COUNT], ranks)
+    row_first = np.concatenate([np.zeros(1), np.cumsum(work)]).astype(np.int64)
     return Desk(
-        chain_first=first.astype(np.int64),
-        chain_list=order.astype(np.int64),
-        largest=largest,
-        unread=_unread_limits(coded),
-        next=np.zeros((chains, 3), np.int64),
-        ready=np.zeros((chains, 3)),
-        starts=np.zeros((chains, 3)),
+        next=np.zeros(kinds, np.int64),
+        starts=np.zeros(kinds),
+        unread=np.zeros(kinds, np.int64),
+        must=np.zeros(ranks, np.int64),
         end=np.zeros(coded.rank.shape[0]),
-        free=np.zeros(ranks),
-        held=np.zeros(ranks),
-        best_task=np.zeros(ranks, np.int64),
-        best_start=np.zeros(ranks),
-        tasks=np.zeros((ranks, int(work.max())), np.int64),
+        rank=np.zeros((ranks, 3)),
+        best_kind=np.zeros(ranks, np.int64),
+        row_first=row_first,
+        tasks=np.zeros(int(row_first[-1]), np.int64),
         length=np.zeros(ranks, np.int64),
+        touched=np.zeros(max(3, ranks), np.int64),
     )
-
-
-def _unread_limits(coded: Coded) -> Ints:
-    """Two messages may be unread on a link (see `timing`); no bound on one rank."""
-    limits = np.full((coded.base.shape[0], 2), 1 << 40, np.int64)
-    target = coded.succ
-    crosses = (target >= 0) & (coded.rank[target] != coded.rank) & (coded.slot < SLOT_W)
-    limits[coded.chain[crosses], coded.slot[crosses]] = 2
-    return limits
-
-
-def rows_of(desk: Desk) -> Rows:
-    """The rows that the last run left on the desk."""
-    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(desk.length)])
-    parts = [desk.tasks[r, : desk.length[r]] for r in range(desk.length.shape[0])]
-    return Rows(np.concatenate(parts), first)
 
 
 def dispatch_pipeline(problem: Problem, limits: Sequence[int]) -> Schedule:
     """Backward first, oldest first, at most `limits` in flight per chain: 1F1B on any stage map."""
     coded = encode(problem, [False] * len(problem.pipelines))
-    desk = make_desk(coded)
+    flow = make_flow(problem, coded, np.zeros(coded.rank.shape[0]), reverse=False)
+    desk = make_desk(coded, flow)
     key = coded.microbatch + 1e6 * (coded.slot == SLOT_F)
-    policy = Policy(key.astype(np.float64), np.asarray(limits, np.int64), 0.0, NEVER)
-    dispatch(coded, desk, policy)
-    return decode(problem, coded, rows_of(desk))
+    limit = np.asarray(limits, np.int64)
+    dispatch(flow, desk, Policy(key.astype(np.float64), limit, 0 * limit, 0.0, False, NEVER))
+    return decode(problem, coded, Rows(desk.tasks, desk.row_first))
 
 
-@compiled
-def _room(
-    rank: int,
-    chain: int,
-    free_memory: float,
-    next_mb: Ints,
-    num_mb: Ints,
-    slots: Ints,
-    chain_first: Ints,
-    chain_list: Ints,
-    largest: Floats,
+@inlined
+def _input_time(
+    sign: int, kind: Ints, times: Floats, latency: Floats, next_: Ints, end: Floats, k: int
 ) -> float:
-    """Memory that `chain` may claim: what is free less one micro-batch of every idle chain."""
-    for i in range(chain_first[rank], chain_first[rank + 1]):
-        other = chain_list[i]
-        begun = next_mb[other, 0]
-        if other != chain and begun < num_mb[other] and begun == next_mb[other, slots[other] - 1]:
-            free_memory -= largest[other]
-    return free_memory
-
-
-@compiled
-def _arrival(
-    task: int,
-    mb: int,
-    pred: Ints,
-    succ: Ints,
-    kind: Ints,
-    next_mb: Ints,
-    end: Floats,
-    release: Floats,
-    latency: Floats,
-    unread: int,
-) -> float:
-    """When the input of `task` is there, NEVER if not known or its output could not be sent."""
-    ready = float(release[task])
-    source = pred[task]
+    """When the inputs of the next task of kind k are there, NEVER if that is not known."""
+    i = next_[k]
+    ready = times[kind[k, FIRST] + sign * i, EARLIEST]
+    source = kind[k, UP]
     if source >= 0:
-        if next_mb[kind[source] // 3, kind[source] % 3] <= mb:
-            return NEVER
-        ready = max(ready, float(end[source] + latency[task]))
-    target = succ[task]
-    if target >= 0 and mb - next_mb[kind[target] // 3, kind[target] % 3] >= unread:
-        return NEVER
-    return ready
-
-
-@compiled
-def _refresh(coded: Coded, desk: Desk, task: int) -> None:
-    """Bring `ready` up to date after `task` for its chain and the chains it talks to."""
-    next_mb, ready, unread, end = desk.next, desk.ready, desk.unread, desk.end
-    base, num_mb, kind, slots = coded.base, coded.num_mb, coded.kind, coded.chain_slots
-    pred, succ, release, latency = coded.pred, coded.succ, coded.release, coded.latency
-    for which in range(4):
-        near = task
-        if which == 1:
-            near = succ[task]
-        elif which == 2:
-            near = pred[task]
-        if near < 0:
-            continue
-        chain, slot = kind[near] // 3, kind[near] % 3
-        if which == 3:
-            slot = slots[chain] - 1
-        mb = next_mb[chain, slot]
-        if mb >= num_mb[chain]:
-            ready[chain, slot] = NEVER
-        elif slot == SLOT_W:
-            ready[chain, slot] = 0.0 if mb < next_mb[chain, SLOT_B] else NEVER
+        if next_[source] <= i:
+            ready = NEVER
         else:
-            ready[chain, slot] = _arrival(
-                base[chain] + slot * num_mb[chain] + mb,
-                mb,
-                pred,
-                succ,
-                kind,
-                next_mb,
-                end,
-                release,
-                latency,
-                unread[chain, slot],
-            )
+            ready = max(ready, end[kind[source, FIRST] + sign * i] + latency[k])
+    source = kind[k, LOCAL]
+    if source >= 0 and next_[source] <= i:
+        ready = NEVER
+    return float(ready)
 
 
-@compiled
-def _starts(
-    chain: int,
-    free: float,
-    memory: float,
-    room: float,
-    next_mb: Ints,
-    ready: Floats,
-    slots: Ints,
+@inlined
+def _may_send(
+    sign: int,
+    kind: Ints,
+    times: Floats,
+    next_: Ints,
+    unread: Ints,
+    must: Ints,
+    rank: Floats,
+    k: int,
+    bold: bool,
+    cap: float,
+) -> bool:
+    """Whether the channel rule lets a task of kind k make its message.
+
+    A third unread message is made boldly: in time's direction the rank then waits until one is
+    read; against it the reader (which will come before what the message's maker blocks) must read
+    next.
+    """
+    c = kind[k, SENDS]
+    fine = c < 0 or unread[c] < UNREAD
+    if not fine and bold and unread[c] == UNREAD and kind[k, SHARED] == 0:
+        fine = True
+        if sign < 0:
+            reader = kind[k, DOWN]
+            r = kind[reader, RANK]
+            if must[r] >= 0 and must[r] != reader:
+                fine = False
+            elif kind[reader, OPENS]:
+                claim = times[kind[reader, FIRST] + sign * next_[reader], CLAIM]
+                fine = rank[r, HELD] + claim <= cap
+    return bool(fine)
+
+
+@inlined
+def _fits(
+    sign: int,
+    kind: Ints,
+    times: Floats,
+    kinds_first: Ints,
+    kinds: Ints,
+    next_: Ints,
     limit: Ints,
-    need: float,
+    way: Ints,
+    reserve: Floats,
+    k: int,
+    room: float,
+) -> bool:
+    """Whether limit and memory allow kind k another micro-batch, with room kept for others."""
+    i, closer, rank = next_[k], kind[k, CLOSER], kind[k, RANK]
+    fine = k == closer or i - next_[closer] < limit[k // 3]
+    room -= times[kind[k, FIRST] + sign * i, CLAIM]
+    for q in range(kinds_first[rank], kinds_first[rank + 1]):
+        other = kinds[q]
+        if kind[other, OPENS] and other != k and way[other // 3] <= way[k // 3]:
+            begun = next_[other]
+            if begun < kind[other, COUNT] and begun == next_[kind[other, CLOSER]]:
+                room -= reserve[other // 3]
+    return fine and room >= 0.0
+
+
+@inlined
+def _scan(
+    sign: int,
+    kind: Ints,
+    times: Floats,
+    latency: Floats,
+    kinds_first: Ints,
+    kinds: Ints,
+    next_: Ints,
     starts: Floats,
+    unread: Ints,
+    must: Ints,
+    end: Floats,
+    ranks: Floats,
+    limit: Ints,
+    way: Ints,
+    reserve: Floats,
+    r: int,
+    bold: bool,
+    cap: float,
 ) -> float:
-    """Fill `starts` of one chain; the earliest. `room` is `memory` less what others may need."""
-    earliest = NEVER
-    for slot in range(slots[chain]):
-        start = max(free, ready[chain, slot])
-        if slot == SLOT_F:
-            flight = next_mb[chain, SLOT_F] - next_mb[chain, slots[chain] - 1]
-            if need > min(room, memory) or (slots[chain] > 1 and flight >= limit[chain]):
+    """Fill `starts` for the kinds of a rank; the earliest."""
+    earliest, free, room = NEVER, ranks[r, FREE], cap - ranks[r, HELD]
+    for q in range(kinds_first[r], kinds_first[r + 1]):
+        k = kinds[q]
+        start = NEVER
+        if next_[k] < kind[k, COUNT] and (must[r] < 0 or must[r] == k):
+            start = _input_time(sign, kind, times, latency, next_, end, k)
+        if start < NEVER:
+            start = max(start, free)
+            fine = _may_send(sign, kind, times, next_, unread, must, ranks, k, bold, cap)
+            if fine and kind[k, OPENS]:
+                fine = _fits(
+                    sign, kind, times, kinds_first, kinds, next_, limit, way, reserve, k, room
+                )
+            if not fine:
                 start = NEVER
-        starts[chain, slot] = start
+        starts[k] = start
         earliest = min(earliest, start)
     return earliest
 
 
-@compiled
-def _choose(coded: Coded, desk: Desk, policy: Policy, task: int) -> None:
-    """Put the best next task into best_task and best_start of the ranks that `task` touched."""
-    next_mb, ready, key, base = desk.next, desk.ready, policy.key, coded.base
-    num_mb, slots, claim = coded.num_mb, coded.chain_slots, coded.claim
-    chain_first, chain_list, largest = desk.chain_first, desk.chain_list, desk.largest
-    limit, starts = policy.limit, desk.starts
-    for near in (task, coded.succ[task], coded.pred[task]):
-        rank = coded.rank[near]
-        if near < 0 or (near != task and rank == coded.rank[task]):
-            continue
-        free, memory = desk.free[rank], policy.cap - desk.held[rank]
-        earliest = NEVER
-        for i in range(chain_first[rank], chain_first[rank + 1]):
-            chain = chain_list[i]
-            need, room = 0.0, memory
-            if next_mb[chain, SLOT_F] < num_mb[chain]:
-                need = claim[base[chain] + next_mb[chain, SLOT_F]]
-                room = _room(
-                    rank, chain, memory, next_mb, num_mb, slots, chain_first, chain_list, largest
-                )
-            first = _starts(chain, free, memory, room, next_mb, ready, slots, limit, need, starts)
-            earliest = min(earliest, first)
-        best, latest = NEVER, min(earliest + policy.window, 0.5 * NEVER)
-        desk.best_start[rank] = NEVER
-        for i in range(chain_first[rank], chain_first[rank + 1]):
-            chain = chain_list[i]
-            for slot in range(slots[chain]):
-                if starts[chain, slot] <= latest:
-                    option = base[chain] + slot * num_mb[chain] + next_mb[chain, slot]
-                    if key[option] < best:
-                        best = key[option]
-                        desk.best_task[rank] = option
-                        desk.best_start[rank] = starts[chain, slot]
+@inlined
+def _most_urgent(
+    sign: int,
+    kind: Ints,
+    kinds_first: Ints,
+    kinds: Ints,
+    next_: Ints,
+    starts: Floats,
+    keys: Floats,
+    rank: int,
+    latest: float,
+) -> int:
+    """The kind with the smallest key of those that can start by `latest`; -1 if none can."""
+    best, least = -1, np.inf
+    for q in range(kinds_first[rank], kinds_first[rank + 1]):
+        k = kinds[q]
+        if starts[k] <= latest:
+            key = keys[kind[k, FIRST] + sign * next_[k]]
+            if key < least:
+                best, least = k, key
+    return best
 
 
-@compiled
-def _commit(coded: Coded, desk: Desk, rank: int) -> int:
-    """Run the rank's best task; its id."""
-    task = desk.best_task[rank]
-    finish = desk.best_start[rank] + coded.duration[task]
-    desk.end[task] = finish
-    desk.free[rank] = finish
-    desk.held[rank] += coded.claim[task] + coded.change[task]
-    desk.next[coded.chain[task], coded.slot[task]] += 1
-    desk.tasks[rank, desk.length[rank]] = task
-    desk.length[rank] += 1
+@inlined
+def _pass_on(sign: int, kind: Ints, unread: Ints, must: Ints, k: int) -> None:
+    """Count messages after a task of kind k, and see who must wait or hurry because of them."""
+    rank = kind[k, RANK]
+    if sign < 0:
+        must[rank] = -1
+    c = kind[k, SENDS]
+    if c >= 0:
+        unread[c] += 1
+        if unread[c] > UNREAD and sign > 0:
+            must[rank] = WAIT
+        elif unread[c] > UNREAD:
+            must[kind[kind[k, DOWN], RANK]] = kind[k, DOWN]
+    c = kind[k, READS]
+    if c >= 0:
+        unread[c] -= 1
+        source = kind[kind[k, UP], RANK]
+        if sign > 0 and must[source] == WAIT and unread[c] == UNREAD:
+            must[source] = -1
+
+
+@inlined
+def _first_rank(ranks: Floats) -> int:
+    """The rank whose next task starts first."""
+    rank = 0
+    for other in range(1, ranks.shape[0]):
+        if ranks[other, START] < ranks[rank, START]:
+            rank = other
+    return rank
+
+
+@inlined
+def _clear(desk: Desk) -> None:
+    desk.next[:] = 0
+    desk.unread[:] = 0
+    desk.must[:] = -1
+    desk.rank[:] = 0.0
+    desk.length[:] = 0
+    for rank in range(desk.rank.shape[0]):
+        desk.touched[rank] = rank
+
+
+@inlined
+def _run(
+    sign: int,
+    kind: Ints,
+    times: Floats,
+    next_: Ints,
+    end: Floats,
+    ranks: Floats,
+    row_first: Ints,
+    tasks: Ints,
+    length: Ints,
+    rank: int,
+    k: int,
+) -> int:
+    """Run the rank's best task, of kind k; its id."""
+    task = kind[k, FIRST] + sign * next_[k]
+    finish = ranks[rank, START] + times[task, DURATION]
+    end[task] = finish
+    ranks[rank, FREE] = finish
+    ranks[rank, HELD] += times[task, NET]
+    next_[k] += 1
+    place = row_first[rank] + length[rank] if sign > 0 else row_first[rank + 1] - 1 - length[rank]
+    tasks[place] = task
+    length[rank] += 1
     return int(task)
 
 
 @compiled
-def _clear(coded: Coded, desk: Desk, policy: Policy) -> int:
-    """An empty desk; the number of tasks to run."""
-    desk.next[:] = 0
-    desk.free[:] = 0.0
-    desk.held[:] = 0.0
-    desk.length[:] = 0
-    desk.best_start[:] = NEVER
-    total = 0
-    for chain in range(coded.base.shape[0]):
-        total += coded.num_mb[chain] * coded.chain_slots[chain]
-        for slot in range(coded.chain_slots[chain]):
-            _refresh(coded, desk, coded.base[chain] + slot * coded.num_mb[chain])
-    for chain in range(coded.base.shape[0]):
-        _choose(coded, desk, policy, coded.base[chain])
-    return total
-
-
-@compiled
-def dispatch(coded: Coded, desk: Desk, policy: Policy) -> float:
-    """Makespan of the schedule left on the desk; infinite if tasks got stuck."""
-    best_start = desk.best_start
-    total = _clear(coded, desk, policy)
-    for _ in range(total):
-        rank = 0
-        for other in range(1, coded.num_ranks):
-            if best_start[other] < best_start[rank]:
-                rank = other
-        if best_start[rank] >= NEVER:
+def dispatch(flow: Flow, desk: Desk, policy: Policy) -> float:
+    """Makespan (at the least) of the rows left on the desk; infinite if tasks got stuck."""
+    # Arrays are taken out of their tuples once: in the loop each time would count a reference.
+    sign, kind, times, latency = flow.sign, flow.kind, flow.task, flow.latency
+    reserve, kinds_first, kinds = flow.reserve, flow.kinds_first, flow.kinds
+    next_, starts, unread, must, end = desk.next, desk.starts, desk.unread, desk.must, desk.end
+    ranks, best_kind, row_first = desk.rank, desk.best_kind, desk.row_first
+    tasks, length, touched = desk.tasks, desk.length, desk.touched
+    keys, limit, way, window = policy.key, policy.limit, policy.way, policy.window
+    bold, cap = policy.bold, policy.cap
+    _clear(desk)
+    count, longest = ranks.shape[0], 0.0
+    left = tasks.shape[0]
+    while left > 0:
+        for z in range(count):
+            r = touched[z]
+            earliest = _scan(
+                sign,
+                kind,
+                times,
+                latency,
+                kinds_first,
+                kinds,
+                next_,
+                starts,
+                unread,
+                must,
+                end,
+                ranks,
+                limit,
+                way,
+                reserve,
+                r,
+                bold,
+                cap,
+            )
+            ranks[r, START] = NEVER
+            if earliest < NEVER:
+                k = _most_urgent(
+                    sign, kind, kinds_first, kinds, next_, starts, keys, r, earliest + window
+                )
+                best_kind[r] = k
+                ranks[r, START] = starts[k]
+        r = _first_rank(ranks)
+        if ranks[r, START] >= NEVER:
             return np.inf
-        task = _commit(coded, desk, rank)
-        _refresh(coded, desk, task)
-        _choose(coded, desk, policy, task)
-    return float(desk.free.max())
+        k = best_kind[r]
+        count, touched[0] = 1, r
+        if bold and not _may_send(sign, kind, times, next_, unread, must, ranks, k, bold, cap):
+            continue  # what allowed it has changed since
+        left -= 1
+        task = _run(sign, kind, times, next_, end, ranks, row_first, tasks, length, r, k)
+        longest = max(longest, end[task] + times[task, AFTER])
+        _pass_on(sign, kind, unread, must, k)
+        if kind[k, SENDS] >= 0:
+            touched[count] = kind[kind[k, DOWN], RANK]
+            count += 1
+        if kind[k, READS] >= 0:
+            touched[count] = kind[kind[k, UP], RANK]
+            count += 1
+    return longest

@@ -1,0 +1,279 @@
+"""One search for a schedule: list schedules and local moves in turn, from round to round."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from rlhfuse.schedules.bounds import coded_latency_bound
+from rlhfuse.schedules.compiled import (
+    SLOT_F,
+    SLOT_W,
+    Coded,
+    Floats,
+    Ints,
+    Rows,
+    decode,
+    encode,
+    encode_rows,
+)
+from rlhfuse.schedules.dispatch import NEVER, Policy, dispatch, make_desk
+from rlhfuse.schedules.flows import AFTER, EARLIEST, make_flow
+from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule
+from rlhfuse.schedules.local import anneal
+from rlhfuse.schedules.paths import make_bench, measure, safe, settle
+from rlhfuse.schedules.search import Ground, climbs, make_elite, make_policy
+from rlhfuse.schedules.standard import serial, serial_makespan, zb_h1
+from rlhfuse.schedules.timing import channel_numbers, makespan
+
+CLIMB_TASKS = 6_000  # tasks that the climbs of one round place in one pass, all together
+MOVE_TASKS = 1_000_000  # local moves of one round times tasks of the problem
+FIRST_CYCLE, LONGEST_CYCLE = 2, 128  # rounds
+STALE_CYCLES = 3  # without improvement, before a search starts anew
+HOT, COLD = 0.5, 0.2  # temperatures, in mean task durations
+
+
+class Search:
+    """The arrays that a search works on, and the best rows so far.
+
+    Rounds are short, so that budgets are kept. They form cycles of 2, 4, 8, ... rounds: the first
+    half climbs by list schedules (see `search`), the second anneals what they found (see `local`)
+    from `HOT` to `COLD`; the next cycle climbs from there. After some cycles without improvement
+    the search starts from nothing, and only remembers its best rows.
+    """
+
+    def __init__(self, problem: Problem, split_weight: bool, seed: int) -> None:
+        self.problem = problem
+        self.coded = encode(problem, [split_weight] * len(problem.pipelines))
+        self.cap = NEVER if problem.memory_cap is None else problem.memory_cap * (1 + REL_TOL)
+        self.bound = coded_latency_bound(self.coded)
+        self.state = np.array([(seed * 2654435761 + 88172645463325252) & (2**47 - 1)], np.int64)
+        self.deadline = _deadlines(problem, self.coded)
+        real = self.coded.slot < self.coded.chain_slots[self.coded.chain]
+        self.due = np.flatnonzero(real & (self.deadline < np.inf))
+        # Until something is on time, lateness counts from a makespan that is easy to reach.
+        easy = serial_makespan(replace(problem, memory_cap=None)) if self.due.size else 0.0
+        self.late = np.maximum(0.0, easy - self.deadline)
+        self.ground = _ground(problem, self.coded, self.late, self.bound)
+        self.desk = make_desk(self.coded, self.ground.forward)
+        self.policy = make_policy(self.coded, self.cap)
+        self.elite = make_elite(self.desk)
+        self.rows = Rows(self.desk.tasks.copy(), self.desk.row_first)  # where the annealing stands
+        channel = channel_numbers(problem, self.coded)
+        self.bench = make_bench(self.coded, self.rows, channel, self.due)
+        self.best = np.inf  # makespan of the best schedule that keeps all deadlines
+        self.best_tasks = self.desk.tasks.copy()
+        self.found: Schedule | None = None  # the best, where it did not come from the search
+        self.start = np.inf  # length of the elite when the cycle began
+        self.step, self.length, self.stale = 0, FIRST_CYCLE, 0
+
+    def begin(self, split_weight: bool, warm_start: Schedule | None) -> None:
+        """Take what needs no search.
+
+        Raises:
+            ValueError: the memory cap does not even hold one micro-batch.
+        """
+        problem = self.problem
+        self.offer(serial(problem))
+        if split_weight:
+            self.offer(zb_h1(problem))
+        if self.due.size:
+            self.offer(Schedule(problem, serial(_most_urgent_first(problem)).rows))
+        if warm_start is not None:
+            rows = self.offer(Schedule(problem, warm_start.rows))
+            if rows is not None:
+                self._learn(rows.tasks)
+
+    def offer(self, schedule: Schedule) -> Rows | None:
+        """Take a schedule that exists already, if it is legal; its rows as the search sees them."""
+        try:
+            schedule.validate()
+        except ValueError:
+            return None
+        rows = _rows_with_split(schedule, self.coded)
+        if not self._visit(rows):
+            return None
+        length = makespan(schedule)
+        if length <= self.best * (1 + 1e-12):
+            self.best, self.found = length, schedule
+        return rows
+
+    def round(self) -> None:
+        """Some climbs in the first half of a cycle, some local moves in the second."""
+        if self.step == 0:
+            self._retune()
+            self.start = float(self.elite.length[0])
+        if self.step < self.length // 2:
+            self._climb()
+        else:
+            if self.step == self.length // 2:
+                self.rows.tasks[:] = self._base()
+                self.bench.best[:] = self.rows.tasks
+            self._anneal()
+        self.step += 1
+        if self.step >= self.length:
+            self._next_cycle()
+
+    def _base(self) -> Ints:
+        """Where annealing starts: the elite, or what is known without a search."""
+        return self.elite.tasks if self.elite.length[0] < np.inf else self.best_tasks
+
+    def _climb(self) -> None:
+        before = float(self.elite.length[0])
+        tasks, start = self.elite.tasks.copy(), self.elite.start.copy()
+        count = max(1, CLIMB_TASKS // self.desk.tasks.shape[0])
+        climbs(self.coded, self.ground, self.desk, self.policy, self.elite, count, self.state)
+        if self.elite.length[0] < before and not self._visit(
+            Rows(self.elite.tasks.copy(), self.rows.first)
+        ):  # streams that share a channel may get stuck: back to what is known to run
+            self.elite.length[0] = before
+            self.elite.tasks[:], self.elite.start[:] = tasks, start
+
+    def _anneal(self) -> None:
+        turns = self.length - self.length // 2
+        cooling = (COLD / HOT) ** (1 / turns)
+        hot = self.ground.unit * HOT * cooling ** (self.step - self.length // 2)
+        moves = int(np.clip(MOVE_TASKS // self.rows.tasks.shape[0], 200, 3000))
+        before = float(self.elite.length[0])
+        length = anneal(
+            self.rows,
+            self.coded,
+            self.bench,
+            self.late,
+            self.cap,
+            self.bound,
+            before,
+            hot,
+            hot * cooling,
+            moves,
+            self.state,
+        )
+        if length < before:
+            tasks = self.bench.best.copy()
+            self._visit(Rows(tasks, self.rows.first))
+            self._learn(tasks)
+
+    def _learn(self, tasks: Ints) -> None:
+        """Climbs start from these rows from now on."""
+        rows = Rows(tasks, self.rows.first)
+        settle(rows, self.coded, self.bench)
+        length = measure(rows, self.coded, self.bench, self.late)
+        if length >= 0.0:
+            self.elite.length[0] = length
+            self.elite.start[:] = self.bench.end - self.coded.duration
+            self.elite.tasks[:] = tasks
+
+    def _next_cycle(self) -> None:
+        improved = self.elite.length[0] < self.start
+        self.stale = 0 if improved else self.stale + 1
+        self.step, self.length = 0, min(2 * self.length, LONGEST_CYCLE)
+        if self.stale >= STALE_CYCLES:
+            self.stale = 0
+            self.elite.length[0] = np.inf
+
+    def _retune(self) -> None:
+        """Once something is on time, deadlines count from the best makespan.
+
+        Ahead of a makespan M below the best, a deadline d counts as d - (best - M): what beats the
+        best is on time.
+        """
+        if not self.due.size or self.best == np.inf:
+            return
+        self.late[:] = np.maximum(0.0, self.best - self.deadline)
+        self.ground.forward.task[:, AFTER] = self.late
+        self.ground.backward.task[:, EARLIEST] = self.late
+        if self.elite.length[0] < np.inf:
+            self._learn(self.elite.tasks.copy())
+
+    def _visit(self, rows: Rows) -> bool:
+        """Make `rows` the best if they are; whether they can be executed and fit the cap."""
+        settle(rows, self.coded, self.bench)
+        length = measure(rows, self.coded, self.bench, self.late)
+        if length < 0.0 or not safe(rows, self.coded, self.bench, 1) or not self._fits(rows):
+            return False
+        end = self.bench.end
+        on_time = bool(np.all(end[self.due] <= self.deadline[self.due] * (1 + REL_TOL)))
+        length = float(end[rows.tasks].max(initial=0.0))
+        if self.best == np.inf and not on_time:
+            self.best_tasks[:] = rows.tasks  # a place to start from
+        if on_time and length < self.best:
+            self.best, self.found = length, None
+            self.best_tasks[:] = rows.tasks
+        return True
+
+    def _fits(self, rows: Rows) -> bool:
+        during = self.bench.held + self.coded.claim[rows.tasks]
+        after = during + self.coded.change[rows.tasks]
+        return bool(np.all(during <= self.cap) and np.all(after <= self.cap))
+
+    def answer(self) -> Schedule:
+        """The best schedule, validated."""
+        if self.found is None and self.best < np.inf:
+            rows = Rows(self.best_tasks, self.rows.first)
+            self.found = decode(self.problem, self.coded, rows)
+        if self.found is None:
+            raise ValueError(
+                f"nothing found fits the memory cap {self.problem.memory_cap} and all deadlines; "
+                "raise the cap or a deadline"
+            )
+        self.found.validate()
+        return self.found
+
+
+def _most_urgent_first(problem: Problem) -> Problem:
+    def urgency(pipe: Pipeline) -> float:
+        return np.inf if pipe.deadline is None else pipe.deadline
+
+    return replace(problem, pipelines=tuple(sorted(problem.pipelines, key=urgency)))
+
+
+def _rows_with_split(schedule: Schedule, coded: Coded) -> Rows:
+    """The rows of a schedule; where the search splits, B becomes I followed by W."""
+    base = encode_rows(schedule, coded)
+    first = [0]
+    ids: list[int] = []
+    tasks = iter(base.tasks.tolist())
+    for row in schedule.rows:
+        for task in row:
+            id_ = next(tasks)
+            ids.append(id_)
+            chain = int(coded.chain[id_])
+            if task.op is Op.B and coded.chain_slots[chain] > SLOT_W:
+                ids.append(id_ + int(coded.num_mb[chain]))
+        first.append(len(ids))
+    return Rows(np.asarray(ids, np.int64), np.asarray(first, np.int64))
+
+
+def _ground(problem: Problem, coded: Coded, late: Floats, bound: float) -> Ground:
+    """The flows of the problem, each pipeline's own flow, and scales for random numbers."""
+    alone, depth, pipeline = [], [], []
+    split = bool((coded.chain_slots > SLOT_W).any())
+    for number, pipe in enumerate(problem.pipelines):
+        own = encode(replace(problem, pipelines=(pipe,)), [split])
+        flow = make_flow(problem, own, np.zeros(own.rank.shape[0]), reverse=False)
+        desk = make_desk(own, flow)
+        limits = np.arange(pipe.num_stages, 0, -1)
+        key = own.microbatch + 1e6 * (own.slot == SLOT_F) + 1e7 * (own.slot == SLOT_W)
+        dispatch(flow, desk, Policy(key.astype(np.float64), limits, 0 * limits, 0.0, False, NEVER))
+        alone.append(desk.end - own.duration)
+        depth.append(limits)
+        pipeline.append(np.full(pipe.num_stages, number))
+    real = coded.slot < coded.chain_slots[coded.chain]
+    work = np.bincount(coded.rank, coded.duration * real, coded.num_ranks)
+    return Ground(
+        make_flow(problem, coded, late, reverse=False),
+        make_flow(problem, coded, late, reverse=True),
+        np.concatenate(alone),
+        np.concatenate(pipeline),
+        len(problem.pipelines),
+        np.concatenate(depth),
+        float(coded.duration[real].mean()),
+        float(work.max()),
+        bound * (1 + REL_TOL),
+    )
+
+
+def _deadlines(problem: Problem, coded: Coded) -> Floats:
+    """Latest end of each task [T], infinite where there is no deadline."""
+    stages = [pipe.num_stages for pipe in problem.pipelines]
+    by_pipeline = [np.inf if p.deadline is None else p.deadline for p in problem.pipelines]
+    return np.repeat(np.asarray(by_pipeline, np.float64), stages)[coded.chain]

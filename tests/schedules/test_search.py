@@ -1,0 +1,89 @@
+"""Laws of list scheduling in both directions, and of searches."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhfuse.schedules.checks import completion_times
+from rlhfuse.schedules.compiled import Rows, decode, encode
+from rlhfuse.schedules.dispatch import NEVER, NO_LIMIT, Policy, dispatch, make_desk
+from rlhfuse.schedules.flows import make_flow
+from rlhfuse.schedules.fused import fuse
+from rlhfuse.schedules.ir import REL_TOL, Pipeline, Problem, Schedule
+from rlhfuse.schedules.timing import check_channels, makespan
+from tests.schedules.problems import problems
+
+
+@given(problems(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_list_schedules_with_any_keys_are_legal_in_both_directions(
+    problem: Problem, split: bool, reverse: bool, bold: bool, seed: int
+) -> None:
+    """Nothing gets stuck unless a rank boldly waits or holds several stages of a pipeline."""
+    coded = encode(problem, [split] * len(problem.pipelines))
+    flow = make_flow(problem, coded, np.zeros(coded.rank.shape[0]), reverse=reverse)
+    desk = make_desk(coded, flow)
+    rng = np.random.default_rng(seed)
+    chains = coded.base.shape[0]
+    cap = NEVER if problem.memory_cap is None else problem.memory_cap * (1 + REL_TOL)
+    way = np.repeat(
+        rng.permutation(len(problem.pipelines)), [p.num_stages for p in problem.pipelines]
+    )
+    policy = Policy(
+        rng.uniform(size=coded.rank.shape),
+        np.full(chains, NO_LIMIT),
+        way.astype(np.int64),
+        float(rng.random()),
+        bold,
+        cap,
+    )
+    length = dispatch(flow, desk, policy)
+    folded = any(p.interleaved for p in problem.pipelines)
+    if length == np.inf:
+        assert bold or folded
+        return
+    schedule = decode(problem, coded, Rows(desk.tasks.copy(), desk.row_first))
+    schedule.validate()
+    if not folded:
+        check_channels(schedule)
+    ends = completion_times(schedule)
+    assert max(ends.values()) <= length * (1 + 1e-9) + 1e-9
+    if not reverse and not bold:
+        assert max(ends.values()) == pytest.approx(length)
+
+
+def _pair(microbatches: int = 8) -> Problem:
+    actor = Pipeline.make("actor", range(4), microbatches, 1, 2, weight=1)
+    critic = Pipeline.make("critic", range(4)[::-1], microbatches, 0.7, 1.5, weight=0.7)
+    return Problem(4, (actor, critic), memory_cap=6.0)
+
+
+def test_several_workers_are_deterministic_and_no_worse_than_the_first() -> None:
+    one = fuse(_pair(), iterations=6, seed=1)
+    two = fuse(_pair(), iterations=6, seed=1, workers=2)
+    assert fuse(_pair(), iterations=6, seed=1, workers=2).rows == two.rows
+    assert makespan(two) <= makespan(one)
+    with pytest.raises(ValueError, match="workers is 0"):
+        fuse(_pair(), iterations=1, workers=0)
+
+
+def test_a_warm_start_is_never_lost() -> None:
+    good = fuse(_pair(), iterations=40, seed=2)
+    again = fuse(_pair(), iterations=0, warm_start=good)
+    assert makespan(again) <= makespan(good)
+
+
+def test_more_rounds_are_never_worse() -> None:
+    lengths = [makespan(fuse(_pair(12), iterations=n, seed=5)) for n in (0, 1, 4, 16, 64)]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_an_interrupt_returns_the_best_so_far() -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    found = fuse(_pair(12), iterations=1000, on_progress=stop)
+    assert isinstance(found, Schedule)
+    found.validate()
+    check_channels(found)
