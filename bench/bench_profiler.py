@@ -1,6 +1,6 @@
 """The profiler, measured: a real run against theory, known causes found again, HTA, size, overhead.
 
-    python -m bench.bench_profiler truth|primus|large|label
+    python -m bench.bench_profiler truth|primus|large|label|fused
     python -m bench.bench_profiler hta --python OTHER_VENV/bin/python
 
 `hta` compares with HolisticTraceAnalysis, installed in an environment of its own.
@@ -20,13 +20,19 @@ import torch
 
 from bench.profiler_truth import FORWARD_S, disturbed, make
 from bench.record import Row, print_table, spread, write_result
+from rlhfuse.config_file import load
 from rlhfuse.profiler.causes import Cause
 from rlhfuse.profiler.clocks import align
 from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.profiler.record import record
+from rlhfuse.profiler.stages import EARLY, MOVED
+from rlhfuse.profiler.summary import ProfileSummary
 from rlhfuse.profiler.trace import Loaded, Trace
+from rlhfuse.resolve import resolve
+from rlhfuse.session import open_session
 from rlhfuse.timeline import Timeline
+from rlhfuse.trainer import Fusions, Trainer
 
 DATA = Path(__file__).parents[1] / "tests/profiler/data"
 
@@ -67,10 +73,7 @@ def truth() -> list[Row]:
                 rng = random.Random(1000 * ranks + 10 * replicas + seed)
                 real = make(ranks, replicas, 4 * ranks, rng)
                 shown, clocks = disturbed(real, rng)
-                loaded = Loaded(shown)
-                _, summary = explain(
-                    Trace("made", (), lambda step, x=loaded: x), None, critic_scale=None
-                )
+                _, summary = explain(_made(Loaded(shown)), None, critic_scale=None)
                 clock_errors.append(_clock_error(shown, clocks))
                 for row in summary.per_rank:
                     expected = real.causes[f"rank{row.rank}"]
@@ -88,6 +91,10 @@ def truth() -> list[Row]:
                 }
             )
     return rows
+
+
+def _made(loaded: Loaded) -> Trace:
+    return Trace("made", (), lambda step: loaded)
 
 
 def _clock_error(shown: Timeline, clocks: dict[str, tuple[float, float]]) -> float:
@@ -248,9 +255,45 @@ def label(labels: int) -> list[Row]:
     return rows
 
 
+def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
+    """The fused step predicted from a serial one, beside the fused step that was then measured."""
+    rows: list[Row] = []
+    with open_session(resolve(load(config_file)), resume=False) as session:
+        start = Trainer(session).save()
+        for _ in range(repeats):
+            found: list[ProfileSummary] = []
+            for on in (False, True):
+                session.load(start)
+                trainer = Trainer(session, Fusions(inter_stage=on, intra_stage=on))
+                trainer.sync_weights()
+                # The first steps teach the cost model; the last one is measured.
+                last = [trainer.step() for _ in range(steps)][-1]
+                trace = open_trace([session.folder.timeline(last.step)])
+                found.append(explain(trace, trace.steps[-1])[1])
+            rows.append(_predicted(*found))
+    return rows
+
+
+def _predicted(serial: ProfileSummary, measured: ProfileSummary) -> Row:
+    saved = {what.name: serial.wall_s - what.makespan_s for what in serial.what_if}
+    training = next(s for name, s in saved.items() if name.startswith("both models fused"))
+    early, moved = saved.get(EARLY, 0.0), saved.get(MOVED, 0.0)
+    middle = serial.wall_s - training - (early + moved) / 2
+    return {
+        "serial_s": serial.wall_s,
+        "predicted_s": middle,
+        "predicted_least_s": serial.wall_s - training - max(early, moved),
+        "predicted_most_s": serial.wall_s - training - min(early, moved),
+        "fused_s": measured.wall_s,
+        "predicted_over_fused": middle / measured.wall_s,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["truth", "primus", "large", "hta", "label"])
+    parser.add_argument("what", choices=["truth", "primus", "large", "hta", "label", "fused"])
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--steps", type=int, default=2, help="up to the one that is measured")
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--python", default=sys.executable, help="of an environment with HTA")
     parser.add_argument("--repeats", type=int, default=3)
@@ -265,8 +308,10 @@ def main() -> None:
             rows = large(arguments.megabytes)
         case "hta":
             rows = hta(arguments.python, arguments.repeats)
-        case _:
+        case "label":
             rows = label(2000)
+        case _:
+            rows = fused(arguments.config, arguments.steps, arguments.repeats)
     print_table(rows)
     print(write_result(f"profiler_{arguments.what}", rows))
 

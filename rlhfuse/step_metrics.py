@@ -38,7 +38,7 @@ def step_metrics(
 
     With fusion, stages overlap: ``timing_s/gen`` is until the last response was there,
     ``timing_s/score`` is what scoring added after that; ``bubble/*`` are exclusive device-seconds
-    that add up.
+    that add up to the step's time on all devices.
     """
     tokens = sum(len(r.prompt) + len(r.response_ids) for r in rollout.records)
     step_s = times.end_s - times.start_s
@@ -60,7 +60,10 @@ def step_metrics(
     }
     metrics.update(length_metrics(config, rollout.records))
     metrics.update(score_metrics(rollout.records))
-    metrics.update(attribute(timeline).metrics())
+    # All devices, from the step's start to its end: what nobody recorded is the controller's.
+    lanes = [f"rank{rank}" for rank in range(config.placement.num_devices)]
+    window = (times.start_s, times.end_s)
+    metrics.update(attribute(timeline, lanes=lanes, window=window).metrics())
     metrics["perf/task_s"] = sum(
         span.duration_s for span in timeline.spans if span.kind in (Kind.F, Kind.B, Kind.I, Kind.W)
     )

@@ -1,6 +1,7 @@
 """Clock alignment: known skews are recovered, and timelines without any stay untouched."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from rlhfuse.profiler.clocks import align
 from rlhfuse.schedules.ir import Pipeline, Problem
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.schedules.timing import simulate
-from rlhfuse.timeline import Timeline
+from rlhfuse.timeline import ArgValue, Kind, Span, Timeline
 
 
 def _truth(ranks: int, mbs: int, latency: float) -> Timeline:
@@ -46,3 +47,39 @@ def test_one_clock_stays_untouched() -> None:
     assert found.timeline.timeline() == truth
     assert found.offsets_s == {}
     assert found.notes == ()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_jitter_drift_and_late_hosts_are_seen_through(replicas: int) -> None:
+    """Two replicas exchange no messages: their collectives put them on one clock."""
+    rng = random.Random(5)
+    spans: list[Span] = []
+    for replica in range(replicas):
+        pipe = Pipeline.make(f"m{replica}", [0, 1, 2, 3], 12, 0.010, 0.020)
+        weights = [rng.uniform(0.9, 1.1) for _ in range(12)]
+        pipe = replace(pipe, microbatch_weights=tuple(weights))
+        made = simulate(one_f_one_b(Problem(4, (pipe,), link_latency=5e-4)))
+        for span in made.spans:
+            lane = f"rank{4 * replica + int(span.lane[4:])}"
+            spans.append(Span(lane, span.start_s, span.end_s, span.kind, span.name))
+    end = max(span.end_s for span in spans)
+    if replicas > 1:
+        for rank in range(8):
+            args: dict[str, ArgValue] = {"what": "dp_sync", "collective": f"stage {rank % 4}"}
+            spans.append(Span(f"rank{rank}", end, end + 0.01, Kind.TRANSFER, "sum", args))
+    clocks = {
+        f"rank{r}": (rng.uniform(-0.2, 0.2), rng.uniform(-2e-5, 2e-5)) for r in range(4 * replicas)
+    }
+    shown = []
+    for span in spans:
+        offset, rate = clocks[span.lane]
+        a, b = (t + offset + rate * t for t in (span.start_s, span.end_s))
+        shown.append(Span(span.lane, a, b, span.kind, span.name, span.args))
+    found = align(Timeline(tuple(shown)))
+    first = found.timeline.begin_s
+    for span, moved in zip(spans, found.timeline.source, strict=True):
+        assert moved.start_s - first == pytest.approx(span.start_s, abs=1e-4)  # 1 % of a task
+    before, after = attribute(Timeline(tuple(spans))), attribute(found.timeline)
+    for mine, theirs in zip(before.lanes, after.lanes, strict=True):
+        for cause, seconds in mine.causes.items():
+            assert abs(theirs.causes.get(cause, 0.0) - seconds) < 0.02 * before.wall_s
