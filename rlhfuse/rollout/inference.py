@@ -63,7 +63,8 @@ class Inference:
         if role == TRAIN:
             self._train(worker, out)
         else:
-            ids = self.board.take(role, self._call_tokens(role))
+            slowness = max(1.0, self.fleet.workers[worker].slowness)
+            ids = self.board.take(role, self._call_tokens(role) / slowness)
             self._give(worker, role, ids, out)
 
     def _call_tokens(self, role: str) -> float:

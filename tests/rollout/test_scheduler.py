@@ -3,6 +3,7 @@ sample ends scored once by every role, or dropped for a reason."""
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -15,16 +16,22 @@ from rlhfuse.rollout.scheduler import RolloutScheduler
 from rlhfuse.sample import Sample, SampleState
 
 ROLES = ("actor", "critic", "reference", "reward")
+COST = CostModel.default()
+COST = replace(COST, score_token_s={**COST.score_token_s, "train": 4e-4})
+DONE = (SampleState.SCORED, SampleState.DROPPED)
 
 
 class _World:
     """Workers that do what they are told, one thing at a time, in any order that chance picks;
     it refuses commands that real workers could not obey."""
 
-    def __init__(self, seed: int, policy: Policy, instances: int, num_samples: int) -> None:
+    def __init__(
+        self, seed: int, policy: Policy, instances: int, num_samples: int, train: bool = False
+    ) -> None:
         self.random = random.Random(seed)
+        cost = replace(COST, swap_s=0.01 * (seed % 3))
         self.scheduler = RolloutScheduler(
-            instances, ROLES, CostModel.default(), policy, function_reward=seed % 2 == 0
+            instances, ROLES, cost, policy, function_reward=seed % 2 == 0, train_groups=train
         )
         self.policy = policy
         self.now_s = 0.0
@@ -38,6 +45,9 @@ class _World:
         )
         self.running: list[dict[int, int]] = [{} for _ in range(instances)]
         self.alive = [True] * instances
+        self.can_score = [True] * instances
+        self.trained: Counter[int] = Counter()
+        self.released: dict[int, tuple[int, ...]] = {}
         self.known: dict[int, int] = dict.fromkeys(lengths, 0)
         self.leaving: list[tuple[int, int, int]] = []  # source, sample, destination
         self.calls: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(instances)]
@@ -70,6 +80,7 @@ class _World:
                     self.leaving.append((command.source, s, command.destination))
             case ev.Score():
                 assert self.alive[command.worker]
+                assert self.can_score[command.worker]
                 for s in command.sample_ids:
                     assert self.samples[s].state is SampleState.FINISHED
                     assert (command.role, s) not in self.held, "scored twice"
@@ -78,8 +89,25 @@ class _World:
                     assert not self.running[command.worker]
                     self.early += 1
                 self.calls[command.worker].append((command.role, command.sample_ids))
+            case _:
+                self.obey_late(command)
+
+    def obey_late(self, command: ev.Command) -> None:
+        match command:
             case ev.Reward():
                 self.rewards.extend(command.sample_ids)
+            case ev.Release():
+                self.released[command.group] = command.sample_ids
+                mine = [s for s in self.samples if s.group == command.group]
+                assert all(s.state in DONE for s in mine)
+                scored = {s.id for s in mine if s.state is SampleState.SCORED}
+                assert set(command.sample_ids) == scored
+            case ev.Train():
+                assert self.can_score[command.worker]
+                assert not self.running[command.worker]
+                assert all(self.samples[s].state is SampleState.SCORED for s in command.sample_ids)
+                assert not any(s in self.trained for s in command.sample_ids), "trained twice"
+                self.calls[command.worker].append(("train", command.sample_ids))
 
     def step(self) -> None:
         """One thing happens somewhere."""
@@ -128,6 +156,10 @@ class _World:
         worker = self.random.randrange(len(self.calls))
         if self.calls[worker]:
             role, ids = self.calls[worker].pop(0)
+            if role == "train":
+                self.trained.update(ids)
+                self.tell(ev.Trained(self.now_s, worker, ids))
+                return
             for s in ids:
                 self.held[role, s] = worker
             self.tell(ev.Scored(self.now_s, worker, role, ids))
@@ -135,7 +167,10 @@ class _World:
     def reward(self) -> None:
         if self.rewards:
             s = self.rewards.pop(self.random.randrange(len(self.rewards)))
-            if self.random.random() < 0.05:
+            chance = self.random.random()
+            if chance < 0.2:
+                self.tell(ev.RewardTimedOut(self.now_s, s))
+            elif chance < 0.25:
                 self.tell(ev.Dropped(self.now_s, s, "its reward timed out"))
             else:
                 self.tell(ev.Rewarded(self.now_s, s))
@@ -150,9 +185,15 @@ class _World:
         self.held = {pair: w for pair, w in self.held.items() if w != instance}
         self.tell(ev.InstanceLost(self.now_s, instance))
 
+    def lose_scorer(self, worker: int) -> None:
+        self.can_score[worker] = False
+        self.calls[worker].clear()
+        self.held = {pair: w for pair, w in self.held.items() if w != worker}
+        self.tell(ev.ScorerLost(self.now_s, worker))
+
     def revive(self, instance: int) -> None:
-        if not self.alive[instance]:
-            self.alive[instance] = True
+        if not self.alive[instance] or not self.can_score[instance]:
+            self.alive[instance] = self.can_score[instance] = True
             self.tell(ev.InstanceReady(self.now_s, instance))
 
 
@@ -165,44 +206,63 @@ POLICIES = st.builds(
     cache_tokens=st.sampled_from([0, 400]),
     margin=st.just(0.0),
     hysteresis_s=st.just(0.0),
-    paper_threshold=st.sampled_from([0.2, 0.6]),
+    paper_threshold=st.sampled_from([0.0, 0.2, 0.6]),
     score_token_budget=st.sampled_from([40, 4000]),
     block=st.sampled_from([1, 2]),
     sleep_when_free=st.booleans(),
+    shared_prefix=st.booleans(),
+    release_groups=st.booleans(),
+    reward_tries=st.sampled_from([1, 3]),
 )
 
 
-@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(POLICIES, st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 30), st.booleans())
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    POLICIES,
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.booleans(),
+    st.booleans(),
+)
 def test_any_order_of_events(
-    policy: Policy, seed: int, instances: int, num_samples: int, faults: bool
+    policy: Policy, seed: int, instances: int, num_samples: int, faults: bool, train: bool
 ) -> None:
+    """Whatever happens, the books agree after every event, every sample ends scored once by every
+    role (and trained once, where groups are) or dropped for a reason."""
     instances *= policy.block
-    world = _World(seed, policy, instances, num_samples)
+    world = _World(seed, policy, instances, num_samples, train)
     world.tell(ev.Started(0.0, world.samples))
     for turn in range(20_000):
         if world.scheduler.done:
             break
         if faults and turn < 3000 and turn % 37 == 5:
             world.lose(world.random.randrange(instances))
+        if faults and turn < 3000 and turn % 41 == 9:
+            world.lose_scorer(world.random.randrange(instances))
         if turn % 53 == 7 or turn > 5000:
             for i in range(instances):
                 world.revive(i)
         world.step()
     assert world.scheduler.done, world.scheduler.waiting_for()
     kept = [s for s in world.samples if s.state is not SampleState.DROPPED]
-    if len(kept) == num_samples and all(world.alive):
+    quiet = all(world.alive) and all(world.can_score) and not train  # no call is moot
+    if quiet and len(kept) == num_samples:
         assert world.scheduler.waiting_for() == "nothing"
     assert all(s.state is SampleState.SCORED for s in kept)
-    assert all((role, s.id) in world.held for s in kept for role in ROLES)
+    assert all((role, s.id) in world.held or s.id in world.trained for s in kept for role in ROLES)
     assert all(s.drop_reason for s in world.samples if s.state is SampleState.DROPPED)
+    if train:
+        assert world.trained == Counter(s.id for s in kept)
+    if train or policy.release_groups:
+        assert {s for ids in world.released.values() for s in ids} >= {s.id for s in kept}
 
 
-def _run(migration: Migration, inter_stage: InterStage = InterStage.ON) -> _World:
+def _run(migration: Migration, inter_stage: InterStage = InterStage.ON, *, seed: int = 3) -> _World:
     policy = Policy(
         inter_stage=inter_stage, migration=migration, max_response_tokens=60, hysteresis_s=0.0
     )
-    world = _World(3, policy, 4, 40)
+    world = _World(seed, policy, 4, 40)
     world.tell(ev.Started(0.0, world.samples))
     while not world.scheduler.done:
         world.step()
@@ -212,6 +272,16 @@ def _run(migration: Migration, inter_stage: InterStage = InterStage.ON) -> _Worl
 def test_off_overlaps_nothing_and_on_does() -> None:
     assert _run(Migration.OFF, InterStage.OFF).early == 0
     assert _run(Migration.OFF).early > 0
+
+
+def test_moving_changes_no_sample() -> None:
+    """The same samples, with the same lengths, scored by the same roles, with moves and without."""
+    ends = []
+    for migration in (Migration.AUTO, Migration.PAPER, Migration.OFF):
+        world = _run(migration)
+        lengths = {s.id: s.response_tokens for s in world.samples}
+        ends.append((lengths, set(world.held), {s.state for s in world.samples}))
+    assert ends[0] == ends[1] == ends[2]
 
 
 def test_reports_of_the_past_change_nothing() -> None:

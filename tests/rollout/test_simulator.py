@@ -1,14 +1,17 @@
 """Laws of the simulator and of what the scheduler gains in it."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout.bounds import lower_bound_s
 from rlhfuse.rollout.clairvoyant import clairvoyant
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
-from rlhfuse.rollout.simulator import Stats, simulate
+from rlhfuse.rollout.simulator import simulate
+from rlhfuse.rollout.world import Loss, Stats
 from rlhfuse.timeline import Kind
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -97,3 +100,97 @@ def test_wrong_expectations_cost_little(factor: float) -> None:
 def test_deterministic() -> None:
     first = _stats(5, InterStage.ON, Migration.AUTO)
     assert first == _stats(5, InterStage.ON, Migration.AUTO)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_beats_the_bound(seed: int) -> None:
+    policy = Policy(max_response_tokens=384, max_running=32)
+    lengths, prompts = _lengths(seed, 64), [16] * 64
+    cost = replace(COST, decode_context_s=2e-6, swap_s=0.05)
+    bound = lower_bound_s(cost, policy, lengths, prompts, 4, ROLES)
+    best = clairvoyant(cost, policy, lengths, prompts, 4, ROLES, moments=5, second=False)
+    assert bound <= best.end_s
+
+
+def test_the_bound_is_met_where_there_is_nothing_to_decide() -> None:
+    """One sample alone on one instance; and full batches of equal samples."""
+    policy = Policy(max_running=4)
+    cost = replace(COST, prefill_call_s=0.0)
+    bound = lower_bound_s(cost, policy, [50], [10], 1, ("actor",))
+    assert simulate(cost, policy, [50], [10], 1, ("actor",))[1].end_s == pytest.approx(bound)
+    bound = lower_bound_s(cost, policy, [50] * 8, [10] * 8, 2, ())
+    assert simulate(cost, policy, [50] * 8, [10] * 8, 2, ())[1].end_s == pytest.approx(bound)
+
+
+TRAINED = replace(COST, score_token_s={**COST.score_token_s, "train": 4e-4})
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_groups_are_trained_once_and_early_training_pays(block: int) -> None:
+    lengths, prompts = _lengths(6, 96), [16] * 96
+    groups = [i // 4 for i in range(96)]
+    ends = {}
+    for inter_stage in (InterStage.OFF, InterStage.ON):
+        policy = Policy(
+            inter_stage=inter_stage, max_response_tokens=384, max_running=64, block=block
+        )
+        timeline, stats = simulate(
+            TRAINED, policy, lengths, prompts, 4, ("actor",), groups=groups, train=True,
+            reward_s=0.01, history=_lengths(7, 256),
+        )  # fmt: skip
+        spans = [s for s in timeline.spans if s.kind is Kind.F]
+        assert sum(s.args["tokens"] for s in spans) == block * (sum(lengths) + sum(prompts))  # type: ignore[misc]
+        ends[inter_stage] = stats.end_s
+    assert ends[InterStage.ON] < ends[InterStage.OFF]
+
+
+def test_lost_instances_lose_no_sample() -> None:
+    policy = Policy(max_response_tokens=384, max_running=64)
+    losses = [Loss(0.2, 1, 0.5), Loss(0.6, 0, 0.9), Loss(1.0, 3, 9.0)]
+    lengths, prompts = _lengths(8, 64), [16] * 64
+    _, stats = simulate(COST, policy, lengths, prompts, 4, ROLES, losses=losses)
+    _, whole = simulate(COST, policy, lengths, prompts, 4, ROLES)
+    assert stats.end_s > whole.end_s  # and it ended: all are scored
+
+
+def test_models_are_not_swapped_back_and_forth() -> None:
+    """Each worker loads few models: far fewer loads than calls."""
+    cost = replace(COST, swap_s=0.05)
+    policy = Policy(max_response_tokens=384, max_running=64, score_token_budget=512)
+    timeline, _ = simulate(cost, policy, _lengths(9, 128), [16] * 128, 4, ROLES)
+    loads, calls = 0, 0
+    for lane in timeline.lanes:
+        roles = [s.name for s in timeline.of_lane(lane) if s.kind is Kind.SCORE]
+        calls += len(roles)
+        loads += sum(a != b for a, b in pairwise(["", *roles]))
+    assert calls > 40
+    assert loads <= 12
+
+
+def test_siblings_share_their_prompt_where_engines_do() -> None:
+    lengths, prompts, groups = _lengths(10, 64), [400] * 64, [i // 8 for i in range(64)]
+    prefilled = []
+    for shared in (True, False):
+        policy = Policy(
+            migration=Migration.OFF, max_response_tokens=384, max_running=64, shared_prefix=shared
+        )
+        timeline, _ = simulate(COST, policy, lengths, prompts, 2, ROLES, groups=groups)
+        spans = [s for s in timeline.spans if s.kind is Kind.PREFILL]
+        prefilled.append(sum(s.args["tokens"] for s in spans))  # type: ignore[misc]
+    assert prefilled == [8 * 400, 64 * 400]
+
+
+def test_a_straggler_is_noticed_and_emptied() -> None:
+    """One worker is three times slower: its samples move away, unlike without moves."""
+    policy = Policy(max_response_tokens=384, max_running=64)
+    still = replace(policy, migration=Migration.OFF)
+    for seed in range(3):
+        lengths, prompts, history = _lengths(11 + seed, 64), [16] * 64, _lengths(30 + seed, 256)
+        ours, never = (
+            simulate(
+                COST, asked, lengths, prompts, 4, ("reward",), history=history,
+                slowdown=(3.0, 1.0, 1.0, 1.0),
+            )[1].end_s
+            for asked in (policy, still)
+        )  # fmt: skip
+        assert ours < 0.8 * never
