@@ -28,6 +28,7 @@ class CpuForCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.Float", "torch.cuda.Float")
         if str(kwargs.get("device", "")).startswith("cuda"):
