@@ -20,6 +20,7 @@ from rlhfuse.profiler.table import KIND_CODE, UNKNOWN, SpanTable
 from rlhfuse.timeline import Kind
 
 _WAIT = KIND_CODE[Kind.WAIT]
+_LONGEST_S = 1e13
 # Causes that a wait inside a training round may name; else the round knows better.
 _NAMED_IN_ROUNDS = np.array(
     [CODE[c] for c in (Cause.STRAGGLER, Cause.UPSTREAM, Cause.DOWNSTREAM)], dtype=np.int8
@@ -36,7 +37,14 @@ class Grid:
 
     @staticmethod
     def of(start_s: float, end_s: float, num_lanes: int) -> "Grid":
+        """The window's grid.
+
+        Raises:
+            ValueError: its times are infinite, or beyond any clock.
+        """
         length = end_s - start_s
+        if not abs(start_s) + abs(end_s) < _LONGEST_S:
+            raise ValueError(f"spans from {start_s:g} to {end_s:g} s: no clock shows such times")
         if not length > 0:
             return Grid(start_s, 0.0, 1.0)
         exponent = math.frexp(length)[1] + max(8, num_lanes.bit_length())
@@ -136,8 +144,8 @@ def _outside(lane: str, middles: Floats, known: Ints, context: Context, grid: Gr
             context.rewarding.covers(times),
             context.syncing.covers(times),
             context.saving.covers(times),
-            context.staging.covers(times),
             (times >= first_s) & (times < last_s),
+            context.staging.covers(times),
         ],
         [
             known,
@@ -146,8 +154,8 @@ def _outside(lane: str, middles: Floats, known: Ints, context: Context, grid: Gr
             CODE[Cause.REWARD_WAIT],
             CODE[Cause.WEIGHT_SYNC],
             CODE[Cause.CHECKPOINT_WAIT],
-            CODE[Cause.STAGE_WAIT],
             CODE[Cause.HOST_GAP],
+            CODE[Cause.STAGE_WAIT],
         ],
         CODE[Cause.CONTROLLER],
     )

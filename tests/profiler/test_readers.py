@@ -212,3 +212,26 @@ def test_damaged_files_end_in_a_clear_line(tmp_path: Path, data: st.DataObject) 
     except ValueError as error:
         told = str(error)
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("number", ["1e300", "-1e300", "1e999", "NaN", "-0.0", "1e18"])
+@pytest.mark.parametrize("where", ["chrome", "primus", "kineto"])
+def test_impossible_times_end_in_a_clear_line(tmp_path: Path, number: str, where: str) -> None:
+    text = {
+        "chrome": '{"traceEvents": [{"ph": "X", "name": "f", "pid": 1, "ts": T, "dur": 5}, '
+        '{"ph": "X", "name": "f", "pid": 1, "ts": 1, "dur": T}]}',
+        "primus": '{"1": {"total": 1, "fwd_start": [0], "fwd_end": [1], '
+        '"bwd_start": [1], "bwd_end": [T]}}',
+        "kineto": json.dumps(_kineto(0, [_kernel("k", 1, 2), _kernel("k", 4711, 2)])).replace(
+            "4711", "T"
+        ),
+    }[where]
+    (tmp_path / "rank0.json").write_text(text.replace("T", number))
+    told = ""
+    try:
+        trace = open_trace([tmp_path])
+        _, summary = explain(trace, trace.pick(None), critic_scale=None)
+        assert 0 <= summary.wall_s < 1e13
+    except ValueError as error:
+        told = str(error)
+    assert "\n" not in told

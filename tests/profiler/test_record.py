@@ -51,6 +51,9 @@ def test_pytorchs_own_trace_carries_the_labels(tmp_path: Path) -> None:
     profiler.export_chrome_trace(str(tmp_path / "kineto.json"))
     names = [e["name"] for e in json.loads((tmp_path / "kineto.json").read_text())["traceEvents"]]
     assert "actor:3B7" in names
+    # Without a GPU in it, the trace's labels are the work.
+    _, summary = explain(open_trace([tmp_path / "kineto.json"]), None, critic_scale=None)
+    assert summary.causes["backward"] == pytest.approx(summary.wall_s)
 
 
 def test_a_label_costs_microseconds(tmp_path: Path) -> None:
