@@ -125,6 +125,7 @@ class RolloutLoop:
                 prompt_tokens=len(record.prompt),
                 seed=record.seed,
                 policy_version=policy_version,
+                source=record.row.data_source,
             )
             for record in records
         )

@@ -131,8 +131,8 @@ def state_of(
     distinct, group = np.unique(tail.groups, return_inverse=True)
     known = tail.group_tokens
     return State(
-        remaining=remaining,
-        order=np.argsort(remaining, axis=1),
+        remaining=np.ascontiguousarray(remaining),  # one layout, or the forecast compiles again
+        order=np.argsort(np.ascontiguousarray(remaining), axis=1),
         context=context,
         home=tail.home,
         busy_s=tail.busy_s,
@@ -146,7 +146,7 @@ def state_of(
         stall_call_s=cost.migrate_call_s + (0.0 if cached.all() else cost.prefill_call_s),
         score_token_s=float(sum(rates)),
         last_token_s=float(max(rates)),
-        backlog_s=tail.backlog_s,
+        backlog_s=float(tail.backlog_s),
         group=group.astype(np.int64),
         group_tokens=np.array([float(known.get(g, 0)) for g in distinct.tolist()]),
         train_token_s=cost.score_token_s[TRAIN] if train else 0.0,

@@ -9,6 +9,7 @@ import pytest
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout.bounds import lower_bound_s
 from rlhfuse.rollout.clairvoyant import clairvoyant
+from rlhfuse.rollout.forecast import end_s, warm_up
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
 from rlhfuse.rollout.simulator import simulate
 from rlhfuse.rollout.world import Loss, Stats
@@ -194,3 +195,15 @@ def test_a_straggler_is_noticed_and_emptied() -> None:
             for asked in (policy, still)
         )  # fmt: skip
         assert ours < 0.8 * never
+
+
+def test_forecasts_are_compiled_once() -> None:
+    """What the warm-up compiled is what decisions call: no second compilation in the live loop."""
+    warm_up()
+    for migration in (Migration.AUTO, Migration.PAPER):
+        _stats(0, InterStage.ON, migration)
+    simulate(
+        TRAINED, Policy(block=2), _lengths(0, 64), [16] * 64, 4, ("actor",), train=True,
+        history=_lengths(1, 64),
+    )  # fmt: skip
+    assert len(end_s.signatures) == 1
