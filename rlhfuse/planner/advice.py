@@ -1,6 +1,6 @@
 """What a plan means, in words: does fusion pay, what limits the step, what was assumed."""
 
-from rlhfuse.planner.evaluate import Evaluated
+from rlhfuse.planner.evaluate import MOST_SAMPLES, Evaluated, sliced
 from rlhfuse.planner.rollout import LEAST_GAIN
 from rlhfuse.planner.summary import Worth, Worthwhile
 from rlhfuse.schedules.timing import makespan
@@ -134,6 +134,17 @@ def assumptions(found: Evaluated) -> list[str]:
         found.workload.described,
         f"prompts of {found.workload.prompts[0]} tokens",
         "the scheduler has seen lengths of this distribution before, and its costs are right",
+        *_slice(found),
+    ]
+
+
+def _slice(found: Evaluated) -> list[str]:
+    some, small = sliced(found.workload, found.rollout.layout, MOST_SAMPLES)
+    if some is found.workload:
+        return []
+    return [
+        f"generation and inference are simulated on a slice of the cluster: {small.instances} of "
+        f"{found.rollout.layout.instances} instances with {some.num_samples} samples"
     ]
 
 

@@ -17,7 +17,7 @@ from rlhfuse.planner.workload import Workload
 from rlhfuse.schedules.checks import peak_memory
 
 LEAST = 0.005  # of a stage: a smaller gain is none
-MOST_SAMPLES = 4096  # of a slice of the cluster that layouts are compared on
+MOST_SAMPLES = 4096  # more are simulated on a slice of the cluster
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,9 @@ def evaluate(
             f"sample of rollout.response_length {workload.limit}"
         )
     layout, cost = _choose(config, workload, found)
-    workload_here, layout_here = (
-        sliced(workload, layout, MOST_SAMPLES // 4) if quick else (workload, layout)
-    )
+    some, small = sliced(workload, layout, MOST_SAMPLES // 4 if quick else MOST_SAMPLES)
     policy = ro.policy_of(config, layout)
-    rollout = replace(ro.predict_rollout(workload_here, layout_here, cost, policy), layout=layout)
+    rollout = replace(ro.predict_rollout(some, small, cost, policy), layout=layout)
     return Evaluated(config, workload, cluster, training, rollout, offload_s)
 
 
@@ -110,7 +108,7 @@ def _choose(
         return found[0]
     rated = []
     for number, (layout, cost) in enumerate(found):
-        some, small = sliced(workload, layout, MOST_SAMPLES // 4)
+        some, small = sliced(workload, layout, MOST_SAMPLES // 8)
         policy = ro.policy_named(ro.policy_of(config, layout), "off")
         rated.append((ro.run(some, small, cost, policy)[1].end_s, number))
     return found[min(rated)[1]]

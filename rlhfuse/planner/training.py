@@ -19,6 +19,7 @@ from rlhfuse.schedules.timing import makespan
 ITERATIONS = 60  # rounds of the search for the schedule that is kept
 FEW_ITERATIONS = 4  # to compare candidates
 SHORT_LIST = 4
+MOST_PACKED = 1 << 15  # samples times replicas that are packed to find the heaviest replica
 PER_SIZE = 4  # layouts considered per tensor-parallel size
 
 
@@ -88,8 +89,9 @@ class TrainingPlanner:
             )
         fused, schedule = self._fuse_best(found, best)
         fused_s = makespan(schedule) + sum(t.exchange_s for t in fused)
-        rounds = FEW_ITERATIONS if self._quick else ITERATIONS // 2
-        split = makespan(_fuse(schedule.problem, rounds, True))
+        split = makespan(schedule)
+        if not self._quick:
+            split = makespan(_fuse(schedule.problem, ITERATIONS // 2, True))
         ranks = schedule.problem.num_ranks
         return TrainingPlan(best, serial_s, fused, fused_s, schedule, separate, split, ranks)
 
@@ -175,12 +177,19 @@ class TrainingPlanner:
         the most to do: all others wait for it."""
         if dp not in self._replicas:
             size = self._workload.samples_per_minibatch
-            lengths = [self._workload.lengths[i] + self._workload.prompts[i] for i in range(size)]
-            mine = packing.balanced(list(enumerate(lengths)), dp)[0]
-            scale = self._total / sum(lengths)
+            lengths = sorted(
+                self._workload.lengths[i] + self._workload.prompts[i] for i in range(size)
+            )
+            # Of very many replicas an even part: what is typical of all is typical of it.
+            part = 1
+            while size * dp > MOST_PACKED * part**2 and dp % (2 * part) == size % (2 * part) == 0:
+                part *= 2
+            some = lengths[::part]
+            mine = packing.balanced(list(enumerate(some)), dp // part)[0]
+            scale = self._total / part / sum(some)
             self._replicas[dp] = (
-                tuple(lengths[i] for i in mine),
-                scale * sum(lengths[i] for i in mine),
+                tuple(some[i] for i in mine),
+                scale * sum(some[i] for i in mine),
             )
         return self._replicas[dp]
 
