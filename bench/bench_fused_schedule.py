@@ -1,181 +1,301 @@
 """Fused schedules against lower bounds, FlexFusion's published results and serial baselines.
 
-    python bench/bench_fused_schedule.py flexfusion REFERENCE.json --budget-s 30 -o OUT.json
-    python bench/bench_fused_schedule.py random --budget-s 1 --count 20 -o OUT.json
-    python bench/bench_fused_schedule.py speed -o OUT.json
+    python -m bench.bench_fused_schedule flexfusion REFERENCE.json --budget-s 30
+    python -m bench.bench_fused_schedule memory REFERENCE.json --budget-s 30
+    python -m bench.bench_fused_schedule headline --budget-s 2
+    python -m bench.bench_fused_schedule random --count 200
+    python -m bench.bench_fused_schedule online --count 20
+    python -m bench.bench_fused_schedule scaling
+    python -m bench.bench_fused_schedule speed
 
-`flexfusion` needs the reference file with the 12 published problems. One core; searches run one
-after the other, after one run that loads the compiled code.
+The first two need the reference file with the 12 published problems. One core; budgets count
+processor seconds, so that other work on the machine does not matter. `--save` writes the result.
 """
 
 import json
-import platform
-import subprocess
-import sys
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
+import msgspec
 import numpy as np
 
+from bench.record import print_table, write_result
+from bench.schedule_problems import (
+    PublishedPipeline,
+    Row,
+    flexfusion_problem,
+    greedy,
+    measure,
+    pair,
+    random_problem,
+    warm_up,
+)
+from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.compiled import encode_schedule, run_rows
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
+from rlhfuse.schedules.interleaved import interleaved
+from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
 from rlhfuse.schedules.standard import serial, zb_h1
-from rlhfuse.schedules.summary import summarize
-from rlhfuse.schedules.timing import check_channels, makespan
+from rlhfuse.schedules.timing import makespan
+from rlhfuse.schedules.zero_bubble import zb_v
 
-Row = dict[str, object]
+
+class Found(msgspec.Struct, frozen=True):
+    """What the authors publish for one problem."""
+
+    latency: float
+    peak_memory: float
+
+
+class Instance(msgspec.Struct, frozen=True):
+    """One published problem."""
+
+    id: int
+    ranks: int
+    pipelines: list[PublishedPipeline]
+    latency_lower_bound: float
+    flexfusion: Found
+    serial_zero_bubble_h1: float
+    seen_with_weight_split_at_that_peak: float
+
+
+class Published(msgspec.Struct, frozen=True):
+    """The reference file."""
+
+    instances: list[Instance]
+
+
+SERIAL: tuple[tuple[str, Callable[[Problem], Schedule]], ...] = (
+    ("1f1b", serial),
+    ("interleaved-2", interleaved),
+    ("interleaved-4", lambda problem: interleaved(problem, 4)),
+    ("zb-h1", zb_h1),
+    ("zb-v", zb_v),
+)
 
 
 @click.group()
 def main() -> None:
     """Benchmarks of `rlhfuse.schedules`."""
+    warm_up()
+
+
+reference_file = click.argument("reference", type=click.Path(path_type=Path, exists=True))
+ids = click.option("--only", type=int, multiple=True, help="problems (default: all)")
+save = click.option("--save", is_flag=True, help="write bench/results/")
 
 
 @main.command()
-@click.argument("reference", type=click.Path(path_type=Path, exists=True))
+@reference_file
+@ids
 @click.option("--budget-s", type=float, default=30.0)
-@click.option("-o", "--output", type=click.Path(path_type=Path))
-def flexfusion(reference: Path, budget_s: float, output: Path | None) -> None:
+@click.option("--split", type=click.Choice(["no", "yes", "both"]), default="both")
+@save
+def flexfusion(
+    reference: Path, only: Sequence[int], budget_s: float, split: str, save: bool
+) -> None:
     """The 12 published problems at the authors' best published peak memory."""
-    instances = json.loads(reference.read_text())["instances"]
-    _warm()
     rows: list[Row] = []
-    for instance in instances:
-        cap = instance["flexfusion"]["peak_memory"]
-        problem = _flexfusion_problem(instance, cap)
-        for split in (False, True):
-            row = _measure(problem, budget_s, split)
-            row |= {
-                "id": instance["id"],
-                "cap": cap,
-                "flexfusion": instance["flexfusion"]["latency"],
-                "bound_without_split": instance["latency_lower_bound"],
-                "seen_with_split": instance["seen_with_weight_split_at_that_peak"],
-                "serial_zb_h1": instance["serial_zero_bubble_h1"],
+    modes = {"no": (False,), "yes": (True,), "both": (False, True)}[split]
+    for instance in _instances(reference, only):
+        theirs = instance.flexfusion
+        problem = flexfusion_problem(instance.ranks, instance.pipelines, theirs.peak_memory)
+        for mode in modes:
+            head: Row = {"id": instance.id}
+            rows.append(head | measure(problem, budget_s, split=mode))
+            rows[-1] |= {
+                "cap": theirs.peak_memory,
+                "flexfusion": theirs.latency,
+                "bound_without_split": instance.latency_lower_bound,
+                "seen_with_split": instance.seen_with_weight_split_at_that_peak,
+                "serial_zb_h1": instance.serial_zero_bubble_h1,
             }
-            print(row, flush=True)
-            rows.append(row)
-    _save(output, rows)
+            click.echo(json.dumps(rows[-1]))
+    _finish(rows, "schedule_flexfusion", save)
+
+
+@main.command()
+@reference_file
+@ids
+@click.option("--budget-s", type=float, default=30.0)
+@save
+def memory(reference: Path, only: Sequence[int], budget_s: float, save: bool) -> None:
+    """The lowest peak memory found at the authors' latency, F and B only."""
+    rows: list[Row] = []
+    for instance in _instances(reference, only):
+        theirs = instance.flexfusion
+        problem = flexfusion_problem(instance.ranks, instance.pipelines, theirs.peak_memory)
+        rows.append({"id": instance.id} | _lowest_peak(problem, theirs.latency, budget_s))
+        rows[-1] |= {"flexfusion_peak": theirs.peak_memory}
+        click.echo(json.dumps(rows[-1]))
+    _finish(rows, "schedule_memory", save)
+
+
+def _lowest_peak(problem: Problem, latency: float, budget_s: float) -> Row:
+    """Lower the cap to just below what was needed, again and again."""
+    start, peak, cap = time.process_time(), np.inf, problem.memory_cap
+    least = min(min(pipe.activation) for pipe in problem.pipelines)
+    while (left := budget_s - (time.process_time() - start)) > 0:
+        found = fuse(
+            replace(problem, memory_cap=cap),
+            budget_s=left,
+            target=latency,
+            clock=time.process_time,
+        )
+        if makespan(found) > latency * (1 + REL_TOL):
+            break
+        peak = max(peak_memory(found))
+        cap = peak - 0.02 * least
+    seconds = round(time.process_time() - start, 2)
+    return {"latency": latency, "peak_memory": peak, "cpu_s": seconds}
+
+
+@main.command()
+@click.option("--budget-s", type=float, default=2.0)
+@save
+def headline(budget_s: float, save: bool) -> None:
+    """Against every serial schedule, at that schedule's own peak memory."""
+    rows: list[Row] = []
+    for ranks in (8, 16):
+        for m in (8, 16, 32):
+            problem = pair(ranks, m)
+            for name, make in SERIAL:
+                try:
+                    theirs = make(problem)
+                    theirs.validate()
+                except ValueError as error:
+                    click.echo(f"{ranks} ranks, {m} micro-batches, {name}: {error}".split("\n")[0])
+                    continue
+                row: Row = {"ranks": ranks, "microbatches": m, "serial": name}
+                row |= {"serial_makespan": makespan(theirs), "peak": max(peak_memory(theirs))}
+                at_that = replace(problem, memory_cap=max(peak_memory(theirs)))
+                for split in (False, True):
+                    ours = measure(at_that, budget_s, split=split)
+                    word = "split" if split else "whole"
+                    row[word] = ours["makespan"]
+                    row[f"bound_{word}"] = ours["lower_bound"]
+                    row[f"speedup_{word}"] = makespan(theirs) / float(ours["makespan"])
+                rows.append(row)
+    _finish(rows, "schedule_headline", save)
 
 
 @main.command(name="random")
-@click.option("--budget-s", type=float, multiple=True, default=(0.05, 1.0))
+@click.option("--budget-s", type=float, multiple=True, default=(0.05, 1.0, 10.0))
 @click.option("--count", type=int, default=200)
-@click.option("-o", "--output", type=click.Path(path_type=Path))
-def random_problems(budget_s: tuple[float, ...], count: int, output: Path | None) -> None:
-    """Random problems, seeds 0 to count - 1: gap to the bound, and gains over serial schedules."""
-    _warm()
+@save
+def random_problems(budget_s: tuple[float, ...], count: int, save: bool) -> None:
+    """Random problems, seeds 0 to count - 1: gap to the bound, and against plain schedules."""
     rows: list[Row] = []
     for seed in range(count):
         problem = random_problem(seed)
         for split in (False, True):
-            baselines = {
-                "serial": makespan(serial(problem)),
-                "zb_h1": makespan(zb_h1(problem)),
+            plain: Row = {
+                "seed": seed,
+                "serial_1f1b": makespan(serial(problem)),
+                "serial_zb_h1": makespan(zb_h1(problem)),
+                "greedy": makespan(greedy(problem, split=split)),
             }
             for budget in budget_s:
-                row = _measure(problem, budget, split) | baselines | {"seed": seed}
-                rows.append(row)
-    for split in (False, True):
+                rows.append(plain | measure(problem, budget, split=split))
+    summary: list[Row] = []
+    for mode in (0, 1):
         for budget in budget_s:
-            chosen = [r for r in rows if r["split"] is split and r["budget_s"] == budget]
-            gaps = np.array([float(str(r["gap"])) for r in chosen])
-            print(f"{split=} {budget=}: mean gap {gaps.mean():.4f}, worst {gaps.max():.4f}")
-    _save(output, rows)
+            chosen = [r for r in rows if r["split"] == mode and r["budget_s"] == budget]
+            head: Row = {"split": mode, "budget_s": budget}
+            summary.append(head | _gaps(chosen))
+    _finish([*summary, *rows] if save else summary, "schedule_random", save, show=summary)
+
+
+def _gaps(rows: Sequence[Row]) -> Row:
+    """Mean and worst gap to the bound, and mean speed-ups over plain schedules."""
+    gaps = [float(r["gap"]) for r in rows]
+    summary: Row = {
+        "mean_gap": statistics.fmean(gaps),
+        "worst_gap": max(gaps),
+        "at_bound": sum(int(r["proven_optimal"]) for r in rows),
+        "problems": len(rows),
+    }
+    for name in ("serial_1f1b", "serial_zb_h1", "greedy"):
+        ratios = [float(r[name]) / float(r["makespan"]) for r in rows]
+        summary[f"over_{name}"] = statistics.fmean(ratios)
+        summary[f"least_over_{name}"] = min(ratios)
+    return summary
 
 
 @main.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path))
-def speed(output: Path | None) -> None:
+@click.option("--count", type=int, default=20)
+@click.option("--long-s", type=float, default=30.0)
+@save
+def online(count: int, long_s: float, save: bool) -> None:
+    """50 ms (wall, all included) against a long search, on problems up to 16 ranks and 64."""
+    rows: list[Row] = []
+    for seed in range(count):
+        problem = _step_problem(seed)
+        for split in (False, True):
+            start = time.monotonic()
+            quick = fuse(problem, budget_s=0.05, split_weight=split)
+            wall = time.monotonic() - start
+            long = measure(problem, long_s, split=split)
+            row: Row = {"seed": seed, "split": int(split), "wall_s": wall}
+            row |= {"makespan": makespan(quick), "long": long["makespan"]}
+            row["over_long"] = makespan(quick) / float(long["makespan"]) - 1.0
+            row["serial_over_quick"] = makespan(serial(problem)) / makespan(quick)
+            rows.append(row)
+            click.echo(json.dumps(row))
+    over = [float(r["over_long"]) for r in rows]
+    click.echo(f"mean {statistics.fmean(over):.4f}, worst {max(over):.4f} over the long search")
+    _finish(rows, "schedule_online", save)
+
+
+def _step_problem(seed: int) -> Problem:
+    """What a step may ask: up to 16 ranks and 64 micro-batches a model, uneven stages."""
+    rng = np.random.default_rng([seed, 7])
+    ranks, m = int(rng.choice([2, 4, 8, 16])), int(rng.integers(4, 65))
+    problem = pair(ranks, m, ratio=float(rng.uniform(0.3, 1.0)))
+    actor, critic = problem.pipelines
+    uneven = [
+        replace(
+            pipe,
+            forward=tuple(f * s for f, s in zip(pipe.forward, scale, strict=True)),
+            backward=tuple(b * s for b, s in zip(pipe.backward, scale, strict=True)),
+            weight=tuple(w * s for w, s in zip(pipe.weight, scale, strict=True)),
+            microbatch_weights=tuple(rng.uniform(0.8, 1.2, m).tolist()),
+        )
+        for pipe in (actor, critic)
+        for scale in [rng.uniform(0.9, 1.3, ranks).tolist()]
+    ]
+    return Problem(ranks, tuple(uneven), memory_cap=1.5 * ranks + 2)
+
+
+@main.command()
+@click.option("--budget-s", type=float, default=10.0)
+@save
+def scaling(budget_s: float, save: bool) -> None:
+    """How cost grows: ranks to 64, micro-batches to 512."""
+    rows: list[Row] = []
+    for ranks, m in ((8, 32), (8, 128), (8, 512), (16, 64), (32, 64), (64, 64), (64, 128)):
+        problem = replace(pair(ranks, m), memory_cap=1.5 * ranks)
+        for split in (False, True):
+            tasks = 2 * ranks * m * (3 if split else 2)
+            row: Row = {"ranks": ranks, "microbatches": m, "tasks": tasks}
+            rows.append(row | measure(problem, budget_s, split=split))
+            click.echo(json.dumps(rows[-1]))
+    _finish(rows, "schedule_scaling", save)
+
+
+@main.command()
+@save
+def speed(save: bool) -> None:
     """Simulated tasks per second, one core."""
     rows: list[Row] = []
     for ranks, m in ((4, 8), (8, 32), (16, 64), (64, 256)):
-        schedule = serial(_pair(ranks, m))
-        rate = _simulation_rate(schedule)
-        print(f"{ranks} ranks, {m} micro-batches: {rate / 1e6:.1f} million tasks a second")
-        rows.append({"ranks": ranks, "microbatches": m, "tasks_per_s": rate})
-    _save(output, rows)
-
-
-def random_problem(seed: int) -> Problem:
-    """Uneven stages, two or three models, sizes that need not divide, links, uneven batches."""
-    rng = np.random.default_rng(seed)
-    ranks = int(rng.integers(2, 13))
-    pipelines = [_random_pipeline("actor", list(range(ranks)), rng, forward_only=False)]
-    size = int(rng.integers(1, ranks + 1))
-    for copy in range(ranks // size):
-        home = list(range(copy * size, (copy + 1) * size))[::-1]
-        pipelines.append(_random_pipeline(f"critic{copy}", home, rng, forward_only=False))
-    if rng.random() < 0.3:
-        home = list(range(ranks))
-        pipelines.append(_random_pipeline("reference", home, rng, forward_only=True))
-    latency = float(rng.choice([0.0, 0.1]))
-    loose = Problem(ranks, tuple(pipelines), None, latency)
-    peak = summarize(serial(loose), split_weight=False, seconds=0.0).peak_memory
-    return Problem(ranks, tuple(pipelines), 1.2 * peak, latency)
-
-
-def _random_pipeline(
-    name: str, home: list[int], rng: np.random.Generator, *, forward_only: bool
-) -> Pipeline:
-    m = int(rng.integers(2, 25))
-    forward = rng.uniform(0.5, 2.0) * rng.uniform(0.8, 1.2, len(home))
-    backward = 0.0 * forward if forward_only else forward * rng.uniform(1.8, 2.2)
-    weights = rng.uniform(0.6, 1.4, m) if rng.random() < 0.5 else np.ones(m)
-    return Pipeline.make(
-        name,
-        home,
-        m,
-        forward.tolist(),
-        backward.tolist(),
-        weight=(backward / 2).tolist(),
-        activation=float(rng.uniform(0.5, 1.5)),
-        microbatch_weights=weights.tolist(),
-    )
-
-
-def _measure(problem: Problem, budget_s: float, split: bool) -> Row:
-    start = time.monotonic()
-    found = fuse(problem, budget_s=budget_s, split_weight=split)
-    seconds = time.monotonic() - start
-    check_channels(found)
-    told = summarize(found, split_weight=split, seconds=seconds)
-    return {
-        "split": split,
-        "budget_s": budget_s,
-        "seconds": round(seconds, 3),
-        "makespan": told.makespan,
-        "lower_bound": told.lower_bound,
-        "gap": told.makespan / told.lower_bound - 1.0,
-        "proven_optimal": told.proven_optimal,
-        "peak_memory": told.peak_memory,
-        "serial_makespan": told.serial_makespan,
-    }
-
-
-def _flexfusion_problem(instance: dict[str, list[dict[str, float]]], cap: float) -> Problem:
-    pipelines = tuple(
-        Pipeline.make(
-            str(p["name"]),
-            list(p["stages"]),  # type: ignore[call-overload]
-            int(p["microbatches"]),
-            p["forward"],
-            p["backward"],
-            weight=p["backward"] / 2,
-            activation=p["activation"],
-        )
-        for p in instance["pipelines"]
-    )
-    return Problem(int(str(instance["ranks"])), pipelines, cap)
-
-
-def _pair(ranks: int, m: int) -> Problem:
-    actor = Pipeline.make("actor", range(ranks), m, 1, 2, weight=1)
-    critic = Pipeline.make("critic", range(ranks)[::-1], m, 0.5, 1, weight=0.5)
-    return Problem(ranks, (actor, critic))
+        rate = _simulation_rate(serial(pair(ranks, m)))
+        rows.append({"ranks": ranks, "microbatches": m, "million_tasks_per_s": rate / 1e6})
+    _finish(rows, "schedule_speed", save)
 
 
 def _simulation_rate(schedule: Schedule) -> float:
@@ -184,40 +304,24 @@ def _simulation_rate(schedule: Schedule) -> float:
     end, order = np.zeros(size), np.zeros(n, np.int64)
     waiter, at = np.zeros(size, np.int64), np.zeros(ranks, np.int64)
     todo = np.zeros(ranks + 1, np.int64)
-
-    def once() -> None:
+    run_rows(rows, coded, end, waiter, at, todo, order)
+    best = np.inf
+    for _ in range(200):
+        start = time.perf_counter()
         run_rows(rows, coded, end, waiter, at, todo, order)
-
-    once()
-    return float(n / min(_timed(once) for _ in range(200)))
-
-
-def _timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+        best = min(best, time.perf_counter() - start)
+    return float(n / best)
 
 
-def _warm() -> None:
-    for split in (False, True):
-        fuse(_pair(2, 2), iterations=12, split_weight=split)
+def _instances(reference: Path, only: Sequence[int]) -> list[Instance]:
+    instances = msgspec.json.decode(reference.read_bytes(), type=Published).instances
+    return [i for i in instances if not only or i.id in only]
 
 
-def _save(output: Path | None, rows: list[Row]) -> None:
-    if output is None:
-        return
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    record = {
-        "hardware": f"{platform.machine()} CPU, one core",
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python", "bench/bench_fused_schedule.py", *sys.argv[1:]]),
-        "rows": rows,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+def _finish(rows: Sequence[Row], name: str, save: bool, show: Sequence[Row] | None = None) -> None:
+    print_table(show if show is not None else rows)
+    if save:
+        click.echo(str(write_result(name, rows)))
 
 
 if __name__ == "__main__":
