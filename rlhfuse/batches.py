@@ -5,7 +5,7 @@ import hashlib
 from rlhfuse.config import ValidationConfig
 from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.resolve import Resolved
-from rlhfuse.rollout.loop import Record
+from rlhfuse.rollout.records import Record
 
 _VALIDATION_IDS = 1 << 40  # apart from training samples
 

@@ -202,7 +202,14 @@ class TrainerConfig(Section, frozen=True):
         "tensorboard",
     )
     report: bool = True
-    wait_timeout_s: PositiveFloat = 600.0  # longest silence of a worker before the run ends
+    wait_timeout_s: PositiveFloat = 600.0  # longest that a worker may take over one thing
+    heartbeat_timeout_s: PositiveFloat = 30.0  # longest without a sign of life: stopped or hung
+    # Times that a worker, or the training workers together, may be started again without a
+    # finished step between; 0: never.
+    max_restarts: NonNegative = 3
+    # Steps between states that the run restarts from by itself, beside checkpoints; 0: as often
+    # as costs at most 1 % of the time.
+    restart_freq: NonNegative = 0
 
 
 class PlacementConfig(Section, frozen=True):

@@ -1,5 +1,6 @@
 """Runs from start to end: train, verify, eval. What the command line calls."""
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ from rlhfuse.config_file import load
 from rlhfuse.fleet import WorkerFailed
 from rlhfuse.report.page import write_report
 from rlhfuse.resolve import Resolved, resolve
-from rlhfuse.run_folder import check_manifest, latest_name
+from rlhfuse.rewards import RewardFailed
+from rlhfuse.run_folder import check_manifest, latest_name, load_state
 from rlhfuse.session import Session, open_session
 from rlhfuse.trainer import Fusions, StepResult, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +79,11 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
         try:
             trainer.fit()
         except WorkerFailed as error:
-            raise _with_way_out(error, session) from error
+            raise WorkerFailed(
+                _with_way_out(error, trainer), user_error=error.user_error
+            ) from error
+        except RewardFailed as error:
+            raise RewardFailed(_with_way_out(error, trainer)) from error
         state = session.state
         history = trainer.history
         values = [v[state.best_metric] for v in trainer.validations if state.best_metric in v]
@@ -100,11 +108,19 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
     )
 
 
-def _with_way_out(error: WorkerFailed, session: Session) -> WorkerFailed:
-    checkpoint = session.folder.latest()
-    if checkpoint is None or error.user_error:
-        return error
-    return WorkerFailed(f"{error}; {checkpoint} is whole: go on with --resume")
+def _with_way_out(error: Exception, trainer: Trainer) -> str:
+    """What ended the run, and how to go on; saves what the training workers still have."""
+    session = trainer.session
+    newest = session.folder.newest()
+    saved_step = load_state(newest).step if newest is not None else 0
+    if session.settled and session.state.step > saved_step:
+        try:
+            newest = trainer.save()
+        except (WorkerFailed, OSError) as trouble:
+            logger.warning("step %d could not be saved: %s", session.state.step, trouble)
+    if newest is None:
+        return f"{error}; no step was finished, start again"
+    return f"{error}; {newest} is whole: go on with --resume"
 
 
 def verify_run(config: Config, steps: int, folder: Path) -> Verification:

@@ -12,14 +12,21 @@ import msgspec
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
+Floats32 = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Base of all messages; the tag is the class name."""
+
+
+def whole_numbers(data: bytes, what: str) -> None:
+    """Raise ValueError where `data` is not a row of 4-byte numbers."""
+    if len(data) % 4:
+        raise ValueError(f"{what}: {len(data)} bytes are no row of 4-byte numbers")
 
 
 # --- records inside messages ---------------------------------------------------------------
@@ -31,6 +38,10 @@ class SampleTokens(msgspec.Struct, frozen=True, array_like=True):
     sample_id: int
     prompt: Tokens
     response: Tokens
+
+    def __post_init__(self) -> None:
+        whole_numbers(self.prompt, "prompt")
+        whole_numbers(self.response, "response")
 
 
 class GenerateItem(msgspec.Struct, frozen=True, array_like=True):
@@ -55,12 +66,17 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Growth(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one sample; `length` is the response length with them."""
+    """New tokens of one sample; `length` is the response length with them. `whole`: the worker
+    knows the log-probabilities of all tokens, also of those that others drew."""
 
     sample_id: int
     tokens: Tokens
     length: int
     finish_reason: str = ""  # "stop" or "length" when finished
+    whole: bool = True
+
+    def __post_init__(self) -> None:
+        whole_numbers(self.tokens, "tokens")
 
 
 class TensorSource(msgspec.Struct, frozen=True, array_like=True):
@@ -73,8 +89,13 @@ class TensorSource(msgspec.Struct, frozen=True, array_like=True):
 # --- commands to a rollout worker ----------------------------------------------------------
 
 
+class Reset(Message, frozen=True):
+    """Stop generating and forget all samples: the step is over before its end."""
+
+
 class BeginStep(Message, frozen=True):
-    """Forget the payloads of earlier steps; samples from now on carry this policy version."""
+    """Forget the payloads of earlier steps; samples from now on carry this policy version, and
+    all models that are trained must have it."""
 
     step: int
     policy_version: int
@@ -127,7 +148,8 @@ class Shutdown(Message, frozen=True):
 class TrainSample(msgspec.Struct, frozen=True, array_like=True):
     """A scored sample and where its per-token data is: payload endpoint by role.
 
-    `score` is the outcome reward. `rollout_endpoint` holds the engine's log-probabilities."""
+    `score` is the outcome reward. `rollout_endpoint` holds the engine's log-probabilities; it is
+    empty where they died with their worker."""
 
     tokens: SampleTokens
     group: int
@@ -144,11 +166,17 @@ class MiniBatch(msgspec.Struct, frozen=True, array_like=True):
     rounds: tuple[Schedule, ...]
 
 
-class Train(Message, frozen=True):
-    """One PPO update: advantages, then every mini-batch in order."""
+class FetchSamples(Message, frozen=True):
+    """Pull the per-token data of the samples to train on (`Fetched`)."""
 
     step: int
     samples: tuple[TrainSample, ...]
+
+
+class Train(Message, frozen=True):
+    """One PPO update of the samples fetched: advantages, then every mini-batch in order."""
+
+    step: int
     minibatches: tuple[MiniBatch, ...]
     kl_coef: float
     policy_version: int  # of the samples: must equal the actor's
@@ -170,7 +198,23 @@ class LoadCheckpoint(Message, frozen=True):
     folder: str
 
 
+class KeepState(Message, frozen=True):
+    """Write this rank's part of a restart state (`Kept`): as a checkpoint, without exports. A
+    failure is told and harms nothing."""
+
+    folder: str
+    step: int
+
+
 # --- events from workers -------------------------------------------------------------------
+
+
+class Pulse(Message, frozen=True):
+    """A sign of life, sent every second by a thread of its own. `busy_s`: for how long the worker
+    has been at `doing`, its last command; 0 while it waits for one."""
+
+    doing: str
+    busy_s: float
 
 
 class Hello(Message, frozen=True):
@@ -205,9 +249,12 @@ class Scored(Message, frozen=True):
 
 
 class WeightsReady(Message, frozen=True):
+    """`error`: why they could not be had; the worker must not generate until they are."""
+
     role: Role
     version: int
     digest: str
+    error: str = ""
 
 
 class Ack(Message, frozen=True):
@@ -228,6 +275,20 @@ class WeightsPrepared(Message, frozen=True):
     names: tuple[str, ...]
     digests: tuple[str, ...]  # one per name
     num_bytes: int
+
+
+class Kept(Message, frozen=True):
+    """`error`: why this rank's part is not there, or empty."""
+
+    step: int
+    error: str = ""
+
+
+class Fetched(Message, frozen=True):
+    """`missing`: endpoints that did not answer or had lost the data; none: all is here."""
+
+    step: int
+    missing: tuple[str, ...] = ()
 
 
 class Training(Message, frozen=True):
@@ -271,7 +332,11 @@ class FetchFloats(Message, frozen=True):
 class Floats(Message, frozen=True):
     """float32 bytes, one entry per sample asked for."""
 
-    values: tuple[bytes, ...]
+    values: tuple[Floats32, ...]
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            whole_numbers(value, "values")
 
 
 class FetchTensor(Message, frozen=True):
@@ -298,7 +363,10 @@ class Cache(Message, frozen=True):
 
     sample_id: int
     data: bytes
-    logprobs: bytes  # float32, one per response token so far
+    logprobs: Floats32  # one per response token so far
+
+    def __post_init__(self) -> None:
+        whole_numbers(self.logprobs, "logprobs")
 
 
 class Refused(Message, frozen=True):
@@ -308,7 +376,8 @@ class Refused(Message, frozen=True):
 
 
 Command = (
-    BeginStep
+    Reset
+    | BeginStep
     | Generate
     | Export
     | Score
@@ -316,13 +385,16 @@ Command = (
     | Sleep
     | Wake
     | Shutdown
+    | FetchSamples
     | Train
     | PrepareWeights
     | SaveCheckpoint
     | LoadCheckpoint
+    | KeepState
 )
 Event = (
     Hello
+    | Pulse
     | Grown
     | Exported
     | Scored
@@ -330,6 +402,8 @@ Event = (
     | Ack
     | Spans
     | WeightsPrepared
+    | Kept
+    | Fetched
     | Training
     | Trained
     | Failed

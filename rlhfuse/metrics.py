@@ -24,6 +24,9 @@ class MetricLogger(Protocol):
 
     def log(self, step: int, metrics: Values) -> None: ...
 
+    def rewind(self, step: int) -> None:
+        """Later steps will run, and be logged, again."""
+
     def close(self) -> None: ...
 
 
@@ -37,6 +40,11 @@ class Loggers:
         """Give `metrics` of `step` (counted from 1) to every logger."""
         for member in self._members:
             member.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Steps after `step` will run again: forget them where that is possible."""
+        for member in self._members:
+            member.rewind(step)
 
     def close(self) -> None:
         for member in self._members:
@@ -106,6 +114,9 @@ class ConsoleLogger:
     def log(self, step: int, metrics: Values) -> None:
         self._progress.step_finished(step, metrics)
 
+    def rewind(self, step: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -115,12 +126,18 @@ class JsonlLogger:
 
     def __init__(self, path: Path, keep_steps: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         cut_jsonl(path, keep_steps)
         self._file = path.open("ab")
 
     def log(self, step: int, metrics: Values) -> None:
         self._file.write(msgspec.json.encode({"step": step, **metrics}) + b"\n")
         self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        self._file.close()
+        cut_jsonl(self._path, step)
+        self._file = self._path.open("ab")
 
     def close(self) -> None:
         self._file.close()
@@ -165,6 +182,7 @@ class TensorBoardLogger:
                 "trainer.logger: tensorboard is not installed "
                 "(pip install tensorboard, or take it out of trainer.logger)"
             ) from error
+        self._folder = folder
         # TensorBoard hides what an interrupted run wrote at purge_step and after.
         self._writer = SummaryWriter(str(folder), purge_step=keep_steps + 1)
 
@@ -172,6 +190,12 @@ class TensorBoardLogger:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def rewind(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer.close()
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def close(self) -> None:
         self._writer.close()
@@ -196,6 +220,9 @@ class WandbLogger:
 
     def log(self, step: int, metrics: Values) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def rewind(self, step: int) -> None:
+        pass  # it takes each step once, and the same numbers come again
 
     def close(self) -> None:
         self._run.finish()

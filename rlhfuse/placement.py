@@ -1,10 +1,12 @@
-"""Which pipeline stage sits on which device, and what a worker process is told at its start.
+"""Which pipeline stage sits on which device, which device on which machine, and what a worker
+process is told at its start.
 
 A trained role is one *pipeline*, or several equal ones: its data-parallel replicas. Pipelines are
 named by their role, and from the second replica on by role and number: ``actor``, ``actor.1``.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -20,18 +22,81 @@ class StagePlacement(msgspec.Struct, frozen=True):
     layers: tuple[tuple[int, int], ...]
 
 
+class RunKeys(msgspec.Struct, frozen=True):
+    """By what the processes of one run know each other. `token` begins every message;
+    `public` and `secret` are a CURVE key pair (Z85 text), empty where all run on one machine."""
+
+    token: bytes
+    public: str = ""
+    secret: str = ""
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """A Ray node: `address` is what other nodes reach it by, `machine` the same for nodes that
+    share processor cores."""
+
+    node_id: str
+    address: str
+    machine: str
+    cores: tuple[int, ...]
+    num_gpus: int = 0
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """A device of the run: on which node, as which of the node's devices, on which core."""
+
+    node: NodeInfo
+    local_index: int
+    core: int | None
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that a worker process needs to know before its first command."""
 
     name: str  # "rollout-0", "training-1"
     kind: Literal["rollout", "training"]
     index: int  # device
+    seat: Seat
     hub: str  # the controller's endpoint
+    keys: RunKeys
     config: Config
-    core: int | None  # CPU core to stay on
     pipelines: dict[str, StagePlacement]  # by name
-    master_port: int  # where the training workers meet; 0 for rollout workers
+    store: tuple[str, int]  # host and port where the training workers meet
     total_optimizer_steps: int
+    incarnation: int = 0  # counts the processes that have been this worker
+
+    @property
+    def identity(self) -> str:
+        """Names this process, and none before or after it."""
+        return f"{self.name}#{self.incarnation}"
+
+
+def seats(num_devices: int, nodes: Sequence[NodeInfo], *, gpus: bool, pin: bool) -> list[Seat]:
+    """Devices over nodes, neighbours together: by GPUs where `gpus`, else evenly. A core of its
+    own for each device where `pin` and its machine has enough, else none.
+
+    Raises:
+        ValueError: there are fewer GPUs than devices.
+    """
+    share = -(-num_devices // len(nodes))
+    room = [node.num_gpus if gpus else share for node in nodes]
+    if sum(room) < num_devices:
+        raise ValueError(
+            f"placement.num_devices={num_devices}: the cluster has {sum(room)} GPUs on "
+            f"{len(nodes)} nodes"
+        )
+    homes = [(node, i) for node, size in zip(nodes, room, strict=True) for i in range(size)]
+    homes = homes[:num_devices]
+    wanted = Counter(node.machine for node, _ in homes)
+    taken: Counter[str] = Counter()
+    found = []
+    for node, local_index in homes:
+        core = None
+        if pin and len(node.cores) >= wanted[node.machine]:
+            core = node.cores[taken[node.machine]]
+            taken[node.machine] += 1
+        found.append(Seat(node, local_index, core))
+    return found
 
 
 def pipeline_name(role: str, replica: int) -> str:

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
@@ -142,6 +143,15 @@ class _Desk:
 # --- functions -----------------------------------------------------------------------------
 
 
+class _After(Enum):
+    """What to do with a process after a call. One that died may have been killed for somebody
+    else's sake: its sample is worth another attempt."""
+
+    KEEP = 0
+    REPLACE = 1
+    REPLACE_AND_ASK_AGAIN = 2
+
+
 class _Worker:
     """One killable process that runs the function, and whatever that starts."""
 
@@ -171,19 +181,20 @@ class _Worker:
         except (EOFError, OSError):
             return f"reward.function: its process ended while importing ({self._ending()})"
 
-    def ask(self, sample: RewardInput, timeout_s: float) -> tuple[Answer, bool]:
-        """The answer for one sample, and whether the process can be used again."""
+    def ask(self, sample: RewardInput, timeout_s: float) -> tuple[Answer, "_After"]:
+        """The answer for one sample, and what is to be done with the process."""
         try:
             self._connection.send(_call(sample))
             if not self._connection.poll(timeout_s):
                 why = f"function took longer than {timeout_s:g} s (reward.timeout_s)"
-                return (None, {}, why), False
+                return (None, {}, why), _After.REPLACE
             score, metrics, trouble = self._connection.recv()
         except (EOFError, OSError):
-            return (None, {}, f"function's process ended ({self._ending()})"), False
+            why = f"function's process ended ({self._ending()})"
+            return (None, {}, why), _After.REPLACE_AND_ASK_AGAIN
         except (TypeError, AttributeError, pickle.PicklingError) as error:
-            return (None, {}, f"function cannot be given the row: {error}"), False
-        return (score, metrics, trouble and f"function {trouble}"), True
+            return (None, {}, f"function cannot be given the row: {error}"), _After.REPLACE
+        return (score, metrics, trouble and f"function {trouble}"), _After.KEEP
 
     def _ending(self) -> str:
         try:
@@ -244,8 +255,9 @@ class _Crew:
 class RewardPool:
     """`compute_score` in `config.num_workers` processes, one sample at a time in each.
 
-    A call that exceeds `config.timeout_s`, or whose process dies, costs that one sample: the
-    process group is killed and replaced. No process outlives `close`, the interpreter, or this
+    A call that exceeds `config.timeout_s` costs that one sample: the process group is killed and
+    replaced. Where a process dies, its sample is given to `config.retries` others before it counts
+    as one that cannot be scored. No process outlives `close`, the interpreter, or this
     process. Raises `ValueError` where the function does not load.
     """
 
@@ -254,7 +266,7 @@ class RewardPool:
         self._crew = _Crew(function)
         self._end = weakref.finalize(self, self._crew.stop_all)
         started: queue.SimpleQueue[str] = queue.SimpleQueue()
-        shared = (self._desk, self._crew, config.timeout_s)
+        shared = (self._desk, self._crew, config)
         self._threads = [threading.Thread(target=_serve, args=(*shared, started), daemon=True)]
         for _ in range(config.num_workers - 1):
             self._threads.append(threading.Thread(target=_serve, args=shared, daemon=True))
@@ -282,7 +294,10 @@ class RewardPool:
 
 
 def _serve(
-    desk: _Desk, crew: _Crew, timeout_s: float, started: queue.SimpleQueue[str] | None = None
+    desk: _Desk,
+    crew: _Crew,
+    config: RewardConfig,
+    started: queue.SimpleQueue[str] | None = None,
 ) -> None:
     """One thread's life: a process at hand, a sample, its answer. Where `started` is given, it
     gets why the function does not load, or an empty text."""
@@ -292,19 +307,29 @@ def _serve(
         worker, error = crew.hire()
         started.put(error)
     while not error and not crew.closed and (sample := desk.waiting.get()) is not None:
+        worker, answer = _attempts(crew, config, worker, sample)
+        desk.answer(sample, answer)
+    if worker is not None:
+        crew.dismiss(worker)
+
+
+def _attempts(
+    crew: _Crew, config: RewardConfig, worker: _Worker | None, sample: RewardInput
+) -> tuple[_Worker | None, Answer]:
+    """The answer for one sample, and the process that is left."""
+    answer: Answer = (None, {}, "was not computed")
+    for _ in range(config.retries + 1):
         if worker is None:
             worker, error = crew.hire()
         if worker is None:
-            desk.answer(sample, (None, {}, f"cannot be computed: {error}"))
-            error = ""
-            continue
-        answer, usable = worker.ask(sample, timeout_s)
-        desk.answer(sample, answer)
-        if not usable:
+            return None, (None, {}, f"cannot be computed: {error}")
+        answer, after = worker.ask(sample, config.timeout_s)
+        if after is not _After.KEEP:
             crew.dismiss(worker)
             worker = None
-    if worker is not None:
-        crew.dismiss(worker)
+        if after is not _After.REPLACE_AND_ASK_AGAIN or crew.closed:
+            break
+    return worker, answer
 
 
 # --- services ------------------------------------------------------------------------------

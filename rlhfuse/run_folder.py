@@ -2,9 +2,11 @@
 
 ``runs/<project>/<experiment>/``: ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
 ``samples.jsonl``, ``workers.json`` (process ids), ``timeline/step_N.json``, ``report.html``,
-``checkpoints/global_step_N/`` and ``checkpoints/latest_checkpointed_iteration.txt``.
+``checkpoints/global_step_N/`` and ``checkpoints/latest_checkpointed_iteration.txt``;
+``restart/step_N/``, a state newer than the last checkpoint from which the run restarts.
 """
 
+import logging
 import os
 import platform
 import shutil
@@ -19,6 +21,8 @@ from rlhfuse.config import TrainerConfig
 from rlhfuse.data import StreamState
 from rlhfuse.engines.vllm_setup import installed_version
 from rlhfuse.placement import StagePlacement
+
+logger = logging.getLogger(__name__)
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _STATE = "trainer.json"
@@ -60,6 +64,7 @@ class RunFolder:
     def __init__(self, config: TrainerConfig) -> None:
         self.path = Path(config.default_local_dir, config.project_name, config.experiment_name)
         self.checkpoints = self.path / "checkpoints"
+        self.restart = self.path / "restart"
         self.samples = self.path / "samples.jsonl"
         self._keep = config.max_checkpoints
 
@@ -91,26 +96,35 @@ class RunFolder:
             OSError: the disk is full or the folder cannot be written; older ones are untouched.
         """
         final = self.checkpoints / f"global_step_{state.step}"
-        aside = self.checkpoints / f".global_step_{state.step}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            write(aside)
-            write_whole(aside / _STATE, msgspec.json.encode(state))
-            files = {
-                str(p.relative_to(aside)): p.stat().st_size
-                for p in sorted(aside.rglob("*"))
-                if p.is_file()
-            }
-            write_whole(aside / _MANIFEST, msgspec.json.encode(Manifest(state.step, files)))
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        _fill(final, state, write)
         write_whole(self.checkpoints / _LATEST, str(state.step).encode())
         self._prune(state)
+        shutil.rmtree(self.restart, ignore_errors=True)  # no newer than the checkpoint
         return final
+
+    def keep(self, state: TrainerState, write: Callable[[Path], None]) -> Path:
+        """As `save`, for a restart state: it takes the place of the one before. Raises OSError."""
+        final = self.restart / f"step_{state.step}"
+        _fill(final, state, write)
+        for older in self.restart.iterdir():
+            if older != final:
+                shutil.rmtree(older)
+        return final
+
+    def newest(self) -> Path | None:
+        """The newest whole state to go on from, a restart state or a checkpoint.
+
+        Raises:
+            ValueError: as `latest`.
+        """
+        found = [folder for folder in (self.latest(),) if folder is not None]
+        for folder in sorted(self.restart.glob("step_*")):
+            try:
+                check_manifest(folder)
+                found.append(folder)
+            except ValueError as error:
+                logger.warning("%s", error)
+        return max(found, key=lambda folder: load_state(folder).step, default=None)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None.
@@ -134,6 +148,27 @@ class RunFolder:
         for folder in found:
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def _fill(final: Path, state: TrainerState, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder aside, then put it in the place of `final`."""
+    aside = final.with_name(f".{final.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        write_whole(aside / _STATE, msgspec.json.encode(state))
+        files = {
+            str(p.relative_to(aside)): p.stat().st_size
+            for p in sorted(aside.rglob("*"))
+            if p.is_file()
+        }
+        write_whole(aside / _MANIFEST, msgspec.json.encode(Manifest(state.step, files)))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
 
 
 def latest_name(checkpoints: Path) -> str:

@@ -7,21 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+import msgspec
+from torch._C._distributed_c10d import TCPStore
 
 from rlhfuse import messages as m
 from rlhfuse.cluster import Cluster
-from rlhfuse.config_file import dump
+from rlhfuse.config_file import dump, load
 from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.fleet import Fleet
 from rlhfuse.metrics import Loggers, cut_jsonl, open_loggers
-from rlhfuse.placement import WorkerSpec
+from rlhfuse.placement import WorkerSpec, seats
 from rlhfuse.progress import Progress
 from rlhfuse.resolve import Resolved
+from rlhfuse.resume_check import check_resume
 from rlhfuse.rewards import RewardSource, open_rewards
 from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.run_folder import RunFolder, TrainerState, load_state
-from rlhfuse.transport import Hub, free_port
+from rlhfuse.transport import Hub, make_keys
 from rlhfuse.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -40,16 +42,58 @@ class Session:
     progress: Progress
     rewards: RewardSource | None
     lengths: LengthModel  # of the responses so far: predicts, decides nothing else
+    meeting: "Meeting"
     roles: tuple[m.Role, ...] = field(default=("actor",))  # trained
+    # Whether the training workers are at `state` exactly, so that it can be saved.
+    settled: bool = True
 
     def load(self, checkpoint: Path) -> None:
-        """Go to the state that a checkpoint of this run holds."""
-        self.state = load_state(checkpoint)
+        """Go to the state that a checkpoint of this run holds; pipelines stay as they are cut."""
+        self.settled = False
+        pipelines = self.state.pipelines
+        self.state = msgspec.structs.replace(load_state(checkpoint), pipelines=pipelines)
         self.stream.restore(self.state.data)
         self.fleet.broadcast(
             self.fleet.training, m.LoadCheckpoint(folder=str(checkpoint.resolve()))
         )
         self.fleet.gather(m.Ack, self.fleet.training, f"checkpoint {checkpoint} to be loaded")
+        self.settled = True
+
+    def start_over(self) -> None:
+        """The state before the first step, which new training workers are in."""
+        self.state = fresh_state(self.run)
+        self.stream.restore(self.state.data)
+        self.settled = True
+
+    def forget_rewards(self) -> None:
+        """What was asked for in a step that is over must not be answered in another one."""
+        if self.rewards is not None and self.rewards.outstanding:
+            self.rewards.close()
+            self.rewards = open_rewards(self.run.config.reward)
+
+    def close_rewards(self) -> None:
+        if self.rewards is not None:
+            self.rewards.close()
+
+    def rewind_logs(self, *, samples_until: int) -> None:
+        """Forget what was logged of steps that will run again, and samples of later steps than
+        `samples_until`."""
+        self.loggers.rewind(self.state.step)
+        cut_jsonl(self.folder.samples, samples_until)
+
+
+class Meeting:
+    """Where the training workers find each other: a store in the controller, on a port of its
+    own choice, so that none can be taken. It outlives them."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._stores: list[TCPStore] = []
+
+    def fresh(self) -> tuple[str, int]:
+        """Host and port of a store that nobody has used."""
+        self._stores.append(TCPStore(self._host, 0, is_master=True, wait_for_workers=False))
+        return self._host, self._stores[-1].port
 
 
 @contextlib.contextmanager
@@ -62,13 +106,13 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
     """
     config = run.config
     folder = RunFolder(config.trainer)
-    checkpoint = folder.latest() if resume else None
-    if not resume and folder.latest() is not None:
+    checkpoint = folder.newest()
+    if not resume and checkpoint is not None:
         raise ValueError(
             f"{folder.path} holds a run with checkpoints: go on with --resume, "
             "or choose another trainer.experiment_name"
         )
-    state = load_state(checkpoint) if checkpoint else fresh_state(run)
+    state, changes = _resumed(run, folder, checkpoint) if checkpoint else (fresh_state(run), ())
     with contextlib.ExitStack() as stack:
         folder.create(dump(config))
         # Samples of steps that will run again, or of an earlier run that never got to save.
@@ -87,8 +131,7 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
         rewards = open_rewards(config.reward)
         if rewards is not None:
             stack.callback(rewards.close)
-        fleet = _start_fleet(run, state, stack)
-        folder.write_workers(fleet.pids)
+        fleet, meeting = _start_fleet(run, state, folder, progress, stack)
         roles: tuple[m.Role, ...] = ("actor", "critic") if config.uses_critic else ("actor",)
         session = Session(
             run=run,
@@ -100,12 +143,29 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             progress=progress,
             rewards=rewards,
             lengths=LengthModel(config.rollout.response_length),
+            meeting=meeting,
             roles=roles,
         )
+        stack.callback(session.close_rewards)  # they may be others by then
         if checkpoint is not None:
             progress.note(f"resuming after step {state.step} from {checkpoint}")
+            for change in changes:
+                progress.note(f"changed since: {change}")
             session.load(checkpoint)
+        elif resume:
+            progress.note(f"{folder.path} holds nothing to resume from: starting")
         yield session
+
+
+def _resumed(
+    run: Resolved, folder: RunFolder, checkpoint: Path
+) -> tuple[TrainerState, tuple[str, ...]]:
+    """The state to go on from, and what has changed in the configuration since."""
+    state = load_state(checkpoint)
+    changes = check_resume(load(folder.path / "config.yaml"), run.config)
+    if changes.stages:
+        state = msgspec.structs.replace(state, pipelines=run.pipelines)
+    return state, changes.told
 
 
 def fresh_state(run: Resolved) -> TrainerState:
@@ -118,49 +178,57 @@ def fresh_state(run: Resolved) -> TrainerState:
     )
 
 
-def _start_fleet(run: Resolved, state: TrainerState, stack: contextlib.ExitStack) -> Fleet:
+def _start_fleet(
+    run: Resolved,
+    state: TrainerState,
+    folder: RunFolder,
+    progress: Progress,
+    stack: contextlib.ExitStack,
+) -> tuple[Fleet, Meeting]:
     config = run.config
-    hub = Hub()
-    stack.callback(hub.close)
     cluster = stack.enter_context(Cluster(config.placement.ray_address))
-    fleet = Fleet(hub, cluster, config.trainer.wait_timeout_s)
+    host = cluster.own_address()
+    hub = Hub(make_keys(curve=cluster.spans_machines), host)
+    stack.callback(hub.close)
+    meeting = Meeting(host)
+    fleet = Fleet(hub, cluster, config.trainer, note=progress.note, changed=folder.write_workers)
     stack.callback(fleet.shutdown)
     # Workers take seconds to start: compile, or load, what the first step needs meanwhile.
     warm = threading.Thread(target=warm_up, name="warm-up", daemon=True)
     warm.start()
-    fleet.start(worker_specs(run, state, hub.endpoint))
+    fleet.start(worker_specs(run, state, hub, cluster, meeting))
     warm.join()
-    return fleet
+    return fleet, meeting
 
 
-def worker_specs(run: Resolved, state: TrainerState, hub: str) -> list[WorkerSpec]:
+def worker_specs(
+    run: Resolved, state: TrainerState, hub: Hub, cluster: Cluster, meeting: Meeting
+) -> list[WorkerSpec]:
     """Per device a rollout and a training worker, on one core each where they are pinned."""
     placement = run.config.placement
-    port = free_port()
-    cores = pinned_cores(placement.num_devices) if placement.pin_cpus else {}
+    nodes = cluster.nodes()
+    homes = seats(
+        placement.num_devices,
+        nodes,
+        gpus=placement.device != "cpu" and any(node.num_gpus for node in nodes),
+        pin=placement.pin_cpus,
+    )
+    if placement.pin_cpus and any(seat.core is None for seat in homes):
+        logger.warning("more devices than cores: workers are not pinned")
+    store = meeting.fresh()
     return [
         WorkerSpec(
             name=f"{kind}-{index}",
             kind=kind,
             index=index,
-            hub=hub,
+            seat=seat,
+            hub=hub.endpoint,
+            keys=hub.keys,
             config=run.config,
-            core=cores.get(index),
             pipelines=state.pipelines,
-            master_port=port,
+            store=store,
             total_optimizer_steps=run.optimizer_steps,
         )
-        for index in range(placement.num_devices)
+        for index, seat in enumerate(homes)
         for kind in ("rollout", "training")
     ]
-
-
-def pinned_cores(num_devices: int) -> dict[int, int]:
-    """A core for each device where there are enough, and none where there are not."""
-    available = psutil.Process().cpu_affinity()
-    if len(available) < num_devices:
-        logger.warning(
-            "%d devices on %d cores: workers are not pinned", num_devices, len(available)
-        )
-        return {}
-    return dict(enumerate(available[:num_devices]))

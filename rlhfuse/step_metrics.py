@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhfuse.config import Config
 from rlhfuse.profiler.attribution import attribute
-from rlhfuse.rollout.loop import Record, RolloutResult
+from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.timeline import Kind, Timeline
 from rlhfuse.update_plan import UpdatePlan
 

@@ -16,8 +16,10 @@ from rlhfuse.algorithms.kl import KlControl, next_control
 from rlhfuse.algorithms.tally import Tally, merge, named
 from rlhfuse.batches import training_records
 from rlhfuse.cost import CostModel, fit
+from rlhfuse.fleet import TrainingLost
 from rlhfuse.progress import TrainingWatch
-from rlhfuse.rollout.loop import Record, RolloutResult
+from rlhfuse.recovery import Recovery
+from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, training_sampling
 from rlhfuse.session import Session
 from rlhfuse.step_metrics import StepTimes, digest_of, step_metrics
@@ -62,7 +64,22 @@ class Trainer:
         self.validations: list[dict[str, float]] = []
 
     def fit(self) -> None:
-        """Train to the end, with validation and checkpoints on the way."""
+        """Train to the end, with validation and checkpoints on the way. Workers that die are
+        replaced, and the steps that were lost with them run again."""
+        recovery = Recovery(self.session)
+        lost: TrainingLost | None = None
+        while True:
+            try:
+                if lost is not None:
+                    recovery.restart(lost)
+                    self.forget_later_steps()
+                self.run_to_end(recovery)
+                return
+            except TrainingLost as error:
+                lost = error
+
+    def run_to_end(self, recovery: Recovery) -> None:
+        """From where the session stands to the last step."""
         trainer = self.config.trainer
         self.sync_weights()
         if trainer.val_before_train and self.session.state.step == 0:
@@ -74,6 +91,9 @@ class Trainer:
                 self.validate()
             if step == last or (trainer.save_freq and step % trainer.save_freq == 0):
                 self.save()
+            else:
+                recovery.keep()
+            recovery.finished_step()
 
     def step(self) -> StepResult:
         """One iteration: draw prompts, generate and score, update, send the weights."""
@@ -92,12 +112,13 @@ class Trainer:
             lengths=self.session.lengths,
         )
         times.rollout_done_s = time.monotonic()
-        plan, metrics = self.update(rollout.records, step, fused=fusions.intra_stage)
+        rollout.deliver()
+        plan, metrics = self.update(rollout.result.records, step, fused=fusions.intra_stage)
         times.update_done_s = time.monotonic()
         self.advance(step, metrics)
         weights = self.sync_weights()
         times.end_s, times.end_cpu_s = time.monotonic(), time.process_time()
-        return self.record(step, rollout, plan, metrics, weights, times, fusions)
+        return self.record(step, rollout.result, plan, metrics, weights, times, fusions)
 
     def update(
         self, records: Sequence[Record], step: int, *, fused: bool
@@ -116,11 +137,12 @@ class Trainer:
         )
         command = m.Train(
             step=step,
-            samples=tuple(_train_sample(record) for record in records),
             minibatches=plan.minibatches,
             kl_coef=state.kl_coef,
             policy_version=state.step,
         )
+        self.session.settled = False
+        fleet.withdraw()
         watch = TrainingWatch(self.session.progress, plan.num_microbatches, fleet.training)
         fleet.broadcast(fleet.training, command)
         trained = fleet.gather(
@@ -145,6 +167,14 @@ class Trainer:
             data=self.session.stream.state,
             kl_coef=control.coef,
         )
+        self.session.settled = True
+
+    def forget_later_steps(self) -> None:
+        """What was noted of steps that will run again."""
+        step = self.session.state.step
+        self.history = [result for result in self.history if result.step <= step]
+        if not step:
+            self.validations.clear()
 
     def sync_weights(self) -> str:
         """Engines and scorers get the weights of this step, and nothing older can generate.
@@ -199,6 +229,9 @@ class Trainer:
             self.config, rollout, plan, timeline, times, kl_coef=self.session.state.kl_coef
         )
         metrics.update(trained)
+        metrics["fault/rollout_workers_lost"] = float(self.session.fleet.num_lost)
+        metrics["fault/samples_rescued"] = float(rollout.samples_rescued)
+        metrics["fault/tokens_prefilled_again"] = float(rollout.tokens_prefilled_again)
         metrics.update(self.audit(metrics, fusions))
         self.session.loggers.log(step, metrics)
         result = StepResult(
@@ -231,9 +264,3 @@ class Trainer:
             return {}
         recent = sorted(self.fused_s_per_token[-5:])
         return {"fusion/measured_speedup": per_token / recent[len(recent) // 2]}
-
-
-def _train_sample(record: Record) -> m.TrainSample:
-    return m.TrainSample(
-        record.tokens, record.group, record.score, record.endpoints, record.rollout_endpoint
-    )

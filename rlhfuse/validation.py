@@ -8,7 +8,7 @@ from rlhfuse.batches import validation_records
 from rlhfuse.config import ValidationConfig
 from rlhfuse.cost import CostModel
 from rlhfuse.evaluation import ScoredResponse, evaluate
-from rlhfuse.rollout.loop import Record
+from rlhfuse.rollout.records import Record
 from rlhfuse.rollout.stage import generate_and_score, validation_sampling
 from rlhfuse.run_folder import TrainerState, ValidationSample
 from rlhfuse.session import Session

@@ -9,12 +9,13 @@ from rlhfuse.weights.plan import RankTensors, WeightPlan, make_plan
 
 def sync_weights(fleet: Fleet, roles: Sequence[m.Role], version: int) -> dict[m.Role, WeightPlan]:
     """Bring every engine and scorer to `version`; each receiver pulls each tensor once from the
-    rank that owns it.
+    rank that owns it. A rollout worker that starts later gets the same weights then.
 
     Raises:
         WorkerFailed: a worker failed, or what arrived is not what was sent.
     """
     plans: dict[m.Role, WeightPlan] = {}
+    fleet.withdraw()
     for role in roles:
         fleet.broadcast(fleet.training, m.PrepareWeights(roles=(role,), version=version))
         prepared = fleet.gather(
@@ -30,17 +31,7 @@ def sync_weights(fleet: Fleet, roles: Sequence[m.Role], version: int) -> dict[m.
             ]
         )
         sources = tuple(m.TensorSource(endpoint, names) for endpoint, names in plan.sources)
-        fleet.broadcast(
-            fleet.rollout,
-            m.PullWeights(role=role, version=version, sources=sources, digest=plan.digest),
-        )
-        arrived = fleet.gather(
-            m.WeightsReady, fleet.rollout, f"{role} weights of version {version} to arrive"
-        )
-        for worker, ready in arrived:
-            assert (ready.digest, ready.version) == (plan.digest, version), (
-                f"{worker} holds {role} {ready.version} {ready.digest[:12]}, "
-                f"sent was {version} {plan.digest[:12]}"
-            )
+        fleet.offer(m.PullWeights(role=role, version=version, sources=sources, digest=plan.digest))
+        fleet.await_weights(f"{role} weights of version {version} to arrive")
         plans[role] = plan
     return plans

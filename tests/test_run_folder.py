@@ -74,3 +74,41 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         folder.save(_state(step, best_step=2), _write)
     kept = sorted(p.name for p in folder.checkpoints.glob("global_step_*"))
     assert kept == ["global_step_2", "global_step_4", "global_step_5"]
+
+
+def test_a_run_goes_on_from_what_is_newest(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    assert folder.newest() is None
+    first = folder.keep(_state(1), _write)
+    assert folder.newest() == first
+    second = folder.keep(_state(2), _write)
+    assert folder.newest() == second
+    assert not first.exists()
+    saved = folder.save(_state(3), _write)
+    assert folder.newest() == saved
+    assert not folder.restart.exists()
+    later = folder.keep(_state(4), _write)
+    assert folder.newest() == later
+    assert folder.latest() == saved
+
+
+def test_a_restart_state_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    kept = folder.keep(_state(1), _write)
+
+    def fail(path: Path) -> None:
+        _write(path)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        folder.keep(_state(2), fail)
+    assert folder.newest() == kept
+    assert load_state(kept) == _state(1)
+
+
+def test_a_damaged_restart_state_is_passed_over(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    saved = folder.save(_state(1), _write)
+    kept = folder.keep(_state(2), _write)
+    (kept / "actor" / "weights").write_bytes(b"w" * 99)
+    assert folder.newest() == saved

@@ -1,26 +1,23 @@
 """The live loop of generation and early inference: wire messages to events, commands to workers.
 
 All decisions are the scheduler's; the simulator drives the same scheduler. The loop keeps what
-the scheduler must not see: token ids, seeds, scores, and who holds which per-token numbers.
+the scheduler must not see: token ids, seeds, scores, and who holds which per-token numbers. What
+dies with a worker is generated, or computed, again by another: results do not change.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
 
 from rlhfuse import messages as m
-from rlhfuse.data import Row
 from rlhfuse.fleet import Fleet, WorkerFailed
 from rlhfuse.progress import Progress
 from rlhfuse.rewards import RewardInput, RewardSource
 from rlhfuse.rollout import events as ev
+from rlhfuse.rollout.again import Again
+from rlhfuse.rollout.records import Record, RolloutResult, TokenIds
 from rlhfuse.rollout.scheduler import RolloutScheduler
 from rlhfuse.sample import Sample
 
-TokenIds = npt.NDArray[np.int32]
 _POLL_S = 0.25
 _ROLES: dict[str, m.Role] = {
     "actor": "actor",
@@ -30,45 +27,7 @@ _ROLES: dict[str, m.Role] = {
 }
 _TICK_S = 1.0
 _PROGRESS_S = 0.2
-
-
-@dataclass(slots=True)
-class Record:
-    """One sample as the controller knows it. `group`: index of its prompt in the batch; `row`:
-    the data row it came from; `endpoints`: who holds its per-token scores."""
-
-    sample_id: int
-    group: int
-    prompt: TokenIds
-    seed: int
-    row: Row
-    response: bytearray = field(default_factory=bytearray)
-    score: float = 0.0
-    reward_metrics: dict[str, float] = field(default_factory=dict)
-    endpoints: dict[str, str] = field(default_factory=dict)
-    rollout_endpoint: str = ""
-    left_from: str = ""  # endpoint of the worker that it left last
-    finish_reason: str = ""
-
-    @property
-    def response_ids(self) -> TokenIds:
-        return np.frombuffer(bytes(self.response), dtype=np.int32)
-
-    @property
-    def tokens(self) -> m.SampleTokens:
-        return m.SampleTokens(self.sample_id, self.prompt.tobytes(), bytes(self.response))
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutResult:
-    """`generated_s` and `done_s`: when the last response and the last score were there, in
-    seconds from the start."""
-
-    records: tuple[Record, ...]
-    generated_s: float
-    done_s: float
-    moved: int
-    decisions: tuple[str, ...]
+_QUIET_S = 5.0  # then the loop says what it waits for
 
 
 class RolloutLoop:
@@ -85,8 +44,11 @@ class RolloutLoop:
         timeout_s: float,
         score_clip: float | None = None,
         show: bool = True,
+        needs_logprobs: bool = False,
     ) -> None:
-        """`score_clip`: limit of a reward model's scores, either way."""
+        """`score_clip`: limit of a reward model's scores, either way. `needs_logprobs`: the
+        engine's log-probabilities enter the loss, so that those which die with a worker are made
+        again; else they are only missing from metrics."""
         self._fleet = fleet
         self._scheduler = scheduler
         self._rewards = rewards
@@ -95,8 +57,15 @@ class RolloutLoop:
         self._timeout_s = timeout_s
         self._score_clip = score_clip
         self._show = show
+        self._needs_logprobs = needs_logprobs
         self._records: dict[int, Record] = {}
-        self._moving: dict[int, int] = {}  # sample -> destination instance
+        self._moving: dict[int, tuple[int, int]] = {}  # sample -> source, destination instance
+        self._serving: dict[int, tuple[str, str]] = {}  # instance -> process, payload endpoint
+        self._homes: dict[int, int] = {}  # sample being generated -> instance
+        self._again = Again()
+        self._lost = 0
+        self._rescued = 0
+        self._refilled = 0
         self._with_reward_model = False
         self._finished = 0
         self._scored = 0
@@ -106,10 +75,11 @@ class RolloutLoop:
         self._sampling: m.Sampling | None = None
         self._shown_s = 0.0
         self._scores_wanted = 0
+        self._start_s = self._generated_at_s = self._done_at_s = 0.0
 
     def run(
         self, records: Sequence[Record], sampling: m.Sampling, policy_version: int, roles: int
-    ) -> RolloutResult:
+    ) -> None:
         """Generate and score `records`; `roles` is the number of scorers each sample needs.
 
         Raises:
@@ -129,33 +99,114 @@ class RolloutLoop:
             )
             for record in records
         )
-        start_s = quiet_since = ticked = time.monotonic()
-        generated_s = 0.0
+        self._start_s = start_s = time.monotonic()
+        serving = self._fleet.serving()
+        for instance in range(len(self._fleet.rollout)):
+            if instance not in serving:
+                self._execute(self._scheduler.handle(ev.InstanceLost(start_s, instance)))
+        for instance, process in serving.items():
+            self._serving[instance] = (process, self._endpoint(instance))
         self._execute(self._scheduler.handle(ev.Started(start_s, samples)))
-        while not self._scheduler.done:
+        self.finish()
+
+    def result(self) -> RolloutResult:
+        """What has come of the batch, and when."""
+        return RolloutResult(
+            records=tuple(self._records.values()),
+            generated_s=self._generated_at_s - self._start_s,
+            done_s=self._done_at_s - self._start_s,
+            moved=self._moved,
+            decisions=tuple(self._decisions),
+            instances_lost=self._lost,
+            samples_rescued=self._rescued,
+            tokens_prefilled_again=self._refilled,
+        )
+
+    def finish(self) -> None:
+        """Go on until every sample has all that it needs; also after a worker that held some of it
+        has died since."""
+        ticked = quiet_since = time.monotonic()
+        say_after_s = _QUIET_S
+        self._reconcile()
+        while not self._scheduler.done or self._to_generate_again():
             heard = self._listen()
             now = time.monotonic()
             if heard:
-                quiet_since = now
-                if not generated_s and self._finished == len(records):
-                    generated_s = now - start_s
+                quiet_since, say_after_s = now, _QUIET_S
             elif now - quiet_since > self._timeout_s:
                 raise WorkerFailed(
                     f"nothing happened for {self._timeout_s:g} s (trainer.wait_timeout_s); "
-                    f"waiting for {self._scheduler.waiting_for()}"
+                    f"waiting for {self._waiting_for()}"
                 )
+            elif now - quiet_since > say_after_s:
+                say_after_s *= 2
+                self._progress.note(f"waiting for {self._waiting_for()}")
             if now - ticked > _TICK_S:
                 ticked = now
                 self._execute(self._scheduler.handle(ev.Tick(now)))
+        self._done_at_s = time.monotonic()
         self._scheduler.validate()
-        done_s = time.monotonic() - start_s
-        return RolloutResult(
-            records=tuple(records),
-            generated_s=generated_s or done_s,
-            done_s=done_s,
-            moved=self._moved,
-            decisions=tuple(self._decisions),
-        )
+
+    def _waiting_for(self) -> str:
+        return str(self._again) or self._scheduler.waiting_for()
+
+    # --- workers that die and come back ----------------------------------------------------
+
+    def _endpoint(self, instance: int) -> str:
+        return self._fleet.endpoint(self._fleet.rollout[instance])
+
+    def _reconcile(self) -> bool:
+        """Tell the scheduler whose process is gone and who takes part again."""
+        serving = self._fleet.serving()
+        changed = False
+        for instance, (process, endpoint) in list(self._serving.items()):
+            if serving.get(instance) != process:
+                changed = True
+                del self._serving[instance]
+                self._lose(instance, endpoint)
+        for instance, process in serving.items():
+            if instance not in self._serving:
+                changed = True
+                self._serving[instance] = (process, self._endpoint(instance))
+                self._execute(self._scheduler.handle(ev.InstanceReady(time.monotonic(), instance)))
+        return changed
+
+    def _lose(self, instance: int, endpoint: str) -> None:
+        """What the worker had is gone: tokens not yet reported, log-probabilities, scores."""
+        self._lost += 1
+        running = {sample_id for sample_id, home in self._homes.items() if home == instance}
+        self._rescued += len(running)
+        for sample_id, (source, _) in list(self._moving.items()):
+            if source == instance:
+                del self._moving[sample_id]
+        for record in self._records.values():
+            record.forget(endpoint)
+            if record.sample_id in running:
+                if self._needs_logprobs:
+                    record.response.clear()
+                self._refilled += len(record.prompt) + len(record.response) // 4
+        self._again.lose(instance)
+        for sample_id in running:
+            del self._homes[sample_id]
+        self._execute(self._scheduler.handle(ev.InstanceLost(time.monotonic(), instance)))
+
+    def _to_generate_again(self) -> bool:
+        """Whether log-probabilities that the loss needs are missing; their samples are generated
+        again, from the start, and give the same tokens."""
+        if not self._needs_logprobs or not self._scheduler.done:
+            return False
+        missing = [r for r in self._records.values() if not r.rollout_endpoint]
+        for instance, items in self._again.begin(missing, sorted(self._serving)):
+            self._tell(instance, m.Generate(items=items, sampling=self._checked_sampling))
+        return bool(missing)
+
+    @property
+    def _checked_sampling(self) -> m.Sampling:
+        assert self._sampling is not None
+        return self._sampling
+
+    def _tell(self, instance: int, command: m.Command) -> None:
+        self._fleet.send(self._fleet.rollout[instance], command)
 
     # --- events ----------------------------------------------------------------------------
 
@@ -165,9 +216,10 @@ class RolloutLoop:
         received = self._fleet.receive(0.02 if waiting_reward else _POLL_S)
         for worker, event in received:
             self._absorb(worker, event)
+        changed = self._reconcile()
         answered = self._absorb_rewards() if waiting_reward else False
         self._show_progress()
-        return bool(received) or answered
+        return bool(received) or answered or changed
 
     def _absorb(self, worker: str, event: m.Event) -> None:
         instance = self._fleet.rollout.index(worker)
@@ -192,10 +244,17 @@ class RolloutLoop:
         running: list[tuple[int, int]] = []
         finished: list[ev.Finished] = []
         for growth in growths:
-            record = self._take(growth)
+            record = self._records[growth.sample_id]
+            if growth.sample_id in self._again:
+                if self._again.take(record, growth):
+                    record.rollout_endpoint = self._fleet.endpoint(worker)
+                continue
+            self._take(growth)
             if growth.finish_reason:
                 record.finish_reason = growth.finish_reason
-                record.rollout_endpoint = self._fleet.endpoint(worker)
+                del self._homes[growth.sample_id]
+                if growth.whole or not self._needs_logprobs:
+                    record.rollout_endpoint = self._fleet.endpoint(worker)
                 finished.append(ev.Finished(now, instance, growth.sample_id, growth.length))
             else:
                 running.append((growth.sample_id, growth.length))
@@ -203,19 +262,21 @@ class RolloutLoop:
             self._execute(self._scheduler.handle(ev.Progress(now, instance, tuple(running))))
         for event in finished:
             self._finished += 1
+            self._generated_at_s = now
             self._execute(self._scheduler.handle(event))
 
     def _absorb_left(self, worker: str, instance: int, growth: m.Growth) -> None:
         record = self._take(growth)
         record.left_from = self._fleet.endpoint(worker)
-        destination = self._moving.pop(growth.sample_id)
+        _, destination = self._moving.pop(growth.sample_id)
+        del self._homes[growth.sample_id]
         left = ev.Left(time.monotonic(), instance, growth.sample_id, growth.length)
         commands = self._scheduler.handle(left)
         self._moved += 1
         redirected = any(
             isinstance(c, ev.Generate) and growth.sample_id in c.sample_ids for c in commands
         )
-        if not redirected:
+        if not redirected and destination in self._serving:
             commands = [ev.Generate(destination, (growth.sample_id,)), *commands]
         self._execute(commands)
 
@@ -268,42 +329,37 @@ class RolloutLoop:
                 case ev.Score():
                     self._score(command)
                 case ev.Sleep():
-                    self._fleet.send(self._fleet.rollout[command.instance], m.Sleep())
+                    self._tell(command.instance, m.Sleep())
                 case ev.Wake():
-                    self._fleet.send(self._fleet.rollout[command.instance], m.Wake())
+                    self._tell(command.instance, m.Wake())
                 case ev.Reward():
                     self._reward(command.sample_ids)
                 case ev.Decision():
                     self._decisions.append(command.text)
 
     def _generate(self, instance: int, sample_ids: Sequence[int]) -> None:
-        assert self._sampling is not None
         items = []
         for sample_id in sample_ids:
             record = self._records[sample_id]
+            self._homes[sample_id] = instance
             items.append(m.GenerateItem(record.tokens, record.seed, record.left_from))
             record.left_from = ""
-        self._fleet.send(
-            self._fleet.rollout[instance],
-            m.Generate(items=tuple(items), sampling=self._sampling),
-        )
+        self._tell(instance, m.Generate(items=tuple(items), sampling=self._checked_sampling))
 
     def _migrate(self, command: ev.Migrate) -> None:
         for sample_id in command.sample_ids:
-            self._moving[sample_id] = command.destination
-        self._fleet.send(
-            self._fleet.rollout[command.source],
+            self._moving[sample_id] = (command.source, command.destination)
+        self._tell(
+            command.source,
             m.Export(sample_ids=command.sample_ids, with_cache=command.with_cache),
         )
 
     def _score(self, command: ev.Score) -> None:
-        assert self._sampling is not None
         samples = tuple(self._records[i].tokens for i in command.sample_ids)
-        self._fleet.send(
-            self._fleet.rollout[command.worker],
-            m.Score(
-                role=_ROLES[command.role], samples=samples, temperature=self._sampling.temperature
-            ),
+        temperature = self._checked_sampling.temperature
+        self._tell(
+            command.worker,
+            m.Score(role=_ROLES[command.role], samples=samples, temperature=temperature),
         )
 
     def _reward(self, sample_ids: Sequence[int]) -> None:

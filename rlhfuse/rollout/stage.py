@@ -1,15 +1,53 @@
 """Generation and inference of one batch, from records to scores."""
 
+import time
 from collections.abc import Sequence
 
 from rlhfuse import messages as m
 from rlhfuse.config import Config, ValidationConfig
 from rlhfuse.cost import CostModel
+from rlhfuse.fleet import WorkerFailed
 from rlhfuse.rollout.lengths import LengthModel
-from rlhfuse.rollout.loop import Record, RolloutLoop, RolloutResult
+from rlhfuse.rollout.loop import RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
+from rlhfuse.rollout.records import Record
 from rlhfuse.rollout.scheduler import RolloutScheduler
 from rlhfuse.session import Session
+
+
+class Rollout:
+    """One batch on its way from prompts to what the training workers need."""
+
+    def __init__(self, session: Session, loop: RolloutLoop) -> None:
+        self._session = session
+        self._loop = loop
+        self.result = loop.result()
+
+    def deliver(self) -> None:
+        """The training workers fetch what the rollout workers hold. What has died with a worker
+        since is made again first.
+
+        Raises:
+            WorkerFailed: it could not be had within the time limit.
+        """
+        fleet, step = self._session.fleet, self._session.state.step + 1
+        limit_s = self._session.run.config.trainer.wait_timeout_s
+        deadline = time.monotonic() + limit_s
+        while True:
+            samples = tuple(_train_sample(record) for record in self.result.records)
+            fleet.broadcast(fleet.training, m.FetchSamples(step=step, samples=samples))
+            fetched = fleet.gather(m.Fetched, fleet.training, f"the samples of step {step}")
+            missing = sorted({endpoint for _, event in fetched for endpoint in event.missing})
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                raise WorkerFailed(
+                    f"step {step}: per-token data at {', '.join(missing)} could not be had for "
+                    f"{limit_s:g} s (trainer.wait_timeout_s)"
+                )
+            fleet.receive()
+            self._loop.finish()
+            self.result = self._loop.result()
 
 
 def generate_and_score(
@@ -22,14 +60,14 @@ def generate_and_score(
     overlap: bool,
     lengths: LengthModel | None = None,
     show: bool = True,
-) -> RolloutResult:
+) -> Rollout:
     """Every record gets a response and what `roles` have to say of it. `overlap` off is the
     serial baseline: all generation, then all inference. `lengths` predicts from earlier batches
     and learns from this one."""
     config = session.run.config
     version = session.state.step
     fleet = session.fleet
-    fleet.broadcast(fleet.rollout, m.BeginStep(step=version + 1, policy_version=version))
+    fleet.begin_step(version + 1, version)
     scheduler = RolloutScheduler(
         config.placement.num_devices,
         tuple(roles),
@@ -47,9 +85,19 @@ def generate_and_score(
         timeout_s=config.trainer.wait_timeout_s,
         score_clip=config.reward.clip,
         show=show,
+        needs_logprobs=needs_logprobs(session),
     )
-    wanted = len(roles)
-    return loop.run(records, sampling, version, wanted)
+    loop.run(records, sampling, version, len(roles))
+    return Rollout(session, loop)
+
+
+def needs_logprobs(session: Session) -> bool:
+    """Whether the engine's own log-probabilities enter the loss."""
+    config = session.run.config
+    if config.rollout.old_log_probs == "engine" or config.algorithm.tis == "on":
+        return True
+    exact = all("float32" in session.fleet.detail(name) for name in session.fleet.rollout)
+    return config.algorithm.tis == "auto" and not exact
 
 
 def rollout_policy(config: Config, sampling: m.Sampling, *, overlap: bool) -> Policy:
@@ -92,4 +140,10 @@ def validation_sampling(
         max_tokens=config.rollout.response_length,
         min_tokens=0,
         stop_token_ids=tuple(stop_token_ids),
+    )
+
+
+def _train_sample(record: Record) -> m.TrainSample:
+    return m.TrainSample(
+        record.tokens, record.group, record.score, record.endpoints, record.rollout_endpoint
     )

@@ -109,6 +109,7 @@ def loss_data(
         kl_estimator=config.algorithm.kl_penalty,
     )
     advantages = _advantages(config, samples, scores, rewards, values, cu_seqlens)
+    known = ~rollout.isnan()  # some may have died with the worker that measured them
     stats = [
         batch_stats(
             scores=scores,
@@ -117,7 +118,7 @@ def loss_data(
             cu_seqlens=cu_seqlens,
             values=values,
         ),
-        mismatch_stats(rollout, old),
+        mismatch_stats(rollout[known], old[known]),
     ]
     joined = {OLD: old, ADVANTAGES: advantages.advantages, RETURNS: advantages.returns}
     if values is not None:

@@ -162,10 +162,14 @@ class RankTrainer:
         parts of all ranks are there. Raises StepFailed on all ranks where one fails, such as for
         a full disk."""
         with self._failing_together("writing a checkpoint"):
-            for stage in self._stages:
-                checkpoint.save_stage(folder, stage, self._pipelines[stage.pipeline])
-            checkpoint.save_rng(folder, self._rank, self._device)
+            self.write(folder)
             dist.barrier(self._control)
+
+    def write(self, folder: Path) -> None:
+        """As `save`, but on its own: others' parts may be missing. Raises OSError."""
+        for stage in self._stages:
+            checkpoint.save_stage(folder, stage, self._pipelines[stage.pipeline])
+        checkpoint.save_rng(folder, self._rank, self._device)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote, also with other pipeline stages than these.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -20,16 +21,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def settle(spec: WorkerSpec) -> None:
     """Make this process a good neighbour: one core, one thread, deterministic float32."""
-    if spec.core is not None:
-        psutil.Process().cpu_affinity([spec.core])
+    if spec.seat.core is not None:
+        psutil.Process().cpu_affinity([spec.seat.core])
     torch.set_num_threads(1)
     # Sampling has its own seeds; this one is for whatever draws from torch's default generator.
     torch.manual_seed(spec.config.trainer.seed * 1000 + spec.index)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def meet_on(address: str) -> None:
+    """Let torch.distributed use the network interface that has `address`: what a host's name
+    resolves to may be unreachable, or nothing. The user's own choice comes first."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
 def device_of(placement: PlacementConfig, index: int) -> torch.device:
-    """The torch device of worker `index`."""
+    """The torch device number `index` of this machine."""
     kind = placement.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,11 +58,12 @@ def run_guarded(spec: WorkerSpec, body: Callable[[Link], None]) -> None:
     logging.basicConfig(
         level=logging.WARNING, format=f"%(asctime)s {spec.name} %(levelname)s %(message)s"
     )
-    link = Link(spec.hub, spec.name)
+    link = Link(spec.hub, spec.identity, spec.keys)
     try:
         settle(spec)
         body(link)
     except BaseException as error:
+        # The controller decides what becomes of it, and what the user is to read.
         link.send(
             Failed(
                 worker=spec.name,
@@ -62,6 +73,6 @@ def run_guarded(spec: WorkerSpec, body: Callable[[Link], None]) -> None:
                 user_error=isinstance(error, ValueError),
             )
         )
-        raise
+        sys.exit(1)
     finally:
         link.close()

@@ -46,13 +46,17 @@ class RolloutWorker:
         self._config = spec.config
         self._lane = f"rank{spec.index}"
         self._link = link
-        self._device = device_of(spec.config.placement, spec.index)
+        self._device = device_of(spec.config.placement, spec.seat.local_index)
         dtype = dtype_of(spec.config.placement, self._device)
         self._models = _load_models(spec.config, self._device, dtype)
         self._engine = _make_engine(spec.config, self._models["actor"])
         self._store = PayloadStore()
-        self._server = PeerServer(self._store.answer)
-        self._client = PeerClient(spec.config.trainer.wait_timeout_s)
+        self._server = PeerServer(self._store.answer, spec.keys, spec.seat.node.address)
+        self._client = PeerClient(spec.config.trainer.wait_timeout_s, spec.keys)
+        self._versions: dict[m.Role, int] = {}  # of the weights of trained models
+        self._begun = False  # only what is up to date is told to begin
+        self._asleep = False
+        self._incomplete: set[int] = set()  # samples with log-probabilities that are lost
         self._growths: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._contexts: dict[int, int] = {}  # prompt tokens
@@ -87,6 +91,8 @@ class RolloutWorker:
 
     def _handle(self, command: m.Command) -> None:
         match command:
+            case m.Reset():
+                self._reset()
             case m.BeginStep():
                 self._begin(command)
             case m.Generate():
@@ -99,40 +105,54 @@ class RolloutWorker:
                 self._pull_weights(command)
             case m.Sleep():
                 self._engine.sleep()
+                self._asleep = True
                 self._link.send(m.Ack(command="Sleep"))
             case m.Wake():
                 self._engine.wake()
+                self._asleep = False
                 self._link.send(m.Ack(command="Wake"))
             case m.Shutdown():
                 self._running = False
             case _:
                 raise AssertionError(f"not a command to a rollout worker: {command}")
 
+    def _reset(self) -> None:
+        self._engine.abort(list(self._lengths))
+        self._forget()
+        self._spans.clear()
+        self._burst = _Burst()
+        self._link.send(m.Ack(command="Reset"))
+
     def _begin(self, command: m.BeginStep) -> None:
         assert self._engine.num_running == 0, "a step begins while samples are running"
-        assert self._engine.policy_version == command.policy_version, (
-            f"weights are of version {self._engine.policy_version}, "
-            f"the step wants {command.policy_version}"
+        versions: dict[str, int] = {"engine": self._engine.policy_version}
+        versions.update(self._versions)
+        assert set(versions.values()) == {command.policy_version}, (
+            f"weights are of versions {versions}, the step wants {command.policy_version}"
         )
+        self._forget()
+        if self._asleep:
+            self._engine.wake()
+            self._asleep = False
+        self._begun = True
+
+    def _forget(self) -> None:
+        self._begun = False
         self._store.clear()
         self._growths.clear()
         self._lengths.clear()
         self._contexts.clear()
         self._logprobs.clear()
+        self._incomplete.clear()
 
     def _generate(self, command: m.Generate) -> None:
+        assert self._begun, "told to generate without the weights of this step"
         params = _sampling_params(command.sampling)
         for item in command.items:
             response = np.frombuffer(item.tokens.response, dtype=np.int32)
             sample_id = item.tokens.sample_id
-            cache = b""
-            if item.cache_from:
-                remains = fetch_departed(self._client, item.cache_from, sample_id)
-                self._logprobs[sample_id] = remains.logprobs.tolist()
-                cache = remains.cache
-            elif len(response):
-                # Its maker died: what it measured is lost, and marked as such.
-                self._logprobs[sample_id] = [math.nan] * len(response)
+            cache, logprobs = self._remains(item, len(response))
+            self._logprobs[sample_id] = logprobs
             self._lengths[sample_id] = len(response)
             self._contexts[sample_id] = len(item.tokens.prompt) // 4
             self._engine.add(
@@ -145,6 +165,23 @@ class RolloutWorker:
                 ),
                 cache,
             )
+
+    def _remains(self, item: m.GenerateItem, length: int) -> tuple[bytes, list[float]]:
+        """The cache and the log-probabilities that a sample brings. What died with the worker
+        that had them is computed again, or marked as lost."""
+        sample_id = item.tokens.sample_id
+        self._incomplete.discard(sample_id)
+        if item.cache_from:
+            try:
+                remains = fetch_departed(self._client, item.cache_from, sample_id)
+                if any(map(math.isnan, remains.logprobs)):
+                    self._incomplete.add(sample_id)
+                return remains.cache, remains.logprobs.tolist()
+            except ConnectionError as error:
+                logger.warning("sample %d goes on without its cache: %s", sample_id, error)
+        if length:
+            self._incomplete.add(sample_id)
+        return b"", [math.nan] * length
 
     def _export(self, command: m.Export) -> None:
         start_s = time.monotonic()
@@ -197,18 +234,32 @@ class RolloutWorker:
 
     def _pull_weights(self, command: m.PullWeights) -> None:
         start_s = time.monotonic()
+        self._begun = False
+        self._versions[command.role] = -1  # until all of them are here
         inbox = Inbox(self._client, command.role, command.version)
         tensors = inbox.tensors(command.sources)
-        if command.role == "actor":
-            self._engine.load_weights(tensors, command.version)
-        else:
-            self._models[command.role].load_tensors(tensors)
-        digest = inbox.digest()
-        if digest != command.digest:
-            raise RuntimeError(
+        digest = error = ""
+        try:
+            if command.role == "actor":
+                self._engine.load_weights(tensors, command.version)
+            else:
+                self._models[command.role].load_tensors(tensors)
+            digest = inbox.digest()
+        except ConnectionError as trouble:
+            error = f"{command.role} weights of version {command.version}: {trouble}"
+        if not error and digest != command.digest:
+            error = (
                 f"{command.role} weights of version {command.version} arrived damaged: "
                 f"{digest[:12]} instead of {command.digest[:12]}"
             )
+        if error:
+            self._link.send(
+                m.WeightsReady(
+                    role=command.role, version=command.version, digest=digest, error=error
+                )
+            )
+            return
+        self._versions[command.role] = command.version
         self._span(Kind.WEIGHTS, f"weights {command.role}", start_s, version=command.version)
         self._send_spans()
         self._link.send(m.WeightsReady(role=command.role, version=command.version, digest=digest))
@@ -239,7 +290,8 @@ class RolloutWorker:
 
     def _growth(self, sample_id: int, reason: str) -> m.Growth:
         tokens = np.asarray(self._growths.pop(sample_id, []), dtype=np.int32)
-        return m.Growth(sample_id, tokens.tobytes(), self._lengths[sample_id], reason)
+        whole = sample_id not in self._incomplete
+        return m.Growth(sample_id, tokens.tobytes(), self._lengths[sample_id], reason, whole)
 
     def _report(self, finished: dict[int, str] | None = None) -> None:
         """Send what has grown, and close the span of the steps that grew it."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from rlhfuse import messages as m
-from rlhfuse.config import Config
 from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
@@ -20,7 +20,7 @@ from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
 from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Outbox
-from rlhfuse.workers.common import device_of, dtype_of, run_guarded
+from rlhfuse.workers.common import device_of, dtype_of, meet_on, run_guarded
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,17 @@ class TrainingWorker:
         self._rank = spec.index
         self._lane = f"rank{spec.index}"
         self._link = link
-        device = device_of(spec.config.placement, spec.index)
+        device = device_of(spec.config.placement, spec.seat.local_index)
+        meet_on(spec.seat.node.address)
+        limit = timedelta(seconds=spec.config.trainer.wait_timeout_s)
+        # The controller holds the store: no port can be taken by others, and it outlives us.
+        store = TCPStore(*spec.store, is_master=False, timeout=limit)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://127.0.0.1:{spec.master_port}",
+            store=store,
             rank=spec.index,
             world_size=spec.config.placement.num_devices,
-            timeout=timedelta(seconds=spec.config.trainer.wait_timeout_s),
+            timeout=limit,
         )
         self._roles: tuple[m.Role, ...] = (
             ("actor", "critic") if "critic" in spec.pipelines else ("actor",)
@@ -64,8 +68,11 @@ class TrainingWorker:
             total_steps=spec.total_optimizer_steps,
         )
         self._outbox = Outbox()
-        self._server = PeerServer(PayloadStore(self._outbox.answer).answer)
-        self._client = PeerClient(spec.config.trainer.wait_timeout_s)
+        self._server = PeerServer(
+            PayloadStore(self._outbox.answer).answer, spec.keys, spec.seat.node.address
+        )
+        self._client = PeerClient(spec.config.trainer.wait_timeout_s, spec.keys)
+        self._samples: list[SampleData] = []
         self._running = True
         link.send(
             m.Hello(
@@ -88,6 +95,8 @@ class TrainingWorker:
 
     def _handle(self, command: m.Command) -> None:
         match command:
+            case m.FetchSamples():
+                self._fetch(command)
             case m.Train():
                 self._train(command)
             case m.PrepareWeights():
@@ -97,17 +106,33 @@ class TrainingWorker:
             case m.LoadCheckpoint():
                 self._trainer.load(Path(command.folder))
                 self._link.send(m.Ack(command="LoadCheckpoint"))
+            case m.KeepState():
+                self._keep_state(command)
             case m.Shutdown():
                 self._running = False
             case _:
                 raise AssertionError(f"not a command to a training worker: {command}")
 
+    def _fetch(self, command: m.FetchSamples) -> None:
+        start_s = time.monotonic()
+        floats: dict[tuple[str, int], FloatArray] = {}
+        missing: set[str] = set()
+        if self._needs_data:
+            floats, missing = fetch_all(self._client, command.samples)
+        if not missing:
+            recomputed = self._config.rollout.old_log_probs == "recompute"
+            self._samples = [
+                _sample_data(sample, floats, recomputed, self._needs_data)
+                for sample in command.samples
+            ]
+        span = Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {})
+        self._link.send(m.Spans(spans=(span,)))
+        self._link.send(m.Fetched(step=command.step, missing=tuple(sorted(missing))))
+
     def _train(self, command: m.Train) -> None:
         self._outbox.withdraw()
         spans: list[Span] = []
-        start_s = time.monotonic()
-        samples = fetch_samples(self._client, command.samples, self._config, self._needs_data)
-        spans.append(Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {}))
+        samples, self._samples = self._samples, []
         plans = [MiniBatchPlan(dict(b.microbatches), b.rounds) for b in command.minibatches]
         try:
             seen = self._trainer.update(
@@ -150,6 +175,14 @@ class TrainingWorker:
             self._trainer.export_hf(folder / role / "huggingface", role)
         self._link.send(m.Ack(command="SaveCheckpoint"))
 
+    def _keep_state(self, command: m.KeepState) -> None:
+        error = ""
+        try:
+            self._trainer.write(Path(command.folder))
+        except OSError as trouble:
+            error = str(trouble)
+        self._link.send(m.Kept(step=command.step, error=error))
+
     def _keep_batch(self, step: int, samples: Sequence[SampleData]) -> None:
         """Write the batch that broke the loss, for study."""
         trainer = self._config.trainer
@@ -165,31 +198,31 @@ class TrainingWorker:
         logger.error("the batch of step %d is kept in %s", step, path)
 
 
-def fetch_samples(
-    client: PeerClient, samples: Sequence[m.TrainSample], config: Config, with_data: bool
-) -> list[SampleData]:
-    """The samples of a step with their per-token numbers, each pulled once from its maker.
-
-    A rank without a loss gets empty arrays: it needs token ids and lengths alone.
-    """
-    floats = _fetch_all(client, samples) if with_data else {}
-    recomputed = config.rollout.old_log_probs == "recompute"
-    return [_sample_data(sample, floats, recomputed, with_data) for sample in samples]
-
-
-def _fetch_all(
+def fetch_all(
     client: PeerClient, samples: Sequence[m.TrainSample]
-) -> dict[tuple[str, int], FloatArray]:
+) -> tuple[dict[tuple[str, int], FloatArray], set[str]]:
+    """The per-token numbers of samples by (kind, sample id), each pulled once from its maker, and
+    the endpoints of those that are gone."""
     wanted: dict[tuple[str, str], list[int]] = defaultdict(list)
     for sample in samples:
-        wanted[sample.rollout_endpoint, ROLLOUT].append(sample.tokens.sample_id)
+        if sample.rollout_endpoint:
+            wanted[sample.rollout_endpoint, ROLLOUT].append(sample.tokens.sample_id)
         for role, endpoint in sample.endpoints.items():
             wanted[endpoint, role].append(sample.tokens.sample_id)
     floats: dict[tuple[str, int], FloatArray] = {}
+    missing: set[str] = set()
     for (endpoint, kind), ids in wanted.items():
-        for sample_id, values in zip(ids, fetch_floats(client, endpoint, kind, ids), strict=True):
+        if endpoint in missing:
+            continue
+        try:
+            found = fetch_floats(client, endpoint, kind, ids)
+        except ConnectionError as error:
+            logger.warning("%s", error)
+            missing.add(endpoint)
+            continue
+        for sample_id, values in zip(ids, found, strict=True):
             floats[kind, sample_id] = values
-    return floats
+    return floats, missing
 
 
 def _sample_data(
@@ -198,9 +231,12 @@ def _sample_data(
     recomputed: bool,
     with_data: bool,
 ) -> SampleData:
+    """A rank without a loss gets empty arrays: it needs token ids and lengths alone."""
     sample_id = sample.tokens.sample_id
-    empty = np.zeros(0, dtype=np.float32)
-    rollout = floats[ROLLOUT, sample_id] if with_data else empty
+    rollout = np.zeros(0, dtype=np.float32)
+    if with_data:
+        lost = np.full(len(sample.tokens.response) // 4, np.nan, dtype=np.float32)
+        rollout = floats.get((ROLLOUT, sample_id), lost)
     return SampleData(
         sample_id=sample_id,
         group=sample.group,

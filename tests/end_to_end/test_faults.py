@@ -1,49 +1,187 @@
-"""What dies ends the run with one clear line, leaves nothing behind, and loses nothing."""
+"""Whatever dies, and whenever: the run goes on, and ends with the bits of an undisturbed run."""
 
+import dataclasses
 import json
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
+from rlhfuse import messages as m
+from rlhfuse.config import Config
 from rlhfuse.config_file import dump
-from rlhfuse.run_folder import RunFolder
+from rlhfuse.fleet import WorkerFailed
+from rlhfuse.recovery import Recovery
+from rlhfuse.resolve import resolve
+from rlhfuse.rollout import loop, stage
+from rlhfuse.rollout.policy import Migration, Policy
+from rlhfuse.rollout.stage import rollout_policy
+from rlhfuse.run_folder import RunFolder, load_state
+from rlhfuse.session import Session, open_session
+from rlhfuse.trainer import StepResult, Trainer
+from tests.end_to_end.sabotage import Fault, sabotage, start_over
 from tests.end_to_end.tiny_run import make_assets, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+replace = msgspec.structs.replace
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
 
 
-def _start(tmp_path: Path) -> tuple["subprocess.Popen[str]", RunFolder]:
-    make_assets(tmp_path)
-    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2)
-    trainer = msgspec.structs.replace(
-        config.trainer, total_training_steps=10_000, save_freq=1, val_before_train=False
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    return folder
+
+
+def _config(assets: Path, runs: Path, steps: int, **trainer: object) -> Config:
+    config = tiny_config(assets, runs, num_devices=2)
+    return replace(
+        config,
+        # Long enough to be hit, and a tail that is sure to move.
+        rollout=replace(config.rollout, response_length=96),
+        trainer=replace(
+            config.trainer,
+            total_training_steps=steps,
+            val_before_train=False,
+            report=False,
+            restart_freq=1,
+            heartbeat_timeout_s=3.0,
+            **trainer,
+        ),
     )
-    config = msgspec.structs.replace(config, trainer=trainer)
-    (tmp_path / "config.yaml").write_text(dump(config))
-    run = subprocess.Popen(
-        [sys.executable, "-m", "rlhfuse.cli.main", "train", str(tmp_path / "config.yaml")],
+
+
+def _digests(history: list[StepResult]) -> list[tuple[int, str, str, str]]:
+    return [(h.step, h.tokens, h.rewards, h.weights) for h in history]
+
+
+FAULTS = [
+    Fault(1, m.Generate, "rollout-1", delay_s=0.05),
+    Fault(2, m.Score, "rollout"),
+    Fault(2, m.PullWeights, "rollout", delay_s=0.002),
+    Fault(3, m.Export, "rollout"),  # migration: the source
+    Fault(4, m.Export, "rollout", victim="other"),  # migration: the destination
+    Fault(5, m.Generate, "rollout", signal.SIGSTOP, delay_s=0.05),  # a hung engine
+    Fault(6, m.FetchSamples, "training-0", victim="holder"),  # all is scored, not yet fetched
+    Fault(6, m.Train, "training-1", delay_s=0.01),
+    Fault(7, m.PrepareWeights, "training-0"),
+    Fault(7, m.Train, "training-1", signal.SIGSTOP),
+    Fault(7, m.Train, "training-0", victim="holder"),
+]
+
+
+def test_results_do_not_depend_on_who_dies_when(
+    assets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    _let_tails_move(monkeypatch)
+    monkeypatch.setattr(loop, "_QUIET_S", 1.0)
+    steps = 7
+    with open_session(resolve(_config(assets, tmp_path, steps)), resume=False) as session:
+        kept = tmp_path / "start"
+        shutil.copytree(Trainer(session).save(), kept)
+        undisturbed = Trainer(session)
+        undisturbed.fit()
+        moved = [h.metrics["fusion/moved_samples"] for h in undisturbed.history]
+
+        start_over(session, kept)
+        disturbed = Trainer(session)
+        with sabotage(session, list(FAULTS), together={3, 4}) as saboteur:
+            disturbed.fit()
+        assert _digests(disturbed.history) == _digests(undisturbed.history)
+        assert not saboteur.left, f"never came to pass: {saboteur.left}"
+        assert moved[2]
+        assert moved[3]
+        told = capfd.readouterr().err
+        assert "generating (samples " in told
+        assert re.search(r"rollout-\d is lost: no sign of life for 3 s", told)
+        assert "training-1 is lost: killed by signal 9; the training workers are started" in told
+
+        _log_probabilities_are_made_again(session, kept, undisturbed.history, monkeypatch)
+        _a_full_disk_leaves_the_older_checkpoint(session)
+        processes = [psutil.Process(pid) for pid in session.fleet.pids.values()]
+    assert _all_gone(processes)
+
+
+def _let_tails_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a move pays is the cost model's to say; here it is to happen."""
+
+    def forced(config: Config, sampling: m.Sampling, *, overlap: bool) -> Policy:
+        policy = rollout_policy(config, sampling, overlap=overlap)
+        return dataclasses.replace(policy, migration=Migration.FORCED, forced=((8, 1),))
+
+    monkeypatch.setattr(stage, "rollout_policy", forced)
+
+
+def _log_probabilities_are_made_again(
+    session: Session, start: Path, history: list[StepResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the loss takes them from the engine, those that die with it are generated anew. (This
+    run recomputes them, so that its results must still be the same.)"""
+    monkeypatch.setattr(stage, "needs_logprobs", lambda session: True)
+    start_over(session, start)
+    again = Trainer(session)
+    again.sync_weights()
+    faults = [
+        Fault(1, m.Generate, "rollout-1", delay_s=0.05),
+        Fault(2, m.FetchSamples, "training-0", victim="holder"),
+    ]
+    with sabotage(session, faults) as saboteur:
+        results = [again.step(), again.step()]
+    assert not saboteur.left
+    assert _digests(results) == _digests(history[:2])
+
+
+def _a_full_disk_leaves_the_older_checkpoint(session: Session) -> None:
+    """The kernel refuses to let one rank write: a restart state is done without, a checkpoint
+    ends the run, and the older one stays whole."""
+    older = Trainer(session).save()
+    pid = session.fleet.pids["training-1"]
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    Recovery(session).keep()
+    assert session.folder.newest() == older
+    with pytest.raises(WorkerFailed, match=r"writing a checkpoint: .*File too large"):
+        Trainer(session).save()
+    assert session.folder.latest() == older
+    assert {p.name for p in session.folder.checkpoints.iterdir()} >= {older.name}
+    assert not list(session.folder.checkpoints.glob(".*"))
+
+
+# --- through the command line --------------------------------------------------------------
+
+
+def _start(config: Config, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    (folder / "config.yaml").write_text(dump(config))
+    command = [sys.executable, "-m", "rlhfuse.cli.main", "train", str(folder / "config.yaml")]
+    return subprocess.Popen(
+        [*command, *arguments],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    return run, RunFolder(trainer)
 
 
-def _wait_for_checkpoint(run: "subprocess.Popen[str]", folder: RunFolder) -> None:
+def _wait_for_step(run: "subprocess.Popen[str]", folder: RunFolder, step: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while folder.latest() is None:
-        assert run.poll() is None, "the run ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.2)
+    metrics = folder.path / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < deadline, f"step {step} did not come in time"
+        time.sleep(0.05)
 
 
 def _workers(folder: RunFolder) -> dict[str, psutil.Process]:
@@ -51,31 +189,54 @@ def _workers(folder: RunFolder) -> dict[str, psutil.Process]:
     return {name: psutil.Process(pid) for name, pid in pids.items()}
 
 
-def _all_gone(workers: dict[str, psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(list(workers.values()), timeout=30)
+def _all_gone(processes: Iterable[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(list(processes), timeout=30)
     return not alive
 
 
-@pytest.mark.parametrize("victim", ["training-1", "rollout-0"])
-def test_a_dead_worker_ends_the_run_with_its_name(tmp_path: Path, victim: str) -> None:
-    run, folder = _start(tmp_path)
-    _wait_for_checkpoint(run, folder)
+def test_too_few_left_ends_the_run_checkpointed_and_it_resumes(
+    assets: Path, tmp_path: Path
+) -> None:
+    config = _config(assets, tmp_path, 10_000, max_restarts=0)
+    folder = RunFolder(config.trainer)
+    run = _start(config, tmp_path)
+    _wait_for_step(run, folder, 2)
     workers = _workers(folder)
-    workers[victim].send_signal(signal.SIGKILL)
+    workers["rollout-1"].kill()
+    workers["rollout-0"].send_signal(signal.SIGSTOP)
     _, told = run.communicate(timeout=DEADLINE_S)
     assert run.returncode == 1
     last = told.strip().splitlines()[-1]
-    assert victim in last or "rank" in last
+    assert "no rollout worker is left: rollout-" in last
     assert "--resume" in last
-    assert _all_gone(workers)
-    assert folder.latest() is not None
+    assert "the run goes on with rollout-" in told
+    assert _all_gone(workers.values())
+    saved = folder.latest()
+    assert saved is not None
+    step = load_state(saved).step
+    assert step >= 2
+
+    run = _start(config, tmp_path, "--resume", "actor.ppo_epochs=2", "trainer.seed=7")
+    _, told = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 2
+    assert "actor.ppo_epochs: 1 is now 2" in told
+    assert "trainer.seed: 1 is now 7" in told
+    run = _start(config, tmp_path, "--resume", f"trainer.total_training_steps={step + 1}")
+    _, told = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 0, told
+    assert f"trainer.total_training_steps: 10000 is now {step + 1}" in told
+    rows = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, step + 2))
 
 
-def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
-    run, folder = _start(tmp_path)
-    _wait_for_checkpoint(run, folder)
+def test_a_killed_driver_leaves_no_worker_behind(assets: Path, tmp_path: Path) -> None:
+    config = _config(assets, tmp_path, 10_000)
+    folder = RunFolder(config.trainer)
+    run = _start(config, tmp_path)
+    _wait_for_step(run, folder, 1)
     workers = _workers(folder)
+    workers["rollout-1"].send_signal(signal.SIGSTOP)  # which cannot see its parent go
     run.kill()
     run.communicate()
-    assert _all_gone(workers)
-    assert folder.latest() is not None
+    assert _all_gone(workers.values())
+    assert folder.newest() is not None

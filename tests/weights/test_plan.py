@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rlhfuse import messages as m
 from rlhfuse.payloads import PayloadStore
-from rlhfuse.transport import PeerClient, PeerServer
+from rlhfuse.transport import PeerClient, PeerServer, make_keys
 from rlhfuse.weights.plan import RankTensors, combined_digest, make_plan
 from rlhfuse.weights.send import Inbox, Outbox
 
@@ -42,10 +42,11 @@ def test_what_arrives_is_what_was_sent_and_a_stale_version_is_refused() -> None:
     }
     outbox = Outbox()
     digests = outbox.offer("actor", 3, tensors)
-    server = PeerServer(PayloadStore(outbox.answer).answer)
+    keys = make_keys(curve=False)
+    server = PeerServer(PayloadStore(outbox.answer).answer, keys)
     plan = make_plan([RankTensors(server.endpoint, digests)])
     sources = tuple(m.TensorSource(endpoint, names) for endpoint, names in plan.sources)
-    with PeerClient(timeout_s=5.0) as client:
+    with PeerClient(5.0, keys) as client:
         inbox = Inbox(client, "actor", 3)
         received = dict(inbox.tensors(sources))
         assert inbox.digest() == plan.digest
