@@ -43,6 +43,7 @@ POLICIES = ("fused", "fused-v", *(policy.name for policy in standard_policies())
 @click.option("--budget-s", type=float, help="Search time in seconds (default 5).")
 @click.option("--iterations", type=int, help="Search rounds: the same result every time.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--workers", type=int, default=1, show_default=True, help="Searches side by side.")
 @click.option("--split-weight", is_flag=True, help="Allow I and W in place of B.")
 @click.option("--policy", type=click.Choice(POLICIES), default="fused", show_default=True)
 @click.option(
@@ -65,6 +66,7 @@ def schedule(
     budget_s: float | None,
     iterations: int | None,
     seed: int,
+    workers: int,
     split_weight: bool,
     policy: str,
     given: Path | None,
@@ -77,10 +79,12 @@ def schedule(
     """Find the best schedule for the pipelines in PROBLEM (YAML or JSON).
 
     PROBLEM gives ranks and pipelines, or `layout`: tp, pp and dp of two models on the same GPUs.
+    Examples: configs/schedule.yaml and configs/schedule_layout.yaml.
+
     The policies interleaved, zb-v and fused-v cut the stages of each rank into chunks.
     """
     with user_errors(), stdout_kept_clean(as_json):
-        _check_options(budget_s, iterations, noise, plot)
+        _check_options(budget_s, iterations, workers, noise, plot)
         check_ending("-o", output)
         check_ending("--from", given)
         said = None if as_json else _say_placement
@@ -90,7 +94,7 @@ def schedule(
         if budget_s is None and iterations is None:
             budget_s = 5.0
         _load_compiled()
-        search = _Search(budget_s, iterations, seed, split_weight, noise, quiet=as_json)
+        search = _Search(budget_s, iterations, seed, workers, split_weight, noise, quiet=as_json)
         if points is not None:
             if output is not None:
                 raise ValueError("--pareto finds many schedules: -o cannot say which to write")
@@ -132,6 +136,7 @@ class _Search:
     budget_s: float | None
     iterations: int | None
     seed: int
+    workers: int
     split_weight: bool
     noise: float | None
     quiet: bool
@@ -202,6 +207,7 @@ class _Search:
             seed=self.seed,
             split_weight=split,
             warm_start=start,
+            workers=self.workers,
             on_progress=teller.tell,
         )
         teller.end()
@@ -312,6 +318,7 @@ def _say_placement(placement: Placement) -> None:
 def _check_options(
     budget_s: float | None,
     iterations: int | None,
+    workers: int,
     noise: float | None,
     plot: Path | None,
 ) -> None:
@@ -319,6 +326,8 @@ def _check_options(
         raise ValueError(f"--budget-s is {budget_s}, expected a positive number of seconds")
     if iterations is not None and iterations < 0:
         raise ValueError(f"--iterations is {iterations}, expected at least 0")
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}, expected at least 1")
     if noise is not None and not 0 <= noise <= 1:
         raise ValueError(f"--noise is {noise}, expected a share from 0 to 1 (0.1 is 10 %)")
     if plot is not None and plot.suffix not in (".png", ".svg"):

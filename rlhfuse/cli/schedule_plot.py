@@ -47,7 +47,7 @@ def save_plot(schedule: Schedule, path: Path, headline: str = "") -> None:
     ranks = schedule.problem.num_ranks
     longest = max((len(row) for row in schedule.rows), default=1)
     width = min(34.0, max(12.0, 2.0 + 0.135 * longest))
-    bars, below = max(1.2, 0.34 * ranks), 1.3 + 0.03 * ranks
+    bars, below = max(1.2, 0.4 * ranks), 1.3 + 0.03 * ranks
     figure = Figure(figsize=(width, bars + below + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     top, memory = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [bars, below]})

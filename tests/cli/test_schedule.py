@@ -185,3 +185,11 @@ def test_a_schedule_that_was_written_is_read_and_explained(
     out.write_text(out.read_text().replace("1", "0", 5))
     assert run_command(schedule, [problem, "--from", str(out)]) == MISTAKE
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["schedule.yaml", "schedule_layout.yaml"])
+def test_the_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / name
+    assert run_command(schedule, [str(path), "--iterations", "5", "--split-weight", "--json"]) == OK
+    answer = msgspec.json.decode(capsys.readouterr().out)
+    assert answer["makespan"] < answer["serial_makespan"]
