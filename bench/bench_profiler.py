@@ -3,6 +3,8 @@
     python -m bench.bench_profiler truth|primus|large|label|fused
     python -m bench.bench_profiler hta --python OTHER_VENV/bin/python
 
+What is heavy is imported where it is used: a child's peak memory counts from its parent's.
+
 `hta` compares with HolisticTraceAnalysis, installed in an environment of its own.
 """
 
@@ -16,23 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from bench.profiler_truth import FORWARD_S, disturbed, make
 from bench.record import Row, print_table, spread, write_result
-from rlhfuse.config_file import load
 from rlhfuse.profiler.causes import Cause
 from rlhfuse.profiler.clocks import align
 from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
-from rlhfuse.profiler.record import record
 from rlhfuse.profiler.stages import EARLY, MOVED
 from rlhfuse.profiler.summary import ProfileSummary
 from rlhfuse.profiler.trace import Loaded, Trace
-from rlhfuse.resolve import resolve
-from rlhfuse.session import open_session
 from rlhfuse.timeline import Timeline
-from rlhfuse.trainer import Fusions, Trainer
 
 DATA = Path(__file__).parents[1] / "tests/profiler/data"
 
@@ -229,6 +224,10 @@ def hta(python: str, repeats: int) -> list[Row]:
 
 def label(labels: int) -> list[Row]:
     """What a label of `rlhfuse.profiler.record` costs, on this machine's devices."""
+    import torch
+
+    from rlhfuse.profiler.record import record
+
     rows: list[Row] = []
     names = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for name in names:
@@ -250,6 +249,11 @@ def label(labels: int) -> list[Row]:
 
 def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
     """The fused step predicted from a serial one, beside the fused step that was then measured."""
+    from rlhfuse.config_file import load
+    from rlhfuse.resolve import resolve
+    from rlhfuse.session import open_session
+    from rlhfuse.trainer import Fusions, Trainer
+
     rows: list[Row] = []
     with open_session(resolve(load(config_file)), resume=False) as session:
         start = Trainer(session).save()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rlhfuse.profiler.clocks import align
 from rlhfuse.profiler.recovery import Recovered, recover
-from rlhfuse.profiler.stages import stage_what_ifs
+from rlhfuse.profiler.stages import EARLY, MOVED, stage_what_ifs
 from rlhfuse.profiler.summary import ProfileSummary, ScheduleSummary, WhatIf, summarize
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.trace import Trace
@@ -59,7 +59,7 @@ def explain_step(
         found += stage_what_ifs(table, table.wall_s)
     if rounds:
         schedule, replayed, more = _replayed(rounds, table.wall_s, critic_scale, critic)
-        found += replayed
+        found += replayed + _both(found, replayed, table.wall_s)
         told += more
     summary = summarize(
         trace.format,
@@ -72,6 +72,18 @@ def explain_step(
         warnings=told,
     )
     return Explained(table, tuple(rounds), summary)
+
+
+def _both(stages: list[WhatIf], training: list[WhatIf], wall_s: float) -> list[WhatIf]:
+    """Both fusions at once: generation with scoring, and the two trainings."""
+    names = {EARLY: "both fusions, migration off", MOVED: "both fusions, migration on, at best"}
+    fused = next((w for w in training if w.name.startswith("both models fused")), None)
+    found = []
+    for what in stages if fused is not None else []:
+        if what.name in names and fused is not None:
+            step_s = what.makespan_s + fused.makespan_s - wall_s
+            found.append(WhatIf(names[what.name], step_s, 1 - step_s / wall_s))
+    return found
 
 
 def _replayed(

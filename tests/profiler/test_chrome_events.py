@@ -66,3 +66,20 @@ def test_a_wrong_pattern_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps({"traceEvents": _events("mb", "stage", False)}))
     with pytest.raises(ValueError, match="is not a regular expression"):
         open_trace([tmp_path], FieldNames(forward="(")).load(7)
+
+
+def test_threads_may_carry_the_ranks(tmp_path: Path) -> None:
+    """All ranks as threads of one process, named so."""
+    events = _events("mb", "stage", paired=True)
+    for event in events:
+        if "tid" in event:
+            event["tid"], event["pid"] = str(event["pid"]), 7
+    names: list[dict[str, object]] = [
+        {"ph": "M", "name": "thread_name", "pid": 7, "tid": f"worker {r}"}
+        | {"args": {"name": f"host a, rank {r} of 4"}}
+        for r in range(4)
+    ]
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": names + events}))
+    _, summary = explain(open_trace([tmp_path]), 7, critic_scale=None)
+    assert summary.num_ranks == 4
+    assert summary.bubble_fraction == pytest.approx(3 / 9)

@@ -35,7 +35,8 @@ def test_a_fused_step_is_held_against_a_serial_one() -> None:
         (1, 10, 11, Kind.SCORE),
     )
     (what,) = stage_what_ifs(table, table.wall_s)
-    assert (what.name, what.makespan_s) == (SERIAL, pytest.approx(13))
+    assert what.name == SERIAL
+    assert what.makespan_s == pytest.approx(13)
 
 
 def test_steps_without_both_stages_have_nothing_to_say() -> None:

@@ -22,8 +22,8 @@ _RANK = re.compile(r"(?i)rank\D?(\d+)|(\d+)\D*$")  # "rank 3 host 7" is 3, "work
 class FieldNames(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Argument names by meaning, and patterns that event names match (``--map`` file).
 
-    Without an argument that says the rank, it is the number in the process' name, else the place
-    of the process among all.
+    Without an argument that says the rank, it is the one in the thread's name (``rank 3``), else
+    the number in the process' name, else the place of the process among all.
     """
 
     step: tuple[str, ...] = ("step", "global_step", "iteration")
@@ -119,12 +119,13 @@ def _read(path: Path, names: FieldNames) -> Iterator[_Row]:
         if e.ph == "M" and e.name == "process_name"
     }
     ranks = _ranks(events, processes)
+    threads = _thread_ranks(events)
     kinds = _kinds(names)
     for event in _paired(events):
         pid = str(event.pid)
         rank = _argument(event.args, names.rank)
         if rank is None:
-            rank = ranks[pid]
+            rank = threads.get((pid, str(event.tid)), ranks[pid])
         kind = next((kind for pattern, kind in kinds if pattern.search(event.name)), Kind.OTHER)
         stage = _argument(event.args, names.stage)
         microbatch = _argument(event.args, names.microbatch)
@@ -136,6 +137,17 @@ def _read(path: Path, names: FieldNames) -> Iterator[_Row]:
         start_s, end_s = event.ts / 1e6, (event.ts + event.dur) / 1e6
         step = _argument(event.args, names.step)
         yield _Row(rank, start_s, end_s, event.name, kind, step, task)
+
+
+def _thread_ranks(events: Iterable[_Event]) -> dict[tuple[str, str], int]:
+    """Ranks that the names of threads say (``rank 3``), by process and thread."""
+    found = {}
+    for event in events:
+        if event.ph == "M" and event.name == "thread_name":
+            match = _RANK.search(str(event.args.get("name", "")))
+            if match is not None and match[1]:
+                found[str(event.pid), str(event.tid)] = int(match[1])
+    return found
 
 
 def _ranks(events: Iterable[_Event], processes: Mapping[str, str]) -> dict[str, int]:
