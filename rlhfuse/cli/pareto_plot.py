@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rlhfuse.schedules.pareto import Point
 
+TALLEST = 2.5  # times the lower bound: where the axis ends
+
 
 def save_pareto_plot(
     points: Sequence[Point],
@@ -26,14 +28,17 @@ def save_pareto_plot(
     times = [point.makespan for point in points]
     right = 1.06 * max([*memory, *(m for _, m, _ in others)])
     axes.step([*memory, right], [*times, times[-1]], where="post", color="#4a90c9", linewidth=1.6)
-    axes.plot(memory, times, "o", color="#124d86", markersize=5, label="fused")
+    top = min(TALLEST * lower_bound, 1.05 * max([*times, *(t for _, _, t in others)]))
     for point in points:
+        inside = point.makespan <= top  # what is far slower stands at the upper edge
+        at = (point.peak_memory, min(point.makespan, 0.985 * top))
+        axes.plot(*([value] for value in at), "o" if inside else "^", color="#124d86", markersize=5)
         axes.annotate(
             f"{point.makespan:.4g}",
-            (point.peak_memory, point.makespan),
-            xytext=(-4, -12),
+            at,
+            xytext=(-4, -12) if inside else (7, -3),
             textcoords="offset points",
-            ha="right",
+            ha="right" if inside else "left",
             fontsize=8,
             color="#124d86",
         )
@@ -41,6 +46,8 @@ def save_pareto_plot(
     for name, peak, length in others:
         places.setdefault((round(peak, 9), round(length, 9)), []).append(name)
     for place, names in places.items():
+        if place[1] > top:
+            continue
         axes.plot(*([value] for value in place), "s", color="#f5923e", markersize=5)
         axes.annotate(
             ", ".join(names),
@@ -62,10 +69,10 @@ def save_pareto_plot(
     )
     axes.set_xlim(0, right)
     axes.set_yscale("log", base=2)
-    axes.set_ylim(lower_bound * 0.94, 1.05 * max([*times, *(t for _, _, t in others)]))
+    axes.set_ylim(lower_bound * (lower_bound / top) ** 0.08, top)
     ticks = [
         k
-        for k in (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
+        for k in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0, 2.25, 2.5)
         if k * lower_bound <= axes.get_ylim()[1]
     ]
     axes.set_yticks([k * lower_bound for k in ticks], [f"{k:g}x" for k in ticks])
