@@ -30,6 +30,7 @@ TWO_RANKS: dict[str, tuple[Setting, tuple[Choice, ...]]] = {
     "partial checkpointing": (Setting(partial_checkpoints=1), ONE),
     "one micro-batch": (Setting(num_microbatches=1), ALL),
     "experts": (Setting(experts=2), ALL),
+    "timers, loss scale": (Setting(timers=True, loss_scale=4.0, ddp=False), ALL),
 }
 FOUR_RANKS: dict[str, tuple[Setting, tuple[Choice, ...]]] = {
     "pp=4": (Setting(pp=4, num_microbatches=6), ALL),

@@ -164,8 +164,9 @@ def test_a_schedule_that_does_not_fit_is_refused_with_both_numbers() -> None:
         assert "has 8 micro-batches, the call brings 4" in counts
 
 
-def other_calls(path: str) -> tuple[bool, bool, bool, bool, list[str]]:
-    """Forward-only and non-loss results as Megatron's; a schedule from a file; falling back."""
+def other_calls(path: str) -> tuple[tuple[bool, ...], list[str]]:
+    """Forward-only and non-loss results as Megatron's; a schedule from a file; falling back; one
+    micro-batch in flight under a memory cap."""
     setting = Setting()
     lines: list[str] = []
     handler = logging.Handler()
@@ -175,9 +176,8 @@ def other_calls(path: str) -> tuple[bool, bool, bool, bool, list[str]]:
         init_parallel(setting)
         model = Trained(setting)
         own, ours = stock.stock_func(None, None, None), Scheduler(path, record=True)
-        run = ours.get_forward_backward_func()
 
-        def both(**more: Any) -> bool:
+        def both(run: Any = ours.get_forward_backward_func(), **more: Any) -> bool:  # noqa: B008
             model.zero()
             expected = own(**model.arguments(**more)), model.gradients()
             model.zero()
@@ -188,13 +188,14 @@ def other_calls(path: str) -> tuple[bool, bool, bool, bool, list[str]]:
         evaluation = evaluation and len(ours.timeline.spans) == setting.num_microbatches
         raw = both(forward_only=True, collect_non_loss_data=True)
         from_file = both() and len(ours.timeline.spans) == 2 * setting.num_microbatches
-        model.config.hybrid_context_parallel = False
-        model.config.cuda_graph_impl = "none"
-        model.config.use_ring_exchange_p2p = False
         twice = both(adjust_tensor_shapes_fn=lambda a, b: (a, b)) and both(
             adjust_tensor_shapes_fn=lambda a, b: (a, b)
         )
-    return evaluation, raw, from_file, twice, lines
+        frugal = Scheduler(memory_cap=1.0, record=True)
+        capped = both(frugal.get_forward_backward_func())
+        kinds = "".join(span.kind.value for span in frugal.timeline.spans)
+        capped = capped and kinds == "FB" * setting.num_microbatches
+    return (evaluation, raw, from_file, twice, capped), lines
 
 
 @pytest.mark.slow
@@ -202,10 +203,8 @@ def test_evaluation_files_and_falling_back(tmp_path: Any) -> None:
     path = tmp_path / "schedule.json"
     problem = Problem(2, (Pipeline.make("actor", (0, 1), 4, 1, 2),))
     path.write_bytes(schedule_to_json(one_f_one_b(problem)))
-    for evaluation, raw, from_file, twice, lines in run_ranks(
-        2, lambda rank: other_calls(str(path)), limit_s=60
-    ):
-        assert (evaluation, raw, from_file, twice) == (True, True, True, True)
+    for fine, lines in run_ranks(2, lambda rank: other_calls(str(path)), limit_s=60):
+        assert fine == (True,) * 5
         assert lines == [
             "Megatron's own schedule is used: adjust_tensor_shapes_fn: several tensors in one "
             "message"

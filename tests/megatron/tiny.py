@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import random as tp_random
+from megatron.core.timers import Timers
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -86,6 +87,8 @@ class Setting:
     sequence_parallel: bool = False
     experts: int | None = None
     value_head: bool = False
+    timers: bool = False
+    loss_scale: float | None = None
     partial_checkpoints: int | None = None
     seed: int = 0
 
@@ -172,6 +175,10 @@ class Trained:
     def __init__(self, setting: Setting, head: Callable[[Any], object] | None = None) -> None:
         self.setting = setting
         self.config = config_for(setting)
+        if setting.timers:
+            self.config.timers = Timers(2, "minmax")
+        if setting.loss_scale is not None:
+            self.config.grad_scale_func = partial(torch.mul, torch.tensor(setting.loss_scale))
         self.chunks = [self._chunk(index, head) for index in range(setting.chunks)]
         self.optimizer = None
         if setting.ddp:
