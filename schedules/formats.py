@@ -85,18 +85,26 @@ def schedule_from_json(data: bytes | str) -> Schedule:
     return schedule
 
 
-def to_torch_csv(schedule: Schedule) -> str:
+def to_torch_csv(schedule: Schedule, pipeline: str | None = None) -> str:
     """One pipeline as torch.distributed.pipelining's ``compute_only`` CSV: one row per rank.
 
+    Of several pipelines, `pipeline` says which: its order on each rank stays, what ran between its
+    tasks is lost, since torch's format has one model.
+
     Raises:
-        ValueError: several pipelines: torch's format has no name for them.
+        ValueError: several pipelines and none named, or no pipeline of that name.
     """
-    if len(schedule.problem.pipelines) != 1:
-        raise ValueError("torch's CSV holds one pipeline; write one file per pipeline")
+    names = [pipe.name for pipe in schedule.problem.pipelines]
+    if pipeline is None and len(names) != 1:
+        raise ValueError(f"torch's CSV holds one pipeline; name one of {', '.join(names)}")
+    if pipeline is not None and pipeline not in names:
+        raise ValueError(f"no pipeline is named {pipeline!r}; there are {', '.join(names)}")
+    wanted = pipeline or names[0]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in schedule.rows:
-        writer.writerow([f"{t.pp_stage}{t.op.value}{t.microbatch}" for t in row])
+        mine = (t for t in row if t.pipeline == wanted)
+        writer.writerow([f"{t.pp_stage}{t.op.value}{t.microbatch}" for t in mine])
     return text.getvalue()
 
 

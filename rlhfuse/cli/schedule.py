@@ -36,8 +36,8 @@ POLICIES = ("fused", "fused-v", *(policy.name for policy in standard_policies())
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Write the schedule: JSON; .csv for torch.distributed.pipelining (one model); .txt for "
-    "FlexFusion's text (F and B).",
+    help="Write the schedule: .json; .csv for torch.distributed.pipelining (a file per model); "
+    ".txt for FlexFusion's text (F and B).",
 )
 @click.option("--memory-cap", type=float, help="Hard bound per rank; overrides the file's.")
 @click.option("--budget-s", type=float, help="Search time in seconds (default 5).")

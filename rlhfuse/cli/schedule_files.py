@@ -28,9 +28,17 @@ def check_ending(option: str, path: Path | None) -> None:
 def write_schedule(schedule: Schedule, path: Path) -> None:
     """Write the schedule in the format of `path`'s ending.
 
+    torch's CSV holds one pipeline: of several, each goes to its own file, ``out.actor.csv``.
+
     Raises:
         ValueError: the format cannot say this schedule.
     """
+    names = [pipe.name for pipe in schedule.problem.pipelines]
+    if path.suffix == ".csv" and len(names) > 1:
+        for name in names:
+            own = path.with_name(f"{path.stem}.{name}.csv")
+            own.write_text(to_torch_csv(schedule, name))
+        return
     data = _WRITERS[path.suffix](schedule)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
 

@@ -11,6 +11,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rlhfuse.schedules.formats import from_torch_csv, to_torch_csv
+from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem
 from rlhfuse.schedules.summary import Policy, standard_policies
 
@@ -62,3 +63,22 @@ def test_torch_loads_what_we_write_and_we_load_what_torch_writes(
     assert sends == 2 * links * MICROBATCHES
     runtime._dump_csv(str(theirs), format="compute_only")
     assert from_torch_csv(theirs.read_text(), schedule.problem) == schedule
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_each_of_two_fused_models_is_a_file_that_torch_loads(tmp_path: Path) -> None:
+    back = Pipeline.make("critic", range(RANKS - 1, -1, -1), MICROBATCHES, 1, 2, weight=1)
+    schedule = fuse(Problem(RANKS, (*PROBLEM.pipelines, back)), iterations=2, split_weight=True)
+    for pipe in schedule.problem.pipelines:
+        path = tmp_path / f"{pipe.name}.csv"
+        path.write_text(to_torch_csv(schedule, pipe.name))
+        runtime = _runtime(pipe.stages)
+        runtime._load_csv(str(path))
+        alone = from_torch_csv(path.read_text(), Problem(RANKS, (pipe,)))
+        for rank, row in enumerate(schedule.rows):
+            assert alone.rows[rank] == tuple(t for t in row if t.pipeline == pipe.name)
+            assert len(runtime.pipeline_order[rank]) == len(alone.rows[rank])
+    with pytest.raises(ValueError, match="name one of model, critic"):
+        to_torch_csv(schedule)
+    with pytest.raises(ValueError, match="no pipeline is named 'actor'"):
+        to_torch_csv(schedule, "actor")
