@@ -30,6 +30,8 @@ from rlhfuse.batches import sample_seed
 from rlhfuse.config_file import load
 from rlhfuse.cost import CostModel, fit
 from rlhfuse.resolve import resolve
+from rlhfuse.rollout.bounds import lower_bound_s
+from rlhfuse.rollout.clairvoyant import clairvoyant
 from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.rollout.loop import Record, RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
@@ -50,6 +52,7 @@ POLICIES = {
     "paper": (InterStage.ON, Migration.PAPER),
     "ours": (InterStage.ON, Migration.AUTO),
 }
+REFERENCES = ("clairvoyant", "lower bound")
 
 
 class Bench:
@@ -171,7 +174,8 @@ def choose_stop(bench: Bench) -> tuple[int, ...]:
     return (token,)
 
 
-def measure(bench: Bench, samples: int, repetitions: int) -> list[Row]:
+def measure(bench: Bench, samples: int, repetitions: int) -> None:
+    """Results are written after every repetition."""
     stop = choose_stop(bench)
     bench.sampling = msgspec.structs.replace(
         bench.sampling, stop_token_ids=stop, max_tokens=LONGEST
@@ -179,7 +183,7 @@ def measure(bench: Bench, samples: int, repetitions: int) -> list[Row]:
     candidates = make_candidates(bench, 6 * samples)
     seconds: dict[str, list[float]] = {name: [] for name in POLICIES}
     ratios: dict[str, list[float]] = {name: [] for name in POLICIES}
-    simulated: dict[str, list[float]] = {name: [] for name in POLICIES}
+    simulated: dict[str, list[float]] = {name: [] for name in [*POLICIES, *REFERENCES]}
     longest = []
     for repetition in range(-1, repetitions):  # the first teaches the costs
         chosen = pick(candidates, samples, repetition + 100)
@@ -201,11 +205,39 @@ def measure(bench: Bench, samples: int, repetitions: int) -> list[Row]:
         for name in names:
             seconds[name].append(took[name])
             ratios[name].append(took["serial"] / took[name])
-            prompts = [len(record.prompt) for record in chosen]
-            _, stats = simulate(
-                bench.cost, bench.policy(name), lengths, prompts, 2, ROLES, history=bench.history
-            )
-            simulated[name].append(stats.end_s)
+        for name, end_s in simulations(bench, chosen, lengths).items():
+            simulated[name].append(end_s)
+        rows = _rows(seconds, ratios, simulated, samples, int(np.median(longest)))
+        write_result(f"rollout_{bench.session.run.config.rollout.engine}", rows)
+        print_table(rows)
+
+
+def simulations(bench: Bench, chosen: Sequence[Record], lengths: Sequence[int]) -> dict[str, float]:
+    """The same samples in the simulator, at the costs measured so far, and its references. A
+    reward-only overlap it does not know."""
+    prompts = [len(record.prompt) for record in chosen]
+    ends = {"reward-only": 0.0}
+    for name in ("serial", "early", "paper", "ours"):
+        _, stats = simulate(
+            bench.cost, bench.policy(name), lengths, prompts, 2, ROLES, history=bench.history
+        )
+        ends[name] = stats.end_s
+    ours = bench.policy("ours")
+    best = clairvoyant(
+        bench.cost, ours, lengths, prompts, 2, ROLES, history=bench.history, second=False
+    )
+    ends["clairvoyant"] = best.end_s
+    ends["lower bound"] = lower_bound_s(bench.cost, ours, lengths, prompts, 2, ROLES)
+    return ends
+
+
+def _rows(
+    seconds: dict[str, list[float]],
+    ratios: dict[str, list[float]],
+    simulated: dict[str, list[float]],
+    samples: int,
+    longest: int,
+) -> list[Row]:
     rows: list[Row] = []
     for name in POLICIES:
         middle, least, most = spread(seconds[name])
@@ -221,7 +253,24 @@ def measure(bench: Bench, samples: int, repetitions: int) -> list[Row]:
                 "speedup_most": high,
                 "simulated_seconds": spread(simulated[name])[0],
                 "samples": samples,
-                "longest": int(np.median(longest)),
+                "longest": longest,
+                "repetitions": len(ratios[name]),
+            }
+        )
+    for name in REFERENCES:  # simulated only: no measured seconds
+        middle = spread(simulated[name])[0]
+        best = spread([s / t for s, t in zip(simulated["serial"], simulated[name], strict=True)])
+        rows.append(
+            {
+                **dict.fromkeys(rows[0], 0),
+                "policy": f"{name} (simulated)",
+                "speedup": best[0],
+                "speedup_least": best[1],
+                "speedup_most": best[2],
+                "simulated_seconds": middle,
+                "samples": samples,
+                "longest": longest,
+                "repetitions": len(simulated[name]),
             }
         )
     return rows
@@ -245,9 +294,7 @@ def main() -> None:
         with open_session(run, resume=False) as session:
             Trainer(session).sync_weights()
             sampling = training_sampling(run.config, run.stop_token_ids)
-            rows = measure(Bench(session, sampling), asked.samples, asked.repetitions)
-    write_result(f"rollout_{asked.engine}", rows)
-    print_table(rows)
+            measure(Bench(session, sampling), asked.samples, asked.repetitions)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def exactness(exact: bool | None, dtype: torch.dtype, options: VllmConfig) -> bo
 
 
 def finish_reason(sample: VllmSample) -> str:
-    """ "stop" or "length" where its last token ends it, else empty."""
+    """Why its last token ends it ("stop" or "length"), or an empty string."""
     params = sample.request.params
     if sample.tokens[-1] in params.stop_token_ids:
         return "stop"

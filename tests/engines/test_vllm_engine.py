@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -59,11 +60,22 @@ def save_model(path: Path, family: str) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def hf_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("model") / str(request.param)
-    save_model(path, request.param)
-    return path
+ALIVE: list[VllmEngine] = []
+"""Every engine of this process: where one is collected, vLLM ends what all of them share."""
+
+
+def new_engine(path: Path, *, max_num_seqs: int = 4, **settings: Any) -> VllmEngine:
+    model = load_model(path, head=Head.LM)
+    engine = VllmEngine(
+        model,
+        path,
+        max_num_seqs=max_num_seqs,
+        max_model_len=MAX_LEN,
+        policy_version=0,
+        **settings,
+    )
+    ALIVE.append(engine)
+    return engine
 
 
 class Replicas:
@@ -77,8 +89,7 @@ class Replicas:
         self.handed_out = 0
 
     def new(self) -> VllmEngine:
-        model = load_model(self.path, head=Head.LM)
-        return VllmEngine(model, self.path, max_model_len=MAX_LEN, policy_version=0, **self.sizes)
+        return new_engine(self.path, **self.sizes)
 
     def __call__(self) -> VllmEngine:
         if len(self.engines) < 2:
@@ -90,12 +101,26 @@ class Replicas:
         return engine
 
 
-@pytest.fixture(scope="module", params=["roomy", "short"])
-def make(request: pytest.FixtureRequest, hf_model: Path) -> Replicas:
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model") / "llama"
+    save_model(path, "llama")
+    return path
+
+
+@pytest.fixture(scope="module", params=["llama", "llama short", "qwen2", "qwen3 short"])
+def make(
+    request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Replicas:
     """`short`: the cache holds two samples of full length, so vLLM preempts."""
-    if request.param == "roomy":
-        return Replicas(hf_model, max_num_seqs=16)
-    return Replicas(hf_model, max_num_seqs=5, cache_tokens=100)
+    family, _, short = str(request.param).partition(" ")
+    path = llama
+    if family != "llama":
+        path = tmp_path_factory.mktemp("model") / family
+        save_model(path, family)
+    if short:
+        return Replicas(path, max_num_seqs=5, cache_tokens=100)
+    return Replicas(path, max_num_seqs=16)
 
 
 def test_tokens_do_not_depend_on_the_batch(make: Replicas) -> None:
@@ -111,8 +136,8 @@ def test_tokens_survive_abort_and_restart(make: Replicas) -> None:
     conformance.tokens_survive_abort_and_restart(make, vocab_size=VOCAB)
 
 
-def test_logprobs_equal_a_plain_forward(make: Replicas, hf_model: Path) -> None:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(hf_model)
+def test_logprobs_equal_a_plain_forward(make: Replicas) -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(make.path)
 
     def reference(tokens: TokenIds) -> torch.Tensor:
         with torch.no_grad():
@@ -127,9 +152,9 @@ def test_stops_where_it_should(make: Replicas) -> None:
     conformance.stops_where_it_should(make, vocab_size=VOCAB)
 
 
-def test_sleeps_wakes_and_takes_weights(make: Replicas, hf_model: Path) -> None:
+def test_sleeps_wakes_and_takes_weights(make: Replicas) -> None:
     def weights() -> Mapping[str, torch.Tensor]:
-        stage = load_model(hf_model, head=Head.LM)
+        stage = load_model(make.path, head=Head.LM)
         return {name: p.detach() for name, p in stage.named_hf_parameters()}
 
     conformance.sleeps_wakes_and_takes_weights(make, weights, vocab_size=VOCAB)
@@ -139,9 +164,9 @@ def test_refuses_what_can_never_fit(make: Replicas) -> None:
     conformance.refuses_what_can_never_fit(make, vocab_size=VOCAB, max_len=MAX_LEN)
 
 
-def test_broken_weights_are_named(make: Replicas, hf_model: Path) -> None:
+def test_broken_weights_are_named(make: Replicas) -> None:
     engine = make()
-    tensors = load_model(hf_model, head=Head.LM).named_hf_parameters()
+    tensors = load_model(make.path, head=Head.LM).named_hf_parameters()
     engine.load_weights(((name, p.detach() * torch.nan) for name, p in tensors), 1)
     with pytest.raises(RuntimeError, match="version 1"):
         conformance.run(engine, conformance.requests(1, vocab_size=VOCAB))
@@ -190,16 +215,9 @@ def test_blocks_are_used_and_foreign_ones_announced(
         make().add(moved.request, b"\x04\x00\x00\x00junk" + moved.cache)
 
 
-def test_sleep_returns_the_cache_to_the_system(hf_model: Path) -> None:
+def test_sleep_returns_the_cache_to_the_system(llama: Path) -> None:
     """64 MiB of it: resident bytes go down by as much, and come back."""
-    engine = VllmEngine(
-        load_model(hf_model, head=Head.LM),
-        hf_model,
-        max_num_seqs=4,
-        max_model_len=MAX_LEN,
-        cache_tokens=64 * 1024,  # 1 KiB a token
-        policy_version=0,
-    )
+    engine = new_engine(llama, cache_tokens=64 * 1024)  # 1 KiB a token
     engine.sleep()
     engine.wake()  # now all of it has been touched
     process = psutil.Process()
@@ -216,24 +234,37 @@ def test_sleep_returns_the_cache_to_the_system(hf_model: Path) -> None:
     assert conformance.run(engine, [second])[second.sample_id].finish_reason
 
 
-def test_speculative_decoding_passes_through(hf_model: Path) -> None:
-    """vLLM's own sampler, exact in distribution: lengths, stops and log-probabilities hold."""
-    options = VllmConfig(
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 2,
-            "prompt_lookup_max": 2,
-            "prompt_lookup_min": 1,
-        }
-    )
-    model = load_model(hf_model, head=Head.LM)
+def test_vllm_s_own_sampler_draws_from_the_same_distribution(llama: Path) -> None:
+    """One token each of 600 samples, against the exact probabilities: chi-square."""
+    engine = new_engine(llama, max_num_seqs=64, options=VllmConfig(position_keyed="off"))
+    prompt = np.arange(3, 15, dtype=np.int32)
+    params = SamplingParams(max_tokens=1, temperature=1.5, top_k=8)
+    asked = [
+        Request(sample_id=i, prompt=prompt, seed=i * 7919, params=params, response=prompt[:0])
+        for i in range(600)
+    ]
+    results = conformance.run(engine, asked)
+    kept = (canonical_logits(load_model(llama, head=Head.LM), prompt) / 1.5).topk(8)
+    expected = torch.softmax(kept.values, -1).numpy() * len(asked)
+    drawn = [result.tokens[0] for result in results.values()]
+    counts = np.array([drawn.count(token) for token in kept.indices.tolist()])
+    assert counts.sum() == len(asked), "nothing outside the top 8"
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3  # 7 degrees of freedom, p = 0.001
+
+
+@pytest.mark.slow  # vLLM compiles its n-gram search first
+def test_speculative_decoding_passes_through(llama: Path) -> None:
+    """vLLM's own sampler: greedy tokens, lengths and log-probabilities hold."""
+    proposer: dict[str, str | int | float | bool] = {
+        "method": "ngram",
+        "num_speculative_tokens": 2,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }
+    options = VllmConfig(speculative_config=proposer)
     with pytest.raises(ValueError, match="speculative"):
-        VllmEngine(
-            model, hf_model, max_num_seqs=4, max_model_len=MAX_LEN, exact=True, options=options
-        )
-    engine = VllmEngine(
-        model, hf_model, max_num_seqs=4, max_model_len=MAX_LEN, policy_version=0, options=options
-    )
+        new_engine(llama, exact=True, options=options)
+    engine = new_engine(llama, options=options)
     (request,) = conformance.requests(1, vocab_size=VOCAB)
     # A repetitive prompt, so that something is proposed; greedy, so that it is often right.
     request = replace(
@@ -242,33 +273,8 @@ def test_speculative_decoding_passes_through(hf_model: Path) -> None:
         params=replace(request.params, temperature=0.0, max_tokens=40),
     )
     result = conformance.run(engine, [request])[request.sample_id]
+    model = load_model(llama, head=Head.LM)
     embedded = TorchEngine(model, max_num_seqs=4, max_model_len=MAX_LEN)
     plain = conformance.run(embedded, [request])[request.sample_id]
     assert result.tokens == plain.tokens
     np.testing.assert_allclose(result.logprobs, plain.logprobs, atol=1e-3)
-
-
-def test_vllm_s_own_sampler_draws_from_the_same_distribution(hf_model: Path) -> None:
-    """One token each of 600 samples, against the exact probabilities: chi-square."""
-    model = load_model(hf_model, head=Head.LM)
-    engine = VllmEngine(
-        model,
-        hf_model,
-        max_num_seqs=64,
-        max_model_len=MAX_LEN,
-        policy_version=0,
-        options=VllmConfig(position_keyed="off"),
-    )
-    prompt = np.arange(3, 15, dtype=np.int32)
-    params = SamplingParams(max_tokens=1, temperature=1.5, top_k=8)
-    asked = [
-        Request(sample_id=i, prompt=prompt, seed=i * 7919, params=params, response=prompt[:0])
-        for i in range(600)
-    ]
-    results = conformance.run(engine, asked)
-    kept = (canonical_logits(model, prompt) / 1.5).topk(8)
-    expected = torch.softmax(kept.values, -1).numpy() * len(asked)
-    drawn = [result.tokens[0] for result in results.values()]
-    counts = np.array([drawn.count(token) for token in kept.indices.tolist()])
-    assert counts.sum() == len(asked), "nothing outside the top 8"
-    assert ((counts - expected) ** 2 / expected).sum() < 24.3  # 7 degrees of freedom, p = 0.001
