@@ -17,6 +17,7 @@ from rlhfuse.megatron.orders import (
     make_schedule,
     problem_for,
 )
+from rlhfuse.megatron.split import splittable
 from rlhfuse.megatron.support import fall_back_reasons
 from rlhfuse.schedules.ir import Op, Schedule
 from rlhfuse.timeline import Timeline
@@ -55,7 +56,7 @@ class Scheduler:
             call = Call.from_arguments(arguments)
             placed, reasons = self._place(call, schedule_pg_collection)
             if placed is None:
-                self._tell(reasons)
+                self._tell("Megatron's own schedule is used", *reasons)
                 own = stock.stock_func(pp_size, vp_size, schedule_pg_collection)
                 return own(**call.arguments())
             return self.run(call, placed)
@@ -92,6 +93,7 @@ class Scheduler:
         placed = self._placed[key]
         if splits(placed.schedule):
             reasons = fall_back_reasons(call, split_weight=True)
+            self._tell(*nothing_to_split(call))
         return (None, reasons) if reasons else (placed, [])
 
     def _made(self, call: Call, num_ranks: int) -> Schedule:
@@ -101,11 +103,25 @@ class Scheduler:
         problem = problem_for({NAME: shape}, {NAME: self.costs}, self.memory_cap)
         return make_schedule(forwards_only if call.forward_only else self.schedule, problem)
 
-    def _tell(self, reasons: list[str]) -> None:
-        text = "; ".join(reasons)
-        if text and text not in self._told:
+    def _tell(self, what: str = "", *reasons: str) -> None:
+        text = f"{what}: {'; '.join(reasons)}"
+        if reasons and text not in self._told:
             self._told.add(text)
-            logger.warning("Megatron's own schedule is used: %s", text)
+            logger.warning("%s", text)
+
+
+def nothing_to_split(call: Call) -> tuple[str, ...]:
+    """A warning, and its reason, where a split schedule finds no layer to split on this rank.
+
+    No ground to fall back: other ranks, with other layers, would not.
+    """
+    if any(map(splittable, call.chunks)):
+        return ()
+    return (
+        "weight gradients stay in the input gradients' tasks",
+        "no layer here is one of Megatron's local parallel linear layers (Transformer Engine's are "
+        "not split)",
+    )
 
 
 def splits(schedule: Schedule) -> bool:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.call import Call
 from rlhfuse.megatron.context import ModelContext, Turns
-from rlhfuse.megatron.dropin import splits
+from rlhfuse.megatron.dropin import nothing_to_split, splits
 from rlhfuse.megatron.engine import Engine, Model, Placed, Recorder, recorder_for
 from rlhfuse.megatron.groups import Groups, groups_of
 from rlhfuse.megatron.orders import (
@@ -86,9 +86,11 @@ class FusedScheduler:
             placed, layout = self._place(models)
             if splits(placed.schedule):
                 reasons = self._reasons(models, split=True)
+                for model in models.values():
+                    self._tell(*nothing_to_split(model.call))
             if not reasons:
                 return self._run(placed, layout, models)
-        self._tell(reasons)
+        self._tell("models run one after the other on Megatron's schedules", *reasons)
         return {name: _alone(name, model) for name, model in models.items()}
 
     def close(self) -> None:
@@ -137,11 +139,11 @@ class FusedScheduler:
             reasons.append(f"{', '.join(alone)}: one pipeline stage has no bubbles")
         return reasons
 
-    def _tell(self, reasons: list[str]) -> None:
-        text = "; ".join(reasons)
-        if text and text not in self._told:
+    def _tell(self, what: str = "", *reasons: str) -> None:
+        text = f"{what}: {'; '.join(reasons)}"
+        if reasons and text not in self._told:
             self._told.add(text)
-            logger.warning("models run one after the other on Megatron's schedules: %s", text)
+            logger.warning("%s", text)
 
 
 def layout_of(where: tuple[tuple[str, tuple[int, ...]], ...]) -> Layout:

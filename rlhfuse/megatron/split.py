@@ -86,11 +86,7 @@ def split_linears(chunk: torch.nn.Module, store: ProductStore) -> Iterator[int]:
 
     Yields the number of layers.
     """
-    split = [
-        module
-        for module in chunk.modules()
-        if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear)
-    ]
+    split = splittable(chunk)
     for module in split:
         module._forward_impl = _split_forward(store)
     try:
@@ -98,6 +94,12 @@ def split_linears(chunk: torch.nn.Module, store: ProductStore) -> Iterator[int]:
     finally:
         for module in split:
             del module._forward_impl
+
+
+def splittable(chunk: torch.nn.Module) -> list[Any]:
+    """The layers of `chunk` whose weight gradients can be split off."""
+    kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear)
+    return [module for module in chunk.modules() if isinstance(module, kinds)]
 
 
 def _split_forward(store: ProductStore) -> Callable[..., torch.Tensor]:
