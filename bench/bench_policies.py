@@ -1,6 +1,6 @@
 """Simulated rollouts under several policies, against a clairvoyant search and a proven bound.
 
-    python -m bench.bench_policies [--seeds 3] [--only TEXT] [--sensitivity]
+    python -m bench.bench_policies [--seeds 3] [--only TEXT] [--sensitivity] [--keep FOLDER]
 
 Ours must be within 10 % of the clairvoyant end on average and no worse than the paper's policy.
 `--sensitivity`: ours against never moving, with wrong length predictions, slower migration and
@@ -8,9 +8,11 @@ stragglers. Simulation, not measurement: costs as in `bench/rollout_settings.py`
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from bench.record import Row, write_result
 from bench.rollout_settings import Setting, settings
@@ -60,43 +62,50 @@ def policies(setting: Setting) -> dict[str, Policy]:
     }
 
 
-def compare(setting: Setting, seeds: int) -> Row:
-    """Means over seeds of the end, relative to the clairvoyant one."""
-    columns: dict[str, list[float]] = {}
-    how = ""
-    for seed in range(seeds):
-        lengths = setting.lengths(seed)
-        history = setting.lengths(seed + 1000)[:4096]
-        ends = {}
-        for name, policy in policies(setting).items():
-            stats = run(setting, policy, lengths, history)
-            ends[name] = stats.end_s
-            columns.setdefault(f"{name}_s", []).append(stats.end_s)
-        columns.setdefault("generation_share", []).append(stats.generation_s / stats.end_s)
-        columns.setdefault("moves", []).append(len(stats.decisions))
-        best = clairvoyant(
-            setting.cost, setting.policy, lengths, setting.prompts, setting.instances,
-            setting.roles, groups=setting.groups, history=history, train=setting.train,
-            reward_s=setting.reward_s, moments=8,
-        )  # fmt: skip
-        bound = lower_bound_s(
-            setting.cost, setting.policy, lengths, setting.prompts, setting.instances,
-            setting.roles, train=setting.train, reward_s=setting.reward_s or 0.0,
-        )  # fmt: skip
-        assert bound <= best.end_s * (1 + 1e-9), "the bound is no bound"
-        how = best.how
-        columns.setdefault("clairvoyant_s", []).append(best.end_s)
-        columns.setdefault("bound_s", []).append(bound)
-        columns.setdefault("ours_over_clairvoyant", []).append(ends["ours"] / best.end_s)
-        columns.setdefault("ours_over_bound", []).append(ends["ours"] / bound)
-        columns.setdefault("ours_over_paper", []).append(ends["ours"] / ends["paper"])
-        columns.setdefault("ours_over_off", []).append(ends["ours"] / ends["off"])
-        columns.setdefault("serial_over_ours", []).append(ends["serial"] / ends["ours"])
-    row: dict[str, float | int | str] = {"setting": setting.name, "seeds": seeds}
-    row |= {name: round(statistics.fmean(values), 4) for name, values in columns.items()}
-    for name in ("ours_over_clairvoyant", "ours_over_paper", "ours_over_off"):
-        row[f"worst_{name}"] = round(max(columns[name]), 4)
-    row["clairvoyant_how"] = how
+def one(setting: Setting, seed: int) -> Row:
+    """Ends of every policy on one draw of lengths."""
+    lengths, history = setting.lengths(seed), setting.lengths(seed + 1000)[:4096]
+    ends = {name: run(setting, p, lengths, history) for name, p in policies(setting).items()}
+    best = clairvoyant(
+        setting.cost, setting.policy, lengths, setting.prompts, setting.instances, setting.roles,
+        groups=setting.groups, history=history, train=setting.train, reward_s=setting.reward_s,
+    )  # fmt: skip
+    bound = lower_bound_s(
+        setting.cost, setting.policy, lengths, setting.prompts, setting.instances, setting.roles,
+        train=setting.train, reward_s=setting.reward_s or 0.0,
+    )  # fmt: skip
+    assert bound <= best.end_s * (1 + 1e-9), "the bound is no bound"
+    # What our own run found, knowing less, is open to a policy that knows the lengths too.
+    best_s = min(best.end_s, *(stats.end_s for stats in ends.values()))
+    return {
+        "setting": setting.name,
+        "seed": seed,
+        **{f"{name}_s": round(stats.end_s, 4) for name, stats in ends.items()},
+        "clairvoyant_s": round(best_s, 4),
+        "bound_s": round(bound, 4),
+        "moves": len(ends["ours"].decisions),
+        "moved": ends["ours"].num_moved,
+        "generation_s": round(ends["serial"].generation_s, 4),
+        "clairvoyant_how": best.how,
+        "tried": best.tried,
+    }
+
+
+def compare(name: str, found: Sequence[Row]) -> Row:
+    """Means over seeds, and the worst seed of each ratio."""
+
+    def ratios(above: str, below: str) -> list[float]:
+        return [float(row[f"{above}_s"]) / float(row[f"{below}_s"]) for row in found]
+
+    row: dict[str, float | int | str] = {"setting": name, "seeds": len(found)}
+    for column in ("serial", "off", "paper", "ours", "clairvoyant", "bound"):
+        row[f"{column}_s"] = round(statistics.fmean(float(r[f"{column}_s"]) for r in found), 3)
+    for below in ("clairvoyant", "bound", "paper", "off", "serial"):
+        values = ratios("ours", below)
+        row[f"ours_over_{below}"] = round(statistics.fmean(values), 4)
+        row[f"worst_ours_over_{below}"] = round(max(values), 4)
+    row["moves"] = round(statistics.fmean(float(r["moves"]) for r in found), 1)
+    row["moved"] = round(statistics.fmean(float(r["moved"]) for r in found), 1)
     return row
 
 
@@ -155,22 +164,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="")
     parser.add_argument("--sensitivity", action="store_true")
+    parser.add_argument("--keep", type=Path, help="folder of finished parts, to go on from")
     asked = parser.parse_args()
     warm_up()
     rows: list[Row] = []
     for setting in settings():
         if asked.only not in setting.name:
             continue
-        new = (
-            sensitivity(setting, asked.seeds)
-            if asked.sensitivity
-            else [compare(setting, asked.seeds)]
-        )
+        if asked.sensitivity:
+            new = sensitivity(setting, asked.seeds)
+        else:
+            found = [kept(asked.keep, setting, seed) for seed in range(asked.seeds)]
+            new = [compare(setting.name, found)]
         for row in new:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows += new
     if not asked.only:
         write_result("policies_sensitivity" if asked.sensitivity else "policies_simulated", rows)
+
+
+def kept(folder: Path | None, setting: Setting, seed: int) -> Row:
+    """`one`, or what an earlier call has written of it."""
+    if folder is None:
+        return one(setting, seed)
+    name = "".join(c if c.isalnum() else "_" for c in f"{setting.name} {seed}")
+    path = folder / f"{name}.json"
+    if not path.exists():
+        path.write_text(json.dumps(dict(one(setting, seed))))
+    row: Row = json.loads(path.read_text())
+    return row
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Simulated generation plus scoring of the quick-start shape: serial, early scoring, the paper's
-threshold, ours, and the clairvoyantly best single move.
+threshold, ours, what a clairvoyant search finds, and what is proven to be impossible.
 
     python -m bench.bench_rollout [--seeds 20]
 
@@ -17,9 +17,11 @@ import numpy as np
 
 from bench.record import write_result
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout.bounds import lower_bound_s
+from rlhfuse.rollout.clairvoyant import clairvoyant
 from rlhfuse.rollout.forecast import warm_up
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
-from rlhfuse.rollout.simulator import clairvoyant, simulate
+from rlhfuse.rollout.simulator import simulate
 
 ROLES = ("actor", "critic", "reference", "reward")
 NUM_SAMPLES, PROMPT, INSTANCES = 64, 16, 2
@@ -37,6 +39,7 @@ class Row(msgspec.Struct, frozen=True):
     ours: float
     ours_first_iteration: float
     clairvoyant: float
+    bound: float
     least_ours: float
     least_ours_over_clairvoyant: float
     moves: float
@@ -81,8 +84,10 @@ def measure(score_ms: float, limit: int, seeds: int) -> Row:
         note("ours", serial / end_s(base, before))
         note("host", time.perf_counter() - start_s)
         note("ours_moves", columns["moves"][-1])
-        best_s, _ = clairvoyant(cost, base, true, prompts, INSTANCES, ROLES)
-        note("clairvoyant", serial / best_s)
+        best = clairvoyant(cost, base, true, prompts, INSTANCES, ROLES, history=before)
+        bound_s = lower_bound_s(cost, base, true, prompts, INSTANCES, ROLES)
+        note("clairvoyant", serial / best.end_s)
+        note("bound", serial / bound_s)
         note("ratio", columns["ours"][-1] / columns["clairvoyant"][-1])
     middle = {name: round(statistics.median(values), 4) for name, values in columns.items()}
     return Row(
@@ -95,6 +100,7 @@ def measure(score_ms: float, limit: int, seeds: int) -> Row:
         ours=middle["ours"],
         ours_first_iteration=middle["first"],
         clairvoyant=middle["clairvoyant"],
+        bound=middle["bound"],
         least_ours=round(min(columns["ours"]), 4),
         least_ours_over_clairvoyant=round(min(columns["ratio"]), 4),
         moves=middle["ours_moves"],
@@ -114,7 +120,8 @@ def main() -> None:
             f"limit {row.max_response_tokens}, {row.score_ms_per_token} ms/token: serial "
             f"{row.serial_s:.2f} s; early {row.early:.3f}, paper {row.paper:.3f}, ours "
             f"{row.ours:.3f} (first iteration {row.ours_first_iteration:.3f}, least "
-            f"{row.least_ours:.3f}), clairvoyant {row.clairvoyant:.3f}; {row.host_s:.3f} s host"
+            f"{row.least_ours:.3f}), clairvoyant {row.clairvoyant:.3f}, bound "
+            f"{row.bound:.3f}; {row.host_s:.3f} s host"
         )
 
 

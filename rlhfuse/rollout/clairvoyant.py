@@ -57,7 +57,7 @@ def clairvoyant(
     history: Sequence[int] = (),
     train: bool = False,
     reward_s: float | None = None,
-    moments: int = 12,
+    moments: int = 6,
     second: bool = True,
 ) -> Best:
     """The best over: no move; our rule, knowing the lengths, with several margins; every single
@@ -85,7 +85,7 @@ def clairvoyant(
         ours = replace(on, migration=Migration.AUTO, margin=margin)
         search.note(run(ours), f"our rule, margin {margin:g}", ())
     counts = sorted({max(1, round(num * i / moments)) for i in range(1, moments)}, reverse=True)
-    sizes = sorted({s for p in (0.06, 0.12, 0.25, 0.4, 0.55, 0.75) if (s := round(p * blocks))})
+    sizes = sorted({s for p in (0.06, 0.15, 0.3, 0.5, 0.75) if (s := round(p * blocks))})
     sizes = sizes or [1]
 
     def order(*moves: tuple[int, int]) -> float:
@@ -124,7 +124,8 @@ def _first_moves(search: _Search, order: _Order, counts: list[int], sizes: list[
 
 def _second_moves(search: _Search, order: _Order, counts: list[int], sizes: list[int]) -> None:
     first = search.moves[0]
-    for count in [c for c in (*counts, 4, 2) if c < first[0]]:
-        for size in [s for s in {1, *sizes} if s != first[1]]:
+    later = [c for c in (*counts, 8, 2) if c < first[0]]
+    for count in later[-4:]:
+        for size in sorted({1, sizes[0], sizes[len(sizes) // 2], sizes[-1]} - {first[1]}):
             moves = (first, (count, size))
             search.note(order(*moves), f"at {first[0]} on {first[1]}, {count} on {size}", moves)

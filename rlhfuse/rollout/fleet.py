@@ -149,6 +149,8 @@ class Fleet:
                 if not worker.running:
                     worker.expected = worker.held = 0.0
                     self.ready.note(sample.instance)
+        if not self._destination:
+            return None
         destination = self._destination.pop(sample.id, None)
         if destination is not None:
             worker = self.workers[destination]
@@ -170,9 +172,12 @@ class Fleet:
             worker.held -= offset - self.rows.offsets[row]
             self.rows.offsets[row] = offset
             return
-        worker.watched_due_s += (steps - worker.steps) * self.step_s(worker)
-        worker.steps, worker.heard_s = steps, now_s
-        _watch(worker, now_s)
+        if steps > worker.steps:
+            worker.watched_due_s += (steps - worker.steps) * self.step_s(worker)
+            worker.steps = steps
+            if worker.watched_s < 0.0 or steps >= worker.watched_steps + LEAST_STEPS:
+                _watch(worker, now_s)
+        worker.heard_s = now_s
 
     def lose(self, instance: int) -> list[int]:
         """The worker is gone; returns the samples that ran there. Samples on their way to it go

@@ -90,7 +90,7 @@ class ScoreBoard:
         return complete
 
     def complete(self, sample_id: int) -> bool:
-        return not self.missing.get(sample_id, 0)
+        return not (self.roles and self.missing.get(sample_id, 0))
 
     def lose(self, worker: int) -> set[int]:
         """What `worker` had or was at is pending again; returns the samples concerned."""

@@ -32,6 +32,7 @@ class TailWatch:
         self._frame = Frame(lengths, cost, policy, roles, books.groups.train, table)
         self._books, self._policy = books, policy
         self._weighed = (0, float("-inf"))  # samples generating, time
+        self._few, self._next_s = 0.0, 0.0  # weigh again with so few samples, or from then on
         self._moved_s = float("-inf")
         self._start_s: float | None = None
         self._threshold: float | None = None  # the paper's, until it is passed
@@ -54,18 +55,18 @@ class TailWatch:
 
     def due(self, now_s: float, num_generating: int) -> bool:
         """Whether to weigh now. At least two workers, no move under way, enough changed."""
+        count, _ = self._weighed
+        if self._few < num_generating <= count and now_s < self._next_s:
+            return False
         policy, fleet = self._policy, self._books.fleet
         if policy.migration is Migration.OFF or fleet.num_inbound or fleet.num_alive < 2:
             return False
-        count, at_s = self._weighed
-        part = LOOK_AGAIN if num_generating < 1000 else 2 * LOOK_AGAIN
-        changed = num_generating > count or count - num_generating > part * num_generating
-        self._start_s = now_s if self._start_s is None else self._start_s
-        pause_s = max(LOOK_AGAIN_S, LOOK_AGAIN * (now_s - self._start_s))
-        if not changed and now_s - at_s < pause_s:
-            return False
         if now_s - self._moved_s < policy.hysteresis_s:
             return False
+        self._start_s = now_s if self._start_s is None else self._start_s
+        part = LOOK_AGAIN if num_generating < 1000 else 2 * LOOK_AGAIN
+        self._few = num_generating / (1.0 + part)
+        self._next_s = now_s + max(LOOK_AGAIN_S, LOOK_AGAIN * (now_s - self._start_s))
         self._weighed = (num_generating, now_s)
         return True
 
