@@ -3,8 +3,6 @@
 import time
 from collections.abc import Sequence
 
-import msgspec
-
 from rlhfuse.config import Config
 from rlhfuse.config_check import check_for_plan
 from rlhfuse.hardware import Cluster, device
@@ -14,7 +12,7 @@ from rlhfuse.planner.evaluate import Evaluated, evaluate, memory_of, sliced
 from rlhfuse.planner.step import Round, bubbles, joined
 from rlhfuse.planner.summary import Memory, Pair, Plan, PlanSummary, stage_pairs
 from rlhfuse.planner.what_if import helpful, what_if
-from rlhfuse.planner.workload import Workload, workload_of
+from rlhfuse.planner.workload import workload_of
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.schedules.timing import makespan, simulate
 from rlhfuse.timeline import Timeline
@@ -121,11 +119,3 @@ def _timeline(
     repeated = rounds * found.workload.num_minibatches
     lanes = min(small.instances, MOST_LANES)
     return joined(line, stats.end_s, repeated, others_s, lane_of, lanes)
-
-
-def with_plan(config: Config, **values: int | str) -> Config:
-    """The configuration with other values in its plan section."""
-    return msgspec.structs.replace(config, plan=msgspec.structs.replace(config.plan, **values))
-
-
-__all__ = ["Workload", "cluster_of", "make_plan", "timelines", "with_plan"]
