@@ -137,6 +137,7 @@ def _may_send(
     kind: Ints,
     times: Floats,
     next_: Ints,
+    starts: Floats,
     unread: Ints,
     must: Ints,
     rank: Floats,
@@ -146,20 +147,19 @@ def _may_send(
 ) -> bool:
     """Whether the channel rule lets a task of kind k make its message.
 
-    A third unread message is made boldly: in time's direction the rank then waits until one is
-    read; against it the reader (which will come before what the message's maker blocks) must read
-    next.
+    A third unread message is made boldly if its reader could read one at once: in time's direction
+    the rank then waits until that is done; against it the reader (which will come before what the
+    message's maker blocks) must read next.
     """
     c = kind[k, SENDS]
     fine = c < 0 or unread[c] < UNREAD
     if not fine and bold and unread[c] == UNREAD and kind[k, SHARED] == 0:
-        fine = True
-        if sign < 0:
-            reader = kind[k, DOWN]
+        reader = kind[k, DOWN]
+        fine = starts[reader] < NEVER
+        if fine and sign < 0:
             r = kind[reader, RANK]
-            if must[r] >= 0 and must[r] != reader:
-                fine = False
-            elif kind[reader, OPENS]:
+            fine = must[r] < 0 or must[r] == reader
+            if fine and kind[reader, OPENS]:
                 claim = times[kind[reader, FIRST] + sign * next_[reader], CLAIM]
                 fine = rank[r, HELD] + claim <= cap
     return bool(fine)
@@ -222,7 +222,7 @@ def _scan(
             start = _input_time(sign, kind, times, latency, next_, end, k)
         if start < NEVER:
             start = max(start, free)
-            fine = _may_send(sign, kind, times, next_, unread, must, ranks, k, bold, cap)
+            fine = _may_send(sign, kind, times, next_, starts, unread, must, ranks, k, bold, cap)
             if fine and kind[k, OPENS]:
                 fine = _fits(
                     sign, kind, times, kinds_first, kinds, next_, limit, way, reserve, k, room
@@ -290,6 +290,7 @@ def _first_rank(ranks: Floats) -> int:
 
 @inlined
 def _clear(desk: Desk) -> None:
+    desk.starts[:] = NEVER
     desk.next[:] = 0
     desk.unread[:] = 0
     desk.must[:] = -1
@@ -375,7 +376,9 @@ def dispatch(flow: Flow, desk: Desk, policy: Policy) -> float:
             return np.inf
         k = best_kind[r]
         count, touched[0] = 1, r
-        if bold and not _may_send(sign, kind, times, next_, unread, must, ranks, k, bold, cap):
+        if bold and not _may_send(
+            sign, kind, times, next_, starts, unread, must, ranks, k, bold, cap
+        ):
             continue  # what allowed it has changed since
         left -= 1
         task = _run(sign, kind, times, next_, end, ranks, row_first, tasks, length, r, k)

@@ -161,7 +161,7 @@ def climbs(
         for chain in range(policy.way.shape[0]):
             p = ground.pipeline[chain]
             policy.way[chain] = 0 if turn < 1.0 else p if turn < 2.0 else -p
-        bold = draw(state) < 0.4
+        bold = draw(state) < 0.6
         told = Policy(policy.key, policy.limit, policy.way, window, bold, policy.cap)
         _climb(ground, desk, told, elite, noise, state)
         if elite.length[0] <= ground.target:

@@ -13,6 +13,7 @@ from rlhfuse.schedules.compiled import (
     Ints,
     Rows,
     decode,
+    draw,
     encode,
     encode_rows,
 )
@@ -27,18 +28,19 @@ from rlhfuse.schedules.timing import channel_numbers, makespan
 
 CLIMB_TASKS = 6_000  # tasks that the climbs of one round place in one pass, all together
 MOVE_TASKS = 1_000_000  # local moves of one round times tasks of the problem
-FIRST_CYCLE, LONGEST_CYCLE = 2, 128  # rounds
-STALE_CYCLES = 3  # without improvement, before a search starts anew
-HOT, COLD = 0.5, 0.2  # temperatures, in mean task durations
+FIRST_CYCLE, NEW_CYCLE, LONGEST_CYCLE = 2, 16, 64  # rounds
+STALE_CYCLES = 2  # without improvement, before a new era
+HOT = (0.1, 1.0)  # least and highest first temperature, in mean task durations
+COLD = (0.1, 0.5)  # the last temperature, as a share of the first
 
 
 class Search:
     """The arrays that a search works on, and the best rows so far.
 
     Rounds are short, so that budgets are kept. They form cycles of 2, 4, 8, ... rounds: the first
-    half climbs by list schedules (see `search`), the second anneals what they found (see `local`)
-    from `HOT` to `COLD`; the next cycle climbs from there. After some cycles without improvement
-    the search starts from nothing, and only remembers its best rows.
+    half climbs by list schedules (see `search`), the second anneals what they found (see `local`);
+    the next cycle climbs from there. After some cycles without improvement a new era begins, in
+    turn from nothing and from the best rows so far.
     """
 
     def __init__(self, problem: Problem, split_weight: bool, seed: int) -> None:
@@ -64,7 +66,8 @@ class Search:
         self.best_tasks = self.desk.tasks.copy()
         self.found: Schedule | None = None  # the best, where it did not come from the search
         self.start = np.inf  # length of the elite when the cycle began
-        self.step, self.length, self.stale = 0, FIRST_CYCLE, 0
+        self.step, self.length, self.stale, self.era = 0, FIRST_CYCLE, 0, 0
+        self.hot = self.cold = 1.0  # temperatures of this cycle
 
     def begin(self, split_weight: bool, warm_start: Schedule | None) -> None:
         """Take what needs no search.
@@ -108,6 +111,7 @@ class Search:
             if self.step == self.length // 2:
                 self.rows.tasks[:] = self._base()
                 self.bench.best[:] = self.rows.tasks
+                self._heat()
             self._anneal()
         self.step += 1
         if self.step >= self.length:
@@ -128,10 +132,15 @@ class Search:
             self.elite.length[0] = before
             self.elite.tasks[:], self.elite.start[:] = tasks, start
 
+    def _heat(self) -> None:
+        """Draw the temperatures of a cycle."""
+        self.hot = self.ground.unit * HOT[0] * (HOT[1] / HOT[0]) ** draw(self.state)
+        self.cold = self.hot * (COLD[0] + (COLD[1] - COLD[0]) * draw(self.state))
+
     def _anneal(self) -> None:
         turns = self.length - self.length // 2
-        cooling = (COLD / HOT) ** (1 / turns)
-        hot = self.ground.unit * HOT * cooling ** (self.step - self.length // 2)
+        cooling = (self.cold / self.hot) ** (1 / turns)
+        hot = self.hot * cooling ** (self.step - self.length // 2)
         moves = int(np.clip(MOVE_TASKS // self.rows.tasks.shape[0], 200, 3000))
         before = float(self.elite.length[0])
         length = anneal(
@@ -167,8 +176,10 @@ class Search:
         self.stale = 0 if improved else self.stale + 1
         self.step, self.length = 0, min(2 * self.length, LONGEST_CYCLE)
         if self.stale >= STALE_CYCLES:
-            self.stale = 0
+            self.stale, self.length, self.era = 0, NEW_CYCLE, self.era + 1
             self.elite.length[0] = np.inf
+            if self.era % 2 == 0 and self.best < np.inf:
+                self._learn(self.best_tasks)
 
     def _retune(self) -> None:
         """Once something is on time, deadlines count from the best makespan.
