@@ -47,7 +47,7 @@ CAUSES: dict[Cause, Style] = {
     Cause.REWARD_WAIT: Style("waiting for rewards", "#7fb685"),
     Cause.WEIGHT_SYNC: Style("waiting for weights", "#9c89b8"),
     Cause.CHECKPOINT_WAIT: Style("waiting for checkpoint", "#b08968"),
-    Cause.HOST_GAP: Style("host gap", "#adb5bd"),
+    Cause.HOST_GAP: Style("host gap", "#d9b77e"),
     Cause.CONTROLLER: Style("controller, other", "#6c757d"),
 }
 CAUSES = {cause: Style(style.label, style.color, cause in IDLE) for cause, style in CAUSES.items()}
