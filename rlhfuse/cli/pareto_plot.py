@@ -17,7 +17,12 @@ def save_pareto_plot(
     """Write the front as PNG or SVG.
 
     `others`: name, peak memory and makespan of schedules to compare with.
+
+    Raises:
+        ValueError: no task takes time, so there is nothing to draw.
     """
+    if lower_bound <= 0:
+        raise ValueError("no task of the problem takes time: there is no front to draw")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

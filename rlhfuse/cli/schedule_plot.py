@@ -11,6 +11,7 @@ from rlhfuse.timeline import Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 # Per pipeline: forward, backward (or input gradient), weight gradient; from light to dark.
 _COLOURS = (
@@ -52,7 +53,8 @@ def save_plot(schedule: Schedule, path: Path, headline: str = "") -> None:
     FigureCanvasAgg(figure)
     top, memory = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [bars, below]})
     _draw_rows(top, schedule, timeline, width)
-    _draw_legend(top, schedule, headline, columns=int(width / 1.45))
+    marks = _draw_marks(top, schedule)
+    _draw_legend(top, schedule, headline, marks, columns=int(width / 1.45))
     _draw_memory(memory, schedule, timeline)
     memory.set_xlim(0, timeline.end_s or 1.0)
     figure.savefig(path, dpi=_DPI)
@@ -127,7 +129,22 @@ def _number(axes: "Axes", schedule: Schedule, timeline: Timeline, width: float) 
             )
 
 
-def _draw_legend(axes: "Axes", schedule: Schedule, headline: str, columns: int) -> None:
+def _draw_marks(axes: "Axes", schedule: Schedule) -> list["Line2D"]:
+    """Release times and deadlines as vertical lines; their entries for the legend."""
+    marks = []
+    for pipe in schedule.problem.pipelines:
+        colour = _palette(schedule, pipe.name)[2]
+        for at, what, style in ((pipe.release, "release", ":"), (pipe.deadline, "deadline", "--")):
+            if at:
+                line = axes.axvline(at, color=colour, linestyle=style, linewidth=1.3, zorder=4)
+                line.set_label(f"{pipe.name} {what}")
+                marks.append(line)
+    return marks
+
+
+def _draw_legend(
+    axes: "Axes", schedule: Schedule, headline: str, marks: list["Line2D"], columns: int
+) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -153,6 +170,7 @@ def _draw_legend(axes: "Axes", schedule: Schedule, headline: str, columns: int) 
         for name, share, colour in shares
         if share > 0
     ]
+    handles += marks
     handles.append(Line2D([], [], color=_INK, linewidth=1.4, label="critical path"))
     axes.legend(
         handles=handles,

@@ -193,3 +193,12 @@ def test_the_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(schedule, [str(path), "--iterations", "5", "--split-weight", "--json"]) == OK
     answer = msgspec.json.decode(capsys.readouterr().out)
     assert answer["makespan"] < answer["serial_makespan"]
+
+
+def test_releases_and_deadlines_are_drawn(tmp_path: Path) -> None:
+    path, plot = tmp_path / "problem.yaml", tmp_path / "plot.svg"
+    path.write_text(PROBLEM.replace("name: critic,", "name: critic, release: 2, deadline: 28,"))
+    assert run_command(schedule, [str(path), "--iterations", "5", "--plot", str(plot)]) == OK
+    drawn = plot.read_text()  # letters are paths there, with the text as a comment
+    for text in ("critic release", "critic deadline", "actor F", "critical path", "rank 1"):
+        assert f"<!-- {text} -->" in drawn
