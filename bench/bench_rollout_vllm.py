@@ -33,8 +33,9 @@ from rlhfuse.resolve import resolve
 from rlhfuse.rollout.bounds import lower_bound_s
 from rlhfuse.rollout.clairvoyant import clairvoyant
 from rlhfuse.rollout.lengths import LengthModel
-from rlhfuse.rollout.loop import Record, RolloutLoop
+from rlhfuse.rollout.loop import RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
+from rlhfuse.rollout.records import Record
 from rlhfuse.rollout.scheduler import RolloutScheduler
 from rlhfuse.rollout.simulator import simulate
 from rlhfuse.rollout.stage import rollout_policy, training_sampling
@@ -72,7 +73,7 @@ class Bench:
     def run(self, name: str, records: Sequence[Record], roles: Sequence[str]) -> float:
         """Seconds until every record is generated and scored by `roles`."""
         session, fleet = self.session, self.session.fleet
-        fleet.broadcast(fleet.rollout, m.BeginStep(step=1, policy_version=0))
+        fleet.begin_step(1, 0)
         early = ("reward",) if name == "reward-only" else tuple(roles)
         limit = self.sampling.max_tokens
         scheduler = RolloutScheduler(
@@ -81,7 +82,8 @@ class Bench:
         loop = RolloutLoop(
             fleet, scheduler, None, session.progress, session.run.decode, timeout_s=120, show=False
         )
-        seconds = loop.run(records, self.sampling, 0, len(early)).done_s
+        loop.run(records, self.sampling, 0, len(early))
+        seconds = loop.result().done_s
         late = [role for role in roles if role not in early]
         if late:
             seconds += self.score(records, late)

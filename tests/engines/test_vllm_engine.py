@@ -261,7 +261,8 @@ def test_speculative_decoding_passes_through(llama: Path) -> None:
         "prompt_lookup_max": 2,
         "prompt_lookup_min": 1,
     }
-    options = VllmConfig(speculative_config=proposer)
+    # Blocks may travel: vLLM's connector is one per process, and here there are other engines.
+    options = VllmConfig(speculative_config=proposer, kv_transfer="blocks")
     with pytest.raises(ValueError, match="speculative"):
         new_engine(llama, exact=True, options=options)
     engine = new_engine(llama, options=options)
