@@ -374,7 +374,8 @@ def _register(config: ModelConfig) -> None:
     """Name the model's class to vLLM, which else imports itself in another process to look at it,
     and keeps what it saw in the user's home."""
     module = importlib.import_module(f"vllm.model_executor.models.{config.model_type}")
-    (name,) = config.architectures or ()
+    assert config.architectures, "a model folder that passed load_config names its class"
+    name = config.architectures[0]
     ModelRegistry.register_model(name, getattr(module, name))
 
 

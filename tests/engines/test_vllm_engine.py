@@ -57,7 +57,8 @@ def save_model(path: Path, family: str) -> PreTrainedModel:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(path)
-    return model.eval()
+    model.eval()
+    return model
 
 
 ALIVE: list[VllmEngine] = []

@@ -4,6 +4,7 @@ memory or TCP). Where the package nixl is installed: `pip install --no-deps nixl
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,7 @@ def test_tokens_survive_migration_over_nixl(tmp_path: Path) -> None:
     asked = conformance.requests(6, vocab_size=VOCAB)
     long = np.random.default_rng(3).integers(1, VOCAB, 100, dtype=np.int32)
     asked = [
-        conformance.replace(request, prompt=(long + i) % (VOCAB - 1) + 1)
-        for i, request in enumerate(asked)
+        replace(request, prompt=(long + i) % (VOCAB - 1) + 1) for i, request in enumerate(asked)
     ]
     expected = conformance.run(engine, asked)
     engine.load_weights(load_model(tmp_path, head=Head.LM).named_hf_parameters(), 0)
