@@ -4,6 +4,7 @@ forecast. `make setup` runs it, so that no first step and no first command has t
 from rlhfuse.rollout import forecast
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem
+from rlhfuse.schedules.robust import fuse_robust
 
 
 def warm_up() -> None:
@@ -15,6 +16,7 @@ def warm_up() -> None:
     )
     for split_weight in (False, True):
         fuse(Problem(2, pipelines), iterations=2, split_weight=split_weight)
+    fuse_robust(Problem(2, pipelines), iterations=1, candidates=1)
 
 
 if __name__ == "__main__":
