@@ -19,8 +19,12 @@ pytestmark = [
 def test_fused_equals_serial_on_vllm(tmp_path: Path) -> None:
     make_assets(tmp_path, hidden=128)  # heads of 32, the least that vLLM has on a CPU
     config = tiny_config(tmp_path, tmp_path, num_devices=2)
-    rollout = msgspec.structs.replace(config.rollout, engine="vllm")
-    config = msgspec.structs.replace(config, rollout=rollout)
+    replace = msgspec.structs.replace
+    config = replace(
+        config,
+        rollout=replace(config.rollout, engine="vllm"),
+        trainer=replace(config.trainer, wait_timeout_s=400.0),  # two imports of vLLM
+    )
     result = verify_run(config, 1, tmp_path)
     assert result.first_difference is None
     assert result.equal
