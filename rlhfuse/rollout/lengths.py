@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float64]
 TAIL_EXPONENT = 1.5
 MOST_OBSERVATIONS = 4096  # more do not sharpen the curve, but cost time
 PRIOR_COUNT = 8.0  # a source's mean length is drawn to the overall one as if by so many samples
+NEARLY_THERE = 1.25  # running samples count as alive so much further in a first iteration
 _SHAPES = (1.0, 2.0, 4.0, 8.0, 16.0, inf)  # of the frailty: how alike siblings are
 
 
@@ -157,7 +158,10 @@ class LengthModel:
         # At risk at a length: everything known to have reached it.
         complete.sort()
         at_risk = len(complete) - np.searchsorted(complete, lengths, side="left")
-        censored = np.sort(censored)
+        # Without history, a response that ended a little further than the rest have come would
+        # say that all of them end there.
+        slack = 1.0 if self._past else NEARLY_THERE
+        censored = np.sort(slack * censored)
         at_risk = at_risk + len(censored) - np.searchsorted(censored, lengths, side="left")
         return lengths, np.asarray(np.cumprod(1.0 - ended / at_risk), dtype=np.float64)
 

@@ -119,3 +119,14 @@ def test_distributions_are_what_they_say() -> None:
     assert set(empirical([5, 9], 50, 8)) == {5, 8}
     with pytest.raises(ValueError, match="none were recorded"):
         empirical([], 1, 8)
+
+
+def test_one_end_says_little_of_many_that_go_on() -> None:
+    """First iteration: 30 samples have 780 tokens, one ended at 800: the rest does not end there."""
+    model = LengthModel(4000)
+    model.begin([_sample(i, group=i) for i in range(60)])
+    for i in range(29):
+        model.observe(20 * (i + 1), _sample(i, group=i))
+    model.observe(800, _sample(29, group=29))
+    finals = _mean_final(model, [780.0] * 30, list(range(30, 60)))
+    assert np.mean(finals) > 1000
