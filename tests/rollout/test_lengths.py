@@ -122,7 +122,7 @@ def test_distributions_are_what_they_say() -> None:
 
 
 def test_one_end_says_little_of_many_that_go_on() -> None:
-    """First iteration: 30 samples have 780 tokens, one ended at 800: the rest does not end there."""
+    """First iteration: 30 samples have 780 tokens, one ended at 800; the rest goes on."""
     model = LengthModel(4000)
     model.begin([_sample(i, group=i) for i in range(60)])
     for i in range(29):
