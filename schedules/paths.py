@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhfuse.schedules.compiled import Bools, Coded, Floats, Ints, Rows, compiled, run_rows
+from rlhfuse.schedules.compiled import SLOT_W, Bools, Coded, Floats, Ints, Rows, compiled, run_rows
 from rlhfuse.schedules.timing import run_channels
 
 EPS = 1e-9
@@ -67,6 +67,27 @@ def make_bench(coded: Coded, rows: Rows, channel: Ints, due: Ints) -> Bench:
         posted=np.zeros(num_channels, np.int64),
         done=np.zeros(size, np.bool_),
     )
+
+
+@compiled
+def complete(rows: Rows, coded: Coded) -> bool:
+    """Whether every task is there once, on its rank, in its kind's order, and W after its I.
+
+    (F comes before B where nothing waits in a circle: B needs it by way of the later stages.)
+    """
+    seen = np.zeros(3 * coded.base.shape[0], np.int64)
+    for rank in range(coded.num_ranks):
+        for p in range(rows.first[rank], rows.first[rank + 1]):
+            task = rows.tasks[p]
+            if task < 0 or task >= coded.rank.shape[0] or coded.rank[task] != rank:
+                return False
+            k, slot = coded.kind[task], coded.slot[task]
+            if slot >= coded.chain_slots[coded.chain[task]] or coded.microbatch[task] != seen[k]:
+                return False
+            if slot == SLOT_W and seen[k - 1] <= seen[k]:
+                return False
+            seen[k] += 1
+    return bool(seen.sum() == (coded.num_mb * coded.chain_slots).sum())
 
 
 @compiled

@@ -21,10 +21,10 @@ from rlhfuse.schedules.dispatch import NEVER, Policy, dispatch, make_desk
 from rlhfuse.schedules.flows import AFTER, EARLIEST, make_flow
 from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.local import anneal
-from rlhfuse.schedules.paths import make_bench, measure, safe, settle
+from rlhfuse.schedules.paths import complete, make_bench, measure, safe, settle
 from rlhfuse.schedules.search import Ground, climbs, make_elite, make_policy
 from rlhfuse.schedules.standard import serial, serial_makespan, zb_h1
-from rlhfuse.schedules.timing import channel_numbers, makespan
+from rlhfuse.schedules.timing import channel_numbers, check_channels, makespan
 
 CLIMB_TASKS = 6_000  # tasks that the climbs of one round place in one pass, all together
 MOVE_TASKS = 1_000_000  # local moves of one round times tasks of the problem
@@ -89,16 +89,20 @@ class Search:
     def offer(self, schedule: Schedule) -> Rows | None:
         """Take a schedule that exists already, if it is legal; its rows as the search sees them."""
         try:
+            rows = _rows_with_split(schedule, self.coded)
+        except (KeyError, IndexError):
+            return None  # of another problem
+        if self._visit(rows):
+            return rows
+        try:  # with whole backwards it may fit where I and W do not
             schedule.validate()
+            check_channels(schedule)
         except ValueError:
             return None
-        rows = _rows_with_split(schedule, self.coded)
-        if not self._visit(rows):
-            return None
         length = makespan(schedule)
-        if length <= self.best * (1 + 1e-12):
+        if length < self.best:
             self.best, self.found = length, schedule
-        return rows
+        return None
 
     def round(self) -> None:
         """Some climbs in the first half of a cycle, some local moves in the second."""
@@ -196,7 +200,15 @@ class Search:
             self._learn(self.elite.tasks.copy())
 
     def _visit(self, rows: Rows) -> bool:
-        """Make `rows` the best if they are; whether they can be executed and fit the cap."""
+        """Make `rows` the best if they are; whether they are legal, but for deadlines.
+
+        Checks all that `Schedule.validate` and `check_channels` do, compiled.
+        """
+        sizes = (rows.tasks.shape, rows.first.shape)
+        if sizes != (self.rows.tasks.shape, self.rows.first.shape) or not complete(
+            rows, self.coded
+        ):
+            return False
         settle(rows, self.coded, self.bench)
         length = measure(rows, self.coded, self.bench, self.late)
         if length < 0.0 or not safe(rows, self.coded, self.bench, 1) or not self._fits(rows):
@@ -217,17 +229,15 @@ class Search:
         return bool(np.all(during <= self.cap) and np.all(after <= self.cap))
 
     def answer(self) -> Schedule:
-        """The best schedule, validated."""
-        if self.found is None and self.best < np.inf:
-            rows = Rows(self.best_tasks, self.rows.first)
-            self.found = decode(self.problem, self.coded, rows)
-        if self.found is None:
+        """The best schedule; all checks are behind it (see `_visit`)."""
+        if self.found is not None:
+            return self.found
+        if self.best == np.inf:
             raise ValueError(
                 f"nothing found fits the memory cap {self.problem.memory_cap} and all deadlines; "
                 "raise the cap or a deadline"
             )
-        self.found.validate()
-        return self.found
+        return decode(self.problem, self.coded, Rows(self.best_tasks, self.rows.first))
 
 
 def _most_urgent_first(problem: Problem) -> Problem:
