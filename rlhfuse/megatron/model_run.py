@@ -83,11 +83,12 @@ class ModelRun:
             stock.finish_embedding(
                 self._config, self._embedding, self._groups.last, self._groups.collection.tp
             )
-            self._config.finalize_model_grads_func(
+            stock.finalize(
+                self._config,
                 self._chunks,
                 self._tokens if self._config.calculate_per_token_loss else None,
-                pg_collection=self._groups.collection,
-                force_all_reduce=self._call.force_all_reduce,
+                self._groups.collection,
+                self._call.force_all_reduce,
             )
         if self._config.timers is not None:
             self._config.timers("forward-backward").stop()

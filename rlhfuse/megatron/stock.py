@@ -16,6 +16,7 @@ get_stock_func: Callable[..., ForwardBackward] = schedules.get_forward_backward_
 
 _FORWARD_STEP = frozenset(inspect.signature(schedules.forward_step).parameters)
 _BACKWARD_STEP = frozenset(inspect.signature(schedules.backward_step).parameters)
+_SCHEDULE = frozenset(inspect.signature(schedules.forward_backward_no_pipelining).parameters)
 _GET_FUNC = frozenset(inspect.signature(get_stock_func).parameters)
 
 
@@ -76,3 +77,17 @@ def clear_embedding_buffers(config: Any, chunks: Sequence[torch.nn.Module], last
 def finish_embedding(config: Any, embedding: object, last: bool, tp_group: object) -> None:
     """After the last backward: the deferred weight gradients of the output layer."""
     schedules.finish_embedding_wgrad_compute(config, embedding, last, tp_group)
+
+
+def finalize(
+    config: Any,
+    chunks: Sequence[torch.nn.Module],
+    num_tokens: torch.Tensor | None,
+    collection: object,
+    force_all_reduce: bool,
+) -> None:
+    """Call the user's ``finalize_model_grads_func`` as this release's schedules do."""
+    given: dict[str, object] = {"pg_collection": collection}
+    if "force_all_reduce" in _SCHEDULE:  # since 0.16
+        given["force_all_reduce"] = force_all_reduce
+    config.finalize_model_grads_func(list(chunks), num_tokens, **given)
