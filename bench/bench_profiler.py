@@ -9,6 +9,7 @@ What is heavy is imported where it is used: a child's peak memory counts from it
 """
 
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -249,13 +250,22 @@ def label(labels: int) -> list[Row]:
 
 def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
     """The fused step predicted from a serial one, beside the fused step that was then measured."""
+    import msgspec
+
     from rlhfuse.config_file import load
     from rlhfuse.resolve import resolve
     from rlhfuse.session import open_session
     from rlhfuse.trainer import Fusions, Trainer
 
     rows: list[Row] = []
-    with open_session(resolve(load(config_file)), resume=False) as session:
+    config = load(config_file)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        trainer_config = msgspec.structs.replace(
+            config.trainer, default_local_dir=folder, total_training_steps=steps, logger=("jsonl",)
+        )
+        run = resolve(msgspec.structs.replace(config, trainer=trainer_config))
+        session = stack.enter_context(open_session(run, resume=False))
         start = Trainer(session).save()
         for _ in range(repeats):
             found: list[ProfileSummary] = []
