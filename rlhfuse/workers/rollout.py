@@ -125,9 +125,8 @@ class RolloutWorker:
 
     def _begin(self, command: m.BeginStep) -> None:
         assert self._engine.num_running == 0, "a step begins while samples are running"
-        versions: dict[str, int] = {"engine": self._engine.policy_version}
-        versions.update(self._versions)
-        assert set(versions.values()) == {command.policy_version}, (
+        versions = {self._engine.policy_version, *self._versions.values()}
+        assert versions == {command.policy_version}, (
             f"weights are of versions {versions}, the step wants {command.policy_version}"
         )
         self._forget()

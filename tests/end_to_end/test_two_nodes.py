@@ -44,7 +44,7 @@ def test_two_nodes_train_to_the_same_bits(tmp_path: Path) -> None:
         trainer = replace(config.trainer, experiment_name="two-nodes")
         together, two, workers = _steps(replace(config, placement=placement, trainer=trainer))
     finally:
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
     assert (len(one), len(two)) == (1, 2)
     assert [(r.tokens, r.rewards, r.weights) for r in together] == [
         (r.tokens, r.rewards, r.weights) for r in alone
