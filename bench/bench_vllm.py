@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,35 +91,40 @@ def generate(engine: Engine, asked: Sequence[Request], rows: int) -> dict[int, l
 
 
 def ties(path: Path) -> list[Row]:
-    """At least 2,000 samples on vLLM in two kinds of company, and on the embedded engine."""
-    kinds = {
-        "plain": SamplingParams(max_tokens=40),
-        "top-p 0.9, temperature 0.8": SamplingParams(max_tokens=40, top_p=0.9, temperature=0.8),
-    }
+    """2,048 samples on vLLM in two kinds of company, and on the embedded engine; half of them
+    untruncated, half with top-p 0.9 at temperature 0.8. Results are written as they come."""
+    kinds = [
+        SamplingParams(max_tokens=24),
+        SamplingParams(max_tokens=24, top_p=0.9, temperature=0.8),
+    ]
+    first, second = vllm_engine(path), vllm_engine(path)
+    embedded = TorchEngine(
+        load_model(path, head=Head.LM), max_num_seqs=64, max_model_len=MAX_LEN, policy_version=0
+    )
     rows: list[Row] = []
-    for number, (name, params) in enumerate(kinds.items()):
-        asked = requests(1024, prompt_tokens=16, kinds=[params], first_id=number * 10_000)
-        first, second = vllm_engine(path), vllm_engine(path)
+    for part in range(4):
+        asked = requests(512, prompt_tokens=16, kinds=kinds, first_id=part * 512)
+        before = replace(first.counts)
+        other = second.counts.redrawn
         tokens = generate(first, asked, 64)
-        counts = first.counts
         elsewhere = generate(second, asked[::-1], 23)
-        embedded = generate(
-            TorchEngine(load_model(path, head=Head.LM), max_num_seqs=64, max_model_len=MAX_LEN),
-            asked,
-            64,
-        )
+        there = generate(embedded, asked, 64)
+        drawn = first.counts.tokens - before.tokens
+        near = first.counts.near_ties - before.near_ties
         rows.append(
             {
-                "sampling": name,
                 "samples": len(asked),
-                "tokens": counts.tokens,
-                "near_ties": counts.near_ties,
-                "near_tie_rate": counts.near_ties / counts.tokens,
-                "redrawn": counts.redrawn + second.counts.redrawn,
+                "tokens": drawn,
+                "near_ties": near,
+                "near_tie_rate": near / drawn,
+                "redrawn": first.counts.redrawn - before.redrawn,
+                "redrawn_in_other_batch": second.counts.redrawn - other,
                 "differ_in_other_batch": _differing(tokens, elsewhere),
-                "differ_on_torch_engine": _differing(tokens, embedded),
+                "differ_on_torch_engine": _differing(tokens, there),
             }
         )
+        write_result("vllm_ties", rows)
+        print_table(rows)
     return rows
 
 
