@@ -216,10 +216,10 @@ def test_too_few_left_ends_the_run_checkpointed_and_it_resumes(
     step = load_state(saved).step
     assert step >= 2
 
-    run = _start(config, tmp_path, "--resume", "actor.ppo_epochs=2", "trainer.seed=7")
+    run = _start(config, tmp_path, "--resume", "rollout.n=2", "trainer.seed=7")
     _, told = run.communicate(timeout=DEADLINE_S)
     assert run.returncode == 2
-    assert "actor.ppo_epochs: 1 is now 2" in told
+    assert "rollout.n: 1 is now 2" in told
     assert "trainer.seed: 1 is now 7" in told
     run = _start(config, tmp_path, "--resume", f"trainer.total_training_steps={step + 1}")
     _, told = run.communicate(timeout=DEADLINE_S)
