@@ -119,9 +119,11 @@ def large(megabytes: int) -> list[Row]:
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     summary = json.loads(done.stdout)
-    row = {"megabytes": megabytes, "events": events, "seconds": seconds, "peak_mib": peak}
+    row: dict[str, float | int | str]
+    row = {"megabytes": megabytes, "events": events, "seconds": seconds}
+    row |= {"cpu_s": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}
     return [row | {"busy_s": summary["per_rank"][0]["compute_s"]}]
 
 
