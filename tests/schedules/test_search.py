@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfuse.schedules.checks import completion_times
+from rlhfuse.schedules.bounds import latency_bound
+from rlhfuse.schedules.checks import completion_times, peak_memory
 from rlhfuse.schedules.compiled import Rows, decode, encode
 from rlhfuse.schedules.dispatch import NEVER, NO_LIMIT, Policy, dispatch, make_desk
 from rlhfuse.schedules.flows import make_flow
@@ -86,4 +87,24 @@ def test_an_interrupt_returns_the_best_so_far() -> None:
     found = fuse(_pair(12), iterations=1000, on_progress=stop)
     assert isinstance(found, Schedule)
     found.validate()
+    check_channels(found)
+
+
+def _published(ranks: int, m: int, critic: float, heavy: float, cap: float) -> Problem:
+    """Two models of one depth, as in some of FlexFusion's problems."""
+    actor = Pipeline.make("actor", range(ranks), m, heavy, 2 * heavy, activation=1.95)
+    light = Pipeline.make("critic", range(ranks)[::-1], m, critic, 2 * critic, activation=1.0)
+    return Problem(ranks, (actor, light), memory_cap=cap)
+
+
+@pytest.mark.parametrize(("m", "cap", "least"), [(16, 18.55, 366.0), (32, 20.5, 702.0)])
+def test_two_published_problems_are_solved_to_proven_optimality(
+    m: int, cap: float, least: float
+) -> None:
+    """FlexFusion's problems 4 and 3, at the authors' best memory, where they took 24 and 83
+    minutes on 768 processes."""
+    problem = _published(8, m, 2, 5, cap)
+    found = fuse(problem, iterations=30)
+    assert makespan(found) == least == latency_bound(problem, split_weight=False)
+    assert max(peak_memory(found)) <= cap * (1 + REL_TOL)
     check_channels(found)
