@@ -213,11 +213,9 @@ class RolloutScheduler:
     def _trained(self, event: ev.Trained) -> None:
         self._fleet.answered(event.worker, TRAIN, event.sample_ids)
         first = self._samples.get(event.sample_ids[0])
-        if first is None:
+        if first is None or not self._groups.done(event.worker, first.group):
             return
         group = first.group
-        if not self._groups.done(event.worker, group):
-            return
         for sample in self._groups.members[group]:  # scores lost meanwhile are not needed again
             self._board.forget(sample.id)
             if sample.state is S.FINISHED:
