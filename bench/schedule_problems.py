@@ -95,7 +95,7 @@ def _random_pipeline(
 
 
 def greedy(problem: Problem, *, split: bool) -> Schedule:
-    """One list schedule without a search: weight last, backward first, oldest first."""
+    """One list schedule: weight last, backward first, oldest first; serial where it gets stuck."""
     coded = encode(problem, [split] * len(problem.pipelines))
     flow = make_flow(problem, coded, np.zeros(coded.rank.shape[0]), reverse=False)
     desk = make_desk(coded, flow)
@@ -104,7 +104,9 @@ def greedy(problem: Problem, *, split: bool) -> Schedule:
     cap = NEVER if problem.memory_cap is None else problem.memory_cap * (1 + REL_TOL)
     open_ = np.full(chains, NO_LIMIT)
     way = np.zeros(chains, np.int64)
-    dispatch(flow, desk, Policy(key.astype(np.float64), open_, way, 0.0, False, cap))
+    policy = Policy(key.astype(np.float64), open_, way, 0.0, False, cap)
+    if dispatch(flow, desk, policy) == np.inf:
+        return serial(problem)  # stuck
     schedule = decode(problem, coded, Rows(desk.tasks, desk.row_first))
     schedule.validate()
     return schedule
