@@ -151,7 +151,8 @@ def _lowest_peak(problem: Problem, latency: float, budget_s: float) -> Row:
         peak = max(peak_memory(found))
         cap = peak - 0.02 * least
     seconds = round(time.process_time() - start, 2)
-    return {"latency": latency, "peak_memory": peak, "cpu_s": seconds}
+    told = float(peak) if peak < np.inf else "latency not reached"
+    return {"latency": latency, "peak_memory": told, "cpu_s": seconds}
 
 
 @main.command()
