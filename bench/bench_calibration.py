@@ -32,7 +32,7 @@ from rlhfuse.planner.measured import (
 )
 from rlhfuse.planner.workload import with_lengths, workload_of
 from rlhfuse.resolve import resolve
-from rlhfuse.rollout.loop import RolloutResult
+from rlhfuse.rollout.records import RolloutResult
 from rlhfuse.session import open_session
 from rlhfuse.step_metrics import StepTimes
 from rlhfuse.timeline import Kind, Timeline, load_chrome
