@@ -1,8 +1,8 @@
 """The run configuration: a frozen, typed tree, and nothing else decides what a run does.
 
 Top level: the roles ``actor critic reference reward``, then ``rollout algorithm data trainer
-placement fusion plan``. Key names are the field's. An unknown key is an error that names the nearest
-known one. Reading files and overrides is in `rlhfuse.config_file`.
+placement fusion plan``. Key names are the field's. An unknown key is an error that names the
+nearest known one. Reading files and overrides is in `rlhfuse.config_file`.
 """
 
 from typing import Annotated, Literal

@@ -27,7 +27,7 @@ def check_for_plan(config: Config) -> None:
 
 def check_files(config: Config) -> None:
     """Raise a `ValueError` that names every model folder, file or variable that is missing."""
-    broken = list(_missing(config))
+    broken = [*_missing(config), *_not_installed(config)]
     if broken:
         raise ValueError("; ".join(broken))
 
@@ -226,12 +226,15 @@ def _missing(config: Config) -> Iterator[str]:
     for place, name in files:
         if not Path(name).is_file():
             yield f"{place}: there is no file {name!r}"
-    for role, model in _trained(config):
-        if model.lora_rank and find_spec("peft") is None:
-            yield f"{role}.lora_rank: needs the package peft (pip install peft), or 0"
     variable = config.reward.auth_env
     if variable and not os.environ.get(variable):
         yield f"reward.auth_env: the environment variable {variable} is not set"
+
+
+def _not_installed(config: Config) -> Iterator[str]:
+    for role, model in _trained(config):
+        if model.lora_rank and find_spec("peft") is None:
+            yield f"{role}.lora_rank: needs the package peft (pip install peft), or 0"
 
 
 # --- arithmetic ----------------------------------------------------------------------------
