@@ -11,22 +11,18 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from rlhfuse import messages as m
 from rlhfuse import scoring
-from rlhfuse.config import Config
-from rlhfuse.engines.base import Engine, Output, Request, SamplingParams
-from rlhfuse.engines.torch_engine import TorchEngine
-from rlhfuse.engines.vllm_adapter import VllmEngine
-from rlhfuse.models.loading import load_model
-from rlhfuse.models.stage import Head, ModelStage
+from rlhfuse.engines.base import Output, Request, SamplingParams
 from rlhfuse.payloads import ROLLOUT, Departed, FloatArray, PayloadStore, fetch_departed
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Inbox
+from rlhfuse.workers.burst import Burst
 from rlhfuse.workers.common import device_of, dtype_of, run_guarded
+from rlhfuse.workers.models import load_models, make_engine
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +44,8 @@ class RolloutWorker:
         self._link = link
         self._device = device_of(spec.config.placement, spec.seat.local_index)
         dtype = dtype_of(spec.config.placement, self._device)
-        self._models = _load_models(spec.config, self._device, dtype)
-        self._engine = _make_engine(spec.config, self._models["actor"])
+        self._models = load_models(spec.config, self._device, dtype)
+        self._engine = make_engine(spec.config, self._models["actor"])
         self._store = PayloadStore()
         self._server = PeerServer(self._store.answer, spec.keys, spec.seat.node.address)
         self._client = PeerClient(spec.config.trainer.wait_timeout_s, spec.keys)
@@ -62,7 +58,7 @@ class RolloutWorker:
         self._contexts: dict[int, int] = {}  # prompt tokens
         self._logprobs: dict[int, list[float]] = {}
         self._spans: list[Span] = []
-        self._burst = _Burst()
+        self._burst = Burst()
         self._running = True
         link.send(
             m.Hello(
@@ -120,7 +116,7 @@ class RolloutWorker:
         self._engine.abort(list(self._lengths))
         self._forget()
         self._spans.clear()
-        self._burst = _Burst()
+        self._burst = Burst()
         self._link.send(m.Ack(command="Reset"))
 
     def _begin(self, command: m.BeginStep) -> None:
@@ -301,7 +297,7 @@ class RolloutWorker:
             self._link.send(m.Grown(growths=growths))
         if self._burst.steps:
             self._spans.append(self._burst.span(self._lane))
-            self._burst = _Burst()
+            self._burst = Burst()
 
     # --- spans -----------------------------------------------------------------------------
 
@@ -313,86 +309,6 @@ class RolloutWorker:
         if self._spans:
             self._link.send(m.Spans(spans=tuple(self._spans)))
             self._spans = []
-
-
-class _Burst:
-    """Consecutive engine steps, reported as one span."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._rows = 0
-        self._context_tokens = 0
-        self._start_s = 0.0
-        self._end_s = 0.0
-
-    def add(self, start_s: float, end_s: float, batch: int, context_tokens: int) -> None:
-        if not self.steps:
-            self._start_s = start_s
-        self._end_s = end_s
-        self._rows += batch
-        self._context_tokens += context_tokens
-        self.steps += 1
-
-    def span(self, lane: str) -> Span:
-        batch = self._rows / self.steps
-        args: dict[str, int | float | str] = {
-            "steps": self.steps,
-            "batch": round(batch, 2),
-            "context_tokens": round(self._context_tokens / self.steps, 1),
-        }
-        return Span(lane, self._start_s, self._end_s, Kind.GENERATE, f"generate x{batch:.0f}", args)
-
-
-def _load_models(
-    config: Config, device: torch.device, dtype: torch.dtype
-) -> dict[m.Role, ModelStage]:
-    """One whole model per scored role; the actor's is the engine's own."""
-    models: dict[m.Role, ModelStage] = {
-        "actor": load_model(config.actor.path, head=Head.LM, device=device, dtype=dtype)
-    }
-    if config.uses_critic:
-        # Only the shape matters here: the weights come from the training workers.
-        models["critic"] = load_model(
-            config.critic.path,
-            head=Head.SCALAR,
-            device=device,
-            dtype=dtype,
-            new_head_seed=config.critic.init_seed,
-        )
-    if config.uses_reference:
-        path = config.reference.path or config.actor.path
-        models["reference"] = load_model(path, head=Head.LM, device=device, dtype=dtype)
-    if config.reward.path:
-        models["reward"] = load_model(
-            config.reward.path, head=Head.SCALAR, device=device, dtype=dtype
-        )
-    for model in models.values():
-        model.requires_grad_(False).eval()
-    return models
-
-
-def _make_engine(config: Config, model: ModelStage) -> Engine:
-    rollout = config.rollout
-    max_len = config.data.max_prompt_length + rollout.response_length
-    exact = None if rollout.exactness == "auto" else rollout.exactness == "token"
-    if rollout.engine == "vllm":
-        return VllmEngine(
-            model,
-            config.actor.path,
-            max_num_seqs=rollout.max_num_seqs,
-            max_model_len=max_len,
-            cache_tokens=rollout.cache_tokens or None,
-            exact=exact,
-            options=rollout.vllm,
-        )
-    assert rollout.engine == "torch", "auto is decided before workers start"
-    return TorchEngine(
-        model,
-        max_num_seqs=rollout.max_num_seqs,
-        max_model_len=max_len,
-        cache_tokens=rollout.cache_tokens or None,
-        exact=exact,
-    )
 
 
 def _sampling_params(sampling: m.Sampling) -> SamplingParams:
