@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import Temperatures, fold_rows_, prepare_rows_, row_gradient
+from rlhfuse.kernels.rows import Temperatures, fold_rows_, log_softmax_rows, row_gradient
 
 # Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
 # a token's result would depend on how many others are computed with it.
@@ -33,6 +34,7 @@ def linear_logprob(
     ignore_index: int = IGNORE_INDEX,
     keep_logits_bytes: int = 64 << 20,
     kept: KeptTokens | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> TokenLogprob:
     """`token_logprob` of ``hidden @ weight.T + bias`` in O(T + chunk) memory.
 
@@ -46,15 +48,22 @@ def linear_logprob(
         temperature: a number, or one per token [T]. No gradient flows to it.
         kept: renormalise over the tokens that the sampler kept at each position, so that trainer
             and sampler speak of one distribution.
+        tp_group: every rank of it calls this with the same hidden states and labels, and with its
+            own rows of weight and bias (parts of the vocabulary, in rank order; labels count
+            through all of them). Results and the gradient by hidden are whole on every rank.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or `kept` with a cut vocabulary.
     """
     check_rows(hidden, labels, temperature)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"weight must be [V, {hidden.shape[1]}] for hidden {tuple(hidden.shape)}, "
             f"not {tuple(weight.shape)}"
+        )
+    if tp_group is not None and tp_group.size() > 1:
+        return _vocab_parallel(
+            hidden, weight, labels, bias, temperature, entropy, ignore_index, kept, tp_group
         )
     if choose(hidden.device) is Path.REFERENCE:
         return reference.linear_logprob(
@@ -77,6 +86,31 @@ def linear_logprob(
         keep_logits_bytes,
         None if kept is None else kept.ids,
         None if kept is None else kept.cu,
+    )
+    return TokenLogprob(logprob, spread if entropy else None)
+
+
+def _vocab_parallel(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    entropy: bool,
+    ignore_index: int,
+    kept: KeptTokens | None,
+    group: ProcessGroup,
+) -> TokenLogprob:
+    from rlhfuse.kernels.vocab_parallel import VocabParallelLogprob  # built on this module
+
+    if kept is not None:
+        raise ValueError(
+            "kept tokens with a tp_group are not supported: gather the head first, or leave "
+            "one of the two out"
+        )
+    marked = torch.where(labels == ignore_index, -1, labels.long())
+    logprob, spread = VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, marked, *split_temperature(temperature), group
     )
     return TokenLogprob(logprob, spread if entropy else None)
 
@@ -147,21 +181,19 @@ class _LinearLogprob(torch.autograd.Function):
             )
             return out[0].clone(), out[1].clone()
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
+        out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
         given = Temperatures(temperature, temperatures)
         kept: list[Tensor] = []
         room = keep_logits_bytes if any(ctx.needs_input_grad[:3]) else 0
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
             logits = _drop_(logits, kept_ids, kept_cu, rows)
-            top = logits.amax(1)
-            block = given.divide_(logits.sub_(top[:, None]), rows)
-            fold = fold_rows_(block, labels[rows], entropy=entropy)
-            out[0, rows], out[1, rows], out[2, rows] = fold.logprob, fold.entropy, top
-            out[3, rows] = fold.total
-            room -= block.numel() * block.element_size()
+            log_softmax_rows(logits, rows, given, logits)
+            fold = fold_rows_(logits, labels[rows], entropy=entropy)
+            out[0, rows], out[1, rows] = fold.logprob, fold.entropy
+            room -= logits.numel() * logits.element_size()
             if room >= 0:
-                kept.append(block)
+                kept.append(logits)
         ctx.save_for_backward(
             hidden, weight, bias, labels, temperatures, out, kept_ids, kept_cu, *kept
         )
@@ -182,13 +214,11 @@ class _LinearLogprob(torch.autograd.Function):
                 block, by_logits = kept[index], torch.empty_like(kept[index])
             else:
                 logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-                logits = _drop_(logits, ids, cu, rows)
-                shifted = given.divide_(logits.sub_(out[2, rows, None]), rows)
-                block = by_logits = prepare_rows_(shifted, entropy=ctx.entropy)
+                block = by_logits = _drop_(logits, ids, cu, rows)
+                log_softmax_rows(block, rows, given, block)
             row_gradient(
                 block,
                 labels[rows],
-                out[3, rows],
                 out[1, rows],
                 grad_logprob[rows],
                 grad_entropy[rows] if ctx.entropy else None,

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rlhfuse.kernels.linear_logprob import chunks, head_logits, linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from rlhfuse.kernels.rows import Temperatures, fold_rows_, row_gradient
+from rlhfuse.kernels.rows import Temperatures, fold_rows_, log_softmax_rows, row_gradient
 
 # The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
 # log-probabilities and entropies.
@@ -109,8 +109,8 @@ class _LinearLoss(torch.autograd.Function):
         total, given = out.new_zeros(()), Temperatures(temperature, temperatures)
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             own = hidden[rows].to(dtype)
-            logits = head_logits(own, wide, wide_bias)
-            block = given.divide_(logits.sub_(logits.amax(1, keepdim=True)), rows)
+            block = head_logits(own, wide, wide_bias)
+            log_softmax_rows(block, rows, given, block)
             fold = fold_rows_(block, labels[rows], entropy=entropy)
             loss, by_logprob, by_entropy = _loss_slopes(
                 token_loss, rows, fold.logprob, fold.entropy
@@ -118,7 +118,6 @@ class _LinearLoss(torch.autograd.Function):
             by_logits = row_gradient(
                 block,
                 labels[rows],
-                fold.total,
                 fold.entropy,
                 by_logprob,
                 by_entropy if entropy else None,

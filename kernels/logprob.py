@@ -8,7 +8,14 @@ from torch import Tensor
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import Temperatures, fold_rows_, prepare_rows_, row_gradient
+from rlhfuse.kernels.rows import (
+    Temperatures,
+    fold_rows_,
+    fused_softmax,
+    log_softmax_rows,
+    row_gradient,
+    weighted_gradient_,
+)
 
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32: a chunk stays in cache
 
@@ -71,20 +78,8 @@ def _row_chunks(num_rows: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
-def _shifted(
-    logits: Tensor, top: Tensor, temperatures: Temperatures, rows: slice, room: Tensor
-) -> Tensor:
-    """(logits - top) / temperature of these rows, in `room`.
-
-    Contiguous whatever the logits are, because the order of a reduction follows the strides; and
-    one room for all chunks, because fresh memory costs as much as a pass over it.
-    """
-    block = room[: rows.stop - rows.start]
-    torch.sub(logits[rows], top[rows, None], out=block)
-    return temperatures.divide_(block, rows)
-
-
 def _room(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """One room for all chunks: fresh memory costs as much as a pass over it."""
     most = max((rows.stop - rows.start for rows in _row_chunks(*logits.shape)), default=0)
     return torch.empty(most, logits.shape[1], dtype=dtype, device=logits.device)
 
@@ -98,10 +93,10 @@ def token_logprob_op(
     entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob [T], entropy [T], and maximum and sum [2, T] for the backward pass."""
+    """Logprob [T], entropy [T], and (Triton only) maximum and sum [2, T] for its backward pass."""
     dtype = accumulation_dtype(logits)
     logprob, spread = torch.empty_like(labels, dtype=dtype), torch.empty_like(labels, dtype=dtype)
-    saved = torch.empty(2, labels.numel(), dtype=dtype, device=logits.device)
+    saved = torch.zeros(2, labels.numel(), dtype=dtype, device=logits.device)
     if dtype == torch.float32 and choose(logits.device) is Path.TRITON:
         from rlhfuse.kernels import triton_logprob  # triton is optional
 
@@ -111,10 +106,10 @@ def token_logprob_op(
         return logprob, spread, saved
     given, room = Temperatures(temperature, temperatures), _room(logits, saved.dtype)
     for rows in _row_chunks(*logits.shape):
-        saved[0, rows] = logits[rows].amax(1)
-        block = _shifted(logits, saved[0], given, rows, room)
+        block = room[: rows.stop - rows.start]
+        log_softmax_rows(logits[rows], rows, given, block)
         fold = fold_rows_(block, labels[rows], entropy=entropy)
-        logprob[rows], spread[rows], saved[1, rows] = fold.logprob, fold.entropy, fold.total
+        logprob[rows], spread[rows] = fold.logprob, fold.entropy
     return logprob, spread, saved
 
 
@@ -191,20 +186,19 @@ def _write_gradient(
         return
     given, room = Temperatures(temperature, temperatures), _room(logits, saved.dtype)
     for rows in _row_chunks(*logits.shape):
-        block = _shifted(logits, saved[0], given, rows, room)
-        own = gradient[rows]
-        row_gradient(
-            prepare_rows_(block, entropy=grad_entropy is not None),
-            labels[rows],
-            saved[1, rows],
-            spread[rows],
-            grad_logprob[rows],
-            None if grad_entropy is None else grad_entropy[rows],
-            rows,
-            given,
-            out=own if own.dtype == block.dtype else block,
-        )
-        if own.dtype != block.dtype:
+        own, block = gradient[rows], room[: rows.stop - rows.start]
+        direct = own.dtype == block.dtype and own.is_contiguous()
+        out = own if direct else block
+        if grad_entropy is None and fused_softmax(logits, given, out):
+            torch.softmax(logits[rows], -1, out=out)
+            weighted_gradient_(out, labels[rows], grad_logprob[rows], rows, given)
+        else:
+            log_softmax_rows(logits[rows], rows, given, block)
+            by_entropy = None if grad_entropy is None else grad_entropy[rows]
+            row_gradient(
+                block, labels[rows], spread[rows], grad_logprob[rows], by_entropy, rows, given, out
+            )
+        if not direct:
             own.copy_(block)
 
 
