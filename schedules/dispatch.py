@@ -7,7 +7,8 @@ rank that holds several stages of a pipeline); then it must be asked.
 
 A rank keeps room for one micro-batch of every chain of a pipeline that does not give way to the
 claiming one. The pipeline that gives way to none can then always move on, next the one that gives
-way only to it, and so on: nothing gets stuck for memory.
+way only to it, and so on. (Where micro-batches differ in weight, or hold less after
+`I` than before, a cap can still be too tight for an order: such a try is given up.)
 """
 
 from collections.abc import Sequence

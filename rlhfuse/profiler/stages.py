@@ -52,8 +52,11 @@ class Rollout:
 
 
 def rollout_of(table: SpanTable) -> Rollout | None:
-    """The step's generation and scoring; None where it has not both."""
+    """The step's generation and scoring; None where it has not both, or one lane alone: that has
+    nothing to overlap with (or stands for a whole job)."""
     devices = set(device_lanes(table))
+    if len(devices) < 2:
+        return None
     here = np.array([lane in devices for lane in table.lanes])[table.lane]
     generates = here & table.is_kind(_GENERATE)
     scores = here & table.is_kind((Kind.SCORE,))
