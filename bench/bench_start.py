@@ -49,7 +49,7 @@ def start(config: str, overrides: list[str], folder: Path) -> dict[str, float]:
         "workers_s": summary["start_s"],
         "first_step_s": steps[0]["timing_s/step"],
         "later_step_s": statistics.median(later),
-        "controller_share": statistics.median(row["bubble/controller"] for row in steps[1:]),
+        "controller_share": statistics.median(row["perf/controller_share"] for row in steps[1:]),
     }
 
 

@@ -66,7 +66,7 @@ def rows_of(serial: Sequence[StepResult], fused: Sequence[StepResult]) -> list[R
                 "greatest_ratio": max(ratios),
             }
         )
-    for name in ("perf/idle_fraction", "bubble/controller", "fusion/moved_samples"):
+    for name in ("perf/idle_fraction", "perf/controller_share", "fusion/moved_samples"):
         a = [r.metrics.get(name, 0.0) for r in serial]
         b = [r.metrics.get(name, 0.0) for r in fused]
         rows.append(

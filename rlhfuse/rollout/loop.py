@@ -227,11 +227,12 @@ class RolloutLoop:
             case m.Grown():
                 self._absorb_growth(worker, instance, event.growths)
             case m.Exported():
+                # What did not leave had finished, and was reported as such before. First, because
+                # a sample that has just arrived may be told to move again at once.
+                for sample_id in set(event.requested) - {g.sample_id for g in event.growths}:
+                    self._moving.pop(sample_id, None)
                 for growth in event.growths:
                     self._absorb_left(worker, instance, growth)
-                for sample_id in event.requested:
-                    # What did not leave had finished, and was reported as such before.
-                    self._moving.pop(sample_id, None)
             case m.Scored():
                 self._absorb_scores(worker, instance, event)
             case m.Ack():
