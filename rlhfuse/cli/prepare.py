@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,18 +47,28 @@ class _Show:
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+Command = Callable[..., None]
+
+
+def _training_options(command: Command) -> Command:
+    """What every supervised training can be told."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+        click.option("--seed", type=int, default=1, show_default=True),
+        click.option("--max-length", type=int, default=1024, show_default=True),
+        click.option("--batch-tokens", type=int, default=2048, show_default=True),
+        click.option("--lr", type=float, default=1e-4, show_default=True),
+        click.option("--epochs", type=float, default=1.0, show_default=True),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command("sft")
 @click.argument("model", type=_FOLDER)
 @click.argument("rows", type=_FILE)
 @click.argument("output", type=_FOLDER)
-@click.option("--epochs", type=float, default=1.0, show_default=True)
-@click.option("--lr", type=float, default=1e-4, show_default=True)
-@click.option("--batch-tokens", type=int, default=2048, show_default=True)
-@click.option("--max-length", type=int, default=1024, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_training_options
 def sft(
     model: Path,
     rows: Path,
@@ -80,12 +91,7 @@ def sft(
 @click.argument("model", type=_FOLDER)
 @click.argument("pairs", type=_FILE)
 @click.argument("output", type=_FOLDER)
-@click.option("--epochs", type=float, default=1.0, show_default=True)
-@click.option("--lr", type=float, default=1e-4, show_default=True)
-@click.option("--batch-tokens", type=int, default=2048, show_default=True)
-@click.option("--max-length", type=int, default=1024, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_training_options
 def reward_model(
     model: Path,
     pairs: Path,
