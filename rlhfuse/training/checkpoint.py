@@ -10,7 +10,7 @@ place when it is whole. Tensors are found by name, so a checkpoint also loads in
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -180,11 +180,13 @@ def load_rng(folder: Path, rank: int, device: torch.device) -> None:
         torch.cuda.set_rng_state(states[_CUDA_STATE], device)
 
 
-def export_stage(folder: Path, stage: TrainedStage, num_stages: int) -> None:
+def export_stage(
+    folder: Path, weights: Mapping[str, torch.Tensor], pp_stage: int, num_stages: int
+) -> None:
     """Write one stage's weights as one file of a Hugging Face model folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: weight.cpu().contiguous() for name, weight in stage.weights()}
-    name = f"model-{stage.pp_stage + 1:05d}-of-{num_stages:05d}.safetensors"
+    tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    name = f"model-{pp_stage + 1:05d}-of-{num_stages:05d}.safetensors"
     save_file(tensors, folder / name, metadata={"format": "pt"})
 
 

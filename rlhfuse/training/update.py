@@ -21,16 +21,16 @@ from rlhfuse.schedules.ir import Op, Task
 from rlhfuse.schedules.timing import check_channels
 from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training import checkpoint
+from rlhfuse.training.backend import Key, MakeBackend
 from rlhfuse.training.batch import LossData, loss_data, make_microbatch
 from rlhfuse.training.channels import Channels, Shape
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StepFailed, publish_failure
-from rlhfuse.training.numbers import Numbers, exchange
+from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.progress import Tell, UpdateProgress
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
-from rlhfuse.training.replicas import Replicas
-from rlhfuse.training.tied import TiedEmbeddings
-from rlhfuse.training.trained_stage import TrainedStage, model_config
+from rlhfuse.training.torch_backend import TorchBackend
+from rlhfuse.training.trained_stage import model_config
 
 __all__ = [
     "MiniBatchPlan",
@@ -60,9 +60,10 @@ class RankTrainer:
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
+        make_backend: MakeBackend = TorchBackend,
     ) -> None:
         """Collective. `pipelines`: by name, replicas apart. `total_steps`: optimizer steps of each
-        role over the whole run.
+        role over the whole run. `make_backend`: whose models are trained.
 
         Raises:
             ValueError: a model folder does not fit the configuration.
@@ -79,25 +80,23 @@ class RankTrainer:
             role: load_config(model_config(config, role).path).hidden_size
             for role in roles_of(pipelines)
         }
+        # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
+        self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
+        self._backend = make_backend(
+            config,
+            rank=rank,
+            pipelines=pipelines,
+            device=device,
+            dtype=dtype,
+            total_steps=total_steps,
+            control=self._control,
+        )
         self._stages = [
-            TrainedStage(
-                config,
-                name,
-                s,
-                place,
-                num_replicas=len(replicas(pipelines, role_of(name))),
-                device=device,
-                dtype=dtype,
-                total_steps=total_steps,
-            )
+            (name, s)
             for name, place in sorted(pipelines.items())
             for s, home in enumerate(place.ranks)
             if home == rank
         ]
-        # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
-        self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
-        self._tied = TiedEmbeddings(pipelines, rank, timeout)
-        self._replicas = Replicas(pipelines, rank, timeout)
         self._channels = Channels(
             rank,
             {name: place.ranks for name, place in pipelines.items()},
@@ -108,7 +107,7 @@ class RankTrainer:
         self._executor = Executor(
             rank,
             self._channels,
-            {(s.pipeline, s.pp_stage): s.runner for s in self._stages},
+            self._backend.runners,
             clock_of(device),
             self._store,
         )
@@ -134,24 +133,25 @@ class RankTrainer:
         with self._failing_together(f"step {step}"):
             tallies: list[Tally] = []
             data = None
-            if any(stage.stage.last for stage in self._stages):
+            if any(self._is_last(*key) for key in self._stages):
                 with self._span(spans, Kind.ADVANTAGE, "advantages"):
                     data = loss_data(self._config, samples, kl_coef, truncate=self._truncate)
                 if self._knows_batch():
                     tallies += [stats.tally() for stats in data.stats]
             by_id = {sample.sample_id: sample for sample in samples}
-            progress = UpdateProgress.of(minibatches, [s.pipeline for s in self._stages], tell)
+            progress = UpdateProgress.of(minibatches, [name for name, _ in self._stages], tell)
             for index, plan in enumerate(minibatches):
                 for schedule in plan.rounds:
                     check_channels(schedule)
                 self._begin(plan, by_id, data)
                 self._run_rounds(plan, spans, progress)
                 tallies += self._finish(step, index, plan, spans, progress)
+            self._backend.end_update()
             return merge(tallies)
 
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
         """The weights of this rank's stages of `role`, by Hugging Face name."""
-        return {name: weight for stage in self._of(role) for name, weight in stage.weights()}
+        return self._backend.named_tensors(role)
 
     def digest(self, role: str) -> dict[str, str]:
         """sha256 of every tensor of `named_tensors`."""
@@ -167,8 +167,7 @@ class RankTrainer:
 
     def write(self, folder: Path) -> None:
         """As `save`, but on its own: others' parts may be missing. Raises OSError."""
-        for stage in self._stages:
-            checkpoint.save_stage(folder, stage, self._pipelines[stage.pipeline])
+        self._backend.write(folder)
         checkpoint.save_rng(folder, self._rank, self._device)
 
     def load(self, folder: Path) -> None:
@@ -177,8 +176,7 @@ class RankTrainer:
         Raises:
             ValueError: a part is missing, damaged, or of another model.
         """
-        for stage in self._stages:
-            checkpoint.load_stage_state(folder, stage)
+        self._backend.load(folder)
         checkpoint.load_rng(folder, self._rank, self._device)
 
     def export_hf(self, folder: Path, role: str) -> None:
@@ -186,24 +184,23 @@ class RankTrainer:
         must be the same place for all ranks."""
         with self._failing_together(f"exporting the {role}"):
             place = self._pipelines[role]
-            for stage in self._of(role):
-                if stage.replica == 0:
-                    checkpoint.export_stage(folder, stage, len(place.ranks))
+            tensors = self._backend.named_tensors(role)
+            for stage, home in enumerate(place.ranks):
+                if home == self._rank:
+                    checkpoint.export_stage(folder, tensors, stage, len(place.ranks))
             dist.barrier(self._control)
             if place.ranks[0] == self._rank:
-                config = self._of(role)[0].stage.config
                 source = model_config(self._config, role).path
-                checkpoint.complete_export(folder, config, source)
+                checkpoint.complete_export(folder, load_config(source), source)
             dist.barrier(self._control)
 
     def close(self) -> None:
         """Leave the process groups that this trainer made."""
         self._channels.close()
-        self._replicas.close()
-        self._tied.close()
+        self._backend.close()
 
-    def _of(self, role: str) -> list[TrainedStage]:
-        return [stage for stage in self._stages if stage.role == role]
+    def _is_last(self, pipeline: str, pp_stage: int) -> bool:
+        return pp_stage + 1 == len(self._pipelines[pipeline].ranks)
 
     def _knows_batch(self) -> bool:
         """One rank reports the metrics of the whole batch: the first actor's last."""
@@ -212,23 +209,23 @@ class RankTrainer:
     def _begin(
         self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], data: LossData | None
     ) -> None:
-        for stage in self._stages:
-            if stage.pipeline in plan.microbatches:
-                mine = data if stage.stage.last else None
-                whole = [
-                    by_id[i]
-                    for name in replicas(plan.microbatches, stage.role)
-                    for ids in plan.microbatches[name]
-                    for i in ids
-                ]
-                stage.begin(
-                    [
-                        make_microbatch([by_id[i] for i in ids], mine, self._device)
-                        for ids in plan.microbatches[stage.pipeline]
-                    ],
-                    num_tokens=sum(len(sample.response) for sample in whole),
-                    num_samples=len(whole),
-                )
+        for pipeline, pp_stage in self._present(plan):
+            mine = data if self._is_last(pipeline, pp_stage) else None
+            whole = [
+                by_id[i]
+                for name in replicas(plan.microbatches, role_of(pipeline))
+                for ids in plan.microbatches[name]
+                for i in ids
+            ]
+            self._backend.begin(
+                (pipeline, pp_stage),
+                [
+                    make_microbatch([by_id[i] for i in ids], mine, self._device)
+                    for ids in plan.microbatches[pipeline]
+                ],
+                num_tokens=sum(len(sample.response) for sample in whole),
+                num_samples=len(whole),
+            )
         self._shapes: dict[str, list[Shape]] = {
             name: [
                 (padded_rows(sum(_num_tokens(by_id[i]) for i in ids)), self._hidden[role_of(name)])
@@ -238,19 +235,15 @@ class RankTrainer:
         }
 
     def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span], progress: UpdateProgress) -> None:
-        left = {
-            (stage.pipeline, stage.pp_stage): (stage, len(plan.microbatches[stage.pipeline]))
-            for stage in self._stages
-            if stage.pipeline in plan.microbatches
-        }
+        left = {key: len(plan.microbatches[key[0]]) for key in self._present(plan)}
 
         def done(task: Task) -> None:
             progress.task_done(task)
             if task.op in (Op.B, Op.W):
-                stage, count = left[task.pipeline, task.pp_stage]
-                left[task.pipeline, task.pp_stage] = (stage, count - 1)
-                if count == 1:
-                    self._replicas.start(stage)
+                key = (task.pipeline, task.pp_stage)
+                left[key] -= 1
+                if left[key] == 0:
+                    self._backend.gradients_complete(key)
 
         for number, schedule in enumerate(plan.rounds):
             if number:
@@ -267,38 +260,38 @@ class RankTrainer:
         progress: UpdateProgress,
     ) -> list[Tally]:
         """Exchange norms and losses, stop on what is not finite, clip, and step."""
-        mine = [stage for stage in self._stages if stage.pipeline in plan.microbatches]
+        roles = roles_of(plan.microbatches)
         if len(self._pipelines) > len(roles_of(self._pipelines)):
             with self._span(spans, Kind.WAIT, "gradients of all replicas"):
-                for stage in mine:
-                    self._replicas.finish(stage)
-        for stage in mine:
-            self._tied.sum_up(stage)
+                self._backend.finish_gradients(roles)
+        else:
+            self._backend.finish_gradients(roles)
         with self._span(spans, Kind.WAIT, "norms and losses of all ranks"):
-            stages = {r: len(self._pipelines[r].ranks) for r in roles_of(plan.microbatches)}
-            numbers = exchange(mine, stages, self._control)
+            numbers = self._backend.numbers(roles)
         self._stop_on_non_finite(step, index, numbers)
         progress.minibatch_done({role: both.loss for role, both in numbers.items()})
+        lasts = {role_of(name) for name, s in self._present(plan) if self._is_last(name, s)}
         tallies = []
         with self._span(spans, Kind.OPTIMIZER, "optimizer step"):
-            for stage in mine:
-                norm = numbers[stage.role].norm
-                clip = model_config(self._config, stage.role).optim.clip_grad
-                if stage.stage.last:
-                    own = {"grad_norm": norm, "lr": stage.optimizer.lr}
-                    means = {f"{stage.role}/{key}": (value, 1.0) for key, value in own.items()}
-                    tallies += [s.tally() for s in stage.stats()]
+            for role in dict.fromkeys(role_of(name) for name, _ in self._present(plan)):
+                norm = numbers[role].norm
+                if role in lasts:
+                    own = {"grad_norm": norm, "lr": self._backend.lr(role)}
+                    means = {f"{role}/{key}": (value, 1.0) for key, value in own.items()}
+                    tallies += [s.tally() for s in self._backend.stats(role)]
                     tallies.append(Tally(means, {}, {}))
-                stage.optimizer.step(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
-                self._replicas.share(stage)
+                self._backend.step(role, norm)
         return tallies
+
+    def _present(self, plan: MiniBatchPlan) -> list[Key]:
+        """This rank's stages that take part in a mini-batch."""
+        return [key for key in self._stages if key[0] in plan.microbatches]
 
     def _stop_on_non_finite(self, step: int, index: int, numbers: Mapping[str, Numbers]) -> None:
         for role, both in numbers.items():
             for what, number in (("loss", both.loss), ("gradient norm", both.norm)):
                 if not math.isfinite(number):
-                    for stage in self._stages:
-                        stage.clear()
+                    self._backend.clear()
                     raise NonFiniteLoss(step, index, role, f"the {what} is {number}")
 
     @contextmanager

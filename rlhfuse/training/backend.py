@@ -1,0 +1,90 @@
+"""What `RankTrainer` needs of the models that it trains, whoever runs them.
+
+`rlhfuse.training.torch_backend` trains our own stages, `rlhfuse.megatron.backend` Megatron's.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from rlhfuse.algorithms.tally import Stats
+from rlhfuse.config import Config
+from rlhfuse.placement import StagePlacement
+from rlhfuse.training.batch import MicroBatch
+from rlhfuse.training.executor import StageRunner
+from rlhfuse.training.numbers import Numbers
+
+Key = tuple[str, int]
+"""A stage: (pipeline, pp_stage)."""
+
+
+class Backend(Protocol):
+    """The stages of one rank, of every trained role. Messages between stages are [rows, hidden]."""
+
+    @property
+    def runners(self) -> Mapping[Key, StageRunner]:
+        """What computes the tasks of this rank's stages."""
+
+    def begin(
+        self, key: Key, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int
+    ) -> None:
+        """Get ready for a stage's micro-batches of one mini-batch; the counts are those of all
+        replicas: what losses are divided by."""
+
+    def gradients_complete(self, key: Key) -> None:
+        """The stage has done its last micro-batch: its sums may start to travel to replicas."""
+
+    def finish_gradients(self, roles: Sequence[str]) -> None:
+        """Wait until all gradients are the sums of all replicas. Collective."""
+
+    def numbers(self, roles: Sequence[str]) -> dict[str, Numbers]:
+        """Gradient norm and loss of every role, the same on all ranks. Collective."""
+
+    def stats(self, role: str) -> list[Stats]:
+        """What the losses on this rank saw in the mini-batch."""
+
+    def lr(self, role: str) -> float:
+        """Learning rate of the next step."""
+
+    def step(self, role: str, norm: float) -> None:
+        """Clip to the configured norm, given the gradient's, and update. Collective."""
+
+    def clear(self) -> None:
+        """Give up the mini-batch: no gradient and no saved activation remains."""
+
+    def end_update(self) -> None:
+        """The last mini-batch is done, or given up."""
+
+    def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
+        """The weights of this rank's stages, by Hugging Face name. Collective."""
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint. Raises OSError."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `write` wrote, also of other pipeline stages. Raises ValueError where a
+        part is missing, damaged, or of another model."""
+
+    def close(self) -> None:
+        """Leave the process groups made for it; also in the middle of an update."""
+
+
+class MakeBackend(Protocol):
+    """Collective: all ranks make theirs at the same time."""
+
+    def __call__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        pipelines: Mapping[str, StagePlacement],
+        device: torch.device,
+        dtype: torch.dtype,
+        total_steps: int,
+        control: dist.ProcessGroup,
+    ) -> Backend:
+        """`control`: a gloo group of all ranks, for numbers. Raises ValueError where a model
+        folder does not fit."""
