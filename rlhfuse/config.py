@@ -230,6 +230,9 @@ class FusionConfig(Section, frozen=True):
 
     inter_stage: Switch = "auto"
     intra_stage: Switch = "auto"
+    # Without a critic: reference log-probabilities of later mini-batches inside the actor's update
+    # (the training workers then hold the reference too); auto: as intra_stage, where it is exact.
+    reference: Switch = "auto"
     split_weight: bool = False  # schedules with the weight gradient split off
     migration: Literal["auto", "paper", "off"] = "auto"
     migration_margin: NonNegativeFloat = 0.02  # least predicted gain, as a share of the rest
@@ -277,8 +280,12 @@ class Config(Section, frozen=True):
     @property
     def uses_reference(self) -> bool:
         """Whether reference log-probabilities enter the rewards or the loss."""
-        in_reward = self.algorithm.use_kl_in_reward and self.algorithm.adv_estimator != "grpo"
-        return in_reward or self.actor.use_kl_loss
+        return self.reference_in_rewards or self.actor.use_kl_loss
+
+    @property
+    def reference_in_rewards(self) -> bool:
+        """Whether advantages depend on reference log-probabilities."""
+        return self.algorithm.use_kl_in_reward and self.algorithm.adv_estimator != "grpo"
 
     @property
     def scored_roles(self) -> tuple[str, ...]:

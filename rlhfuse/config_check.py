@@ -184,7 +184,13 @@ def _data(config: Config) -> Iterator[str]:
             yield f"trainer.{name}: {value!r} must be one folder's name"
 
 
-_RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _data)
+def _fusion(config: Config) -> Iterator[str]:
+    reason = why_reference_stays(config)
+    if config.fusion.reference == "on" and reason:
+        yield f"fusion.reference: on, but {reason}; set it to auto"
+
+
+_RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _data, _fusion)
 
 
 def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:
@@ -197,6 +203,31 @@ def data_parallel(config: Config, role: str) -> int:
     devices, place = config.placement.num_devices, config.placement
     stages = (place.actor_pp if role == "actor" else place.critic_pp) or devices
     return max(1, devices // stages)
+
+
+def why_reference_stays(config: Config) -> str:
+    """Why reference log-probabilities are all computed on the rollout workers, before the update;
+    empty where those of later mini-batches are computed within it, in the actor's bubbles. That is
+    exact where the reference enters the loss alone: no advantage waits for it."""
+    actor, devices = config.actor, config.placement.num_devices
+    reasons = {
+        "there is no reference": not config.uses_reference,
+        "the critic is fused with the actor": config.uses_critic,
+        "rewards, and so all advantages, depend on it (algorithm.use_kl_in_reward)": (
+            config.reference_in_rewards
+        ),
+        "a step has one mini-batch (actor.ppo_mini_batch_size)": (
+            config.data.train_batch_size <= actor.ppo_mini_batch_size
+        ),
+        "the actor's pipeline has one stage, and so no bubbles": (
+            (config.placement.actor_pp or devices) == 1
+        ),
+        "fusion.reference is off": config.fusion.reference == "off",
+        "fusion.intra_stage is off": (
+            config.fusion.reference == "auto" and config.fusion.intra_stage == "off"
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _updates(config: Config, model: TrainedModelConfig) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 
 from rlhfuse.config import Config
-from rlhfuse.config_check import batch_arithmetic
+from rlhfuse.config_check import batch_arithmetic, why_reference_stays
 from rlhfuse.placement import StagePlacement
 from rlhfuse.planner.measured import predict
 from rlhfuse.planner.step import LEGEND, bubbles, drawn
@@ -17,15 +17,17 @@ from rlhfuse.run_costs import step_costs
 
 
 class DryRun(msgspec.Struct, frozen=True, kw_only=True):
-    """`update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and
-    `bubble` (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn
-    in letters, serial and fused."""
+    """`reference`: where its log-probabilities come from (empty: there are none).
+    `update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and `bubble`
+    (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn in
+    letters, serial and fused."""
 
     total_steps: int
     num_prompts: int
     arithmetic: tuple[str, ...]
     pipelines: dict[str, StagePlacement]
     scored_roles: tuple[str, ...]
+    reference: str
     update_ratio: float
     step_s: Pair
     stages: dict[str, StagePair]
@@ -44,6 +46,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
             )
             lines.append(f"  {role} pipeline: {stages}")
         lines.append(f"  scored on rollout workers: {', '.join(self.scored_roles) or 'nothing'}")
+        lines += [f"  reference log-probabilities: {self.reference}"] if self.reference else []
         return "\n".join([*lines, *self._predicted()])
 
     def _predicted(self) -> list[str]:
@@ -82,6 +85,7 @@ def describe(run: Resolved) -> DryRun:
         arithmetic=tuple(batch_arithmetic(config, len(run.prompts))),
         pipelines=run.pipelines,
         scored_roles=config.scored_roles,
+        reference=_reference(config),
         update_ratio=found.serial.training / found.fused.training,
         step_s=Pair(found.serial.step, found.fused.step),
         stages=stage_pairs(found.serial, found.fused),
@@ -92,6 +96,19 @@ def describe(run: Resolved) -> DryRun:
         },
         costs_from=costs.origin,
         assumed=workload.described,
+    )
+
+
+def _reference(config: Config) -> str:
+    """Where reference log-probabilities are computed, and why."""
+    if not config.uses_reference:
+        return ""
+    reason = why_reference_stays(config)
+    if reason:
+        return f"on rollout workers, before the update: {reason}"
+    return (
+        "of the first mini-batch on rollout workers; of each later one within the update before "
+        "it, in the actor's bubbles (fusion.reference)"
     )
 
 

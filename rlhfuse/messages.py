@@ -160,10 +160,12 @@ class TrainSample(msgspec.Struct, frozen=True, array_like=True):
 
 class MiniBatch(msgspec.Struct, frozen=True, array_like=True):
     """One optimizer step: micro-batches of sample ids per pipeline, and the schedules that run
-    them one after another (one round when fused, one per model when serial)."""
+    them one after another (one round when fused, one per model when serial). `forward`: those of
+    forward-only pipelines, of samples that a later mini-batch trains on."""
 
     microbatches: dict[str, tuple[SampleIds, ...]]
     rounds: tuple[Schedule, ...]
+    forward: dict[str, tuple[SampleIds, ...]] = {}
 
 
 class FetchSamples(Message, frozen=True):

@@ -6,7 +6,7 @@ named by their role, and from the second replica on by role and number: ``actor`
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -61,6 +61,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     keys: RunKeys
     config: Config
     pipelines: dict[str, StagePlacement]  # by name
+    reference: dict[str, StagePlacement] = {}  # forward-only pipelines, by name
     store: tuple[str, int]  # host and port where the training workers meet
     total_optimizer_steps: int
     incarnation: int = 0  # counts the processes that have been this worker
@@ -122,6 +123,16 @@ def roles_of(pipelines: Iterable[str]) -> tuple[str, ...]:
 def replicas(pipelines: Iterable[str], role: str) -> tuple[str, ...]:
     """The names of a role's pipelines, by replica."""
     return tuple(sorted((p for p in pipelines if role_of(p) == role), key=replica_of))
+
+
+def reference_ranks(actor: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Ranks of the reference's forward-only pipelines: each replica of the actor has one, in
+    reverse, as a critic would be."""
+    return {
+        pipeline_name("reference", replica_of(name)): ranks[::-1]
+        for name, ranks in actor.items()
+        if role_of(name) == "actor"
+    }
 
 
 def pipeline_ranks(config: Config) -> dict[str, tuple[int, ...]]:

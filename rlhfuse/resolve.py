@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhfuse.config import Config, TrainedModelConfig
-from rlhfuse.config_check import check, check_files, total_steps
+from rlhfuse.config_check import check, check_files, total_steps, why_reference_stays
 from rlhfuse.data import (
     Prompt,
     PromptStream,
@@ -22,8 +22,8 @@ from rlhfuse.engines import vllm_setup
 from rlhfuse.models.loading import load_config
 from rlhfuse.models.partition import partition, stage_costs
 from rlhfuse.models.stage import ModelConfig
-from rlhfuse.placement import StagePlacement, pipeline_ranks, role_of
-from rlhfuse.update_plan import StageCosts
+from rlhfuse.placement import StagePlacement, pipeline_ranks, reference_ranks, role_of
+from rlhfuse.update_plan import StageCosts, forward_only
 
 # Before the first measurement only ratios matter: a backward pass costs twice a forward pass,
 # half of it for weights.
@@ -42,6 +42,7 @@ class Resolved:
     prompts: tuple[Prompt, ...]
     validation_prompts: Mapping[str, tuple[Prompt, ...]]
     pipelines: dict[str, StagePlacement]  # by name: replicas apart
+    reference: dict[str, StagePlacement]  # forward-only pipelines beside the actor's, if any
     costs: dict[str, StageCosts]  # by role
     total_steps: int
     optimizer_steps: int
@@ -80,7 +81,11 @@ def resolve(config: Config) -> Resolved:
         for v in data.validation
     }
     ranks = pipeline_ranks(config)
-    layers = {role: _layers(model, role, len(ranks[role])) for role, model in models.items()}
+    beside = {} if why_reference_stays(config) else reference_ranks(ranks)
+    if beside:
+        models["reference"] = load_config(config.reference.path or config.actor.path)
+    sizes = {role_of(name): len(r) for name, r in (ranks | beside).items()}
+    layers = {role: _layers(model, role, sizes[role]) for role, model in models.items()}
     steps = total_steps(config, len(prompts))
     per_step = _updates(config.actor, config.data.train_batch_size)
     return Resolved(
@@ -90,6 +95,7 @@ def resolve(config: Config) -> Resolved:
         prompts=tuple(prompts),
         validation_prompts={name: tuple(found) for name, found in validation.items()},
         pipelines={name: StagePlacement(r, layers[role_of(name)]) for name, r in ranks.items()},
+        reference={name: StagePlacement(r, layers[role_of(name)]) for name, r in beside.items()},
         costs={role: _guessed_costs(model, role, layers[role]) for role, model in models.items()},
         total_steps=steps,
         optimizer_steps=steps * per_step,
@@ -120,7 +126,7 @@ def _stop_token_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _layers(model: ModelConfig, role: str, num_stages: int) -> tuple[tuple[int, int], ...]:
-    head_rows = model.vocab_size if role == "actor" else 1
+    head_rows = 1 if role == "critic" else model.vocab_size
     costs = stage_costs(model, head_rows=head_rows)
     cut = partition(
         model.num_hidden_layers,
@@ -135,11 +141,13 @@ def _layers(model: ModelConfig, role: str, num_stages: int) -> tuple[tuple[int, 
 def _guessed_costs(
     model: ModelConfig, role: str, layers: tuple[tuple[int, int], ...]
 ) -> StageCosts:
-    costs = stage_costs(model, head_rows=model.vocab_size if role == "actor" else 1)
+    costs = stage_costs(model, head_rows=1 if role == "critic" else model.vocab_size)
     forward = [(end - first) * costs.layer for first, end in layers]
     forward[0] += costs.embed
     forward[-1] += costs.head
     scaled = tuple(cost * _SECONDS_PER_PARAMETER for cost in forward)
+    if role == "reference":
+        return forward_only(scaled)
     return StageCosts(
         forward=scaled,
         backward=tuple(_BACKWARD * cost for cost in scaled),

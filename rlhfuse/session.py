@@ -226,6 +226,7 @@ def worker_specs(
             keys=hub.keys,
             config=run.config,
             pipelines=state.pipelines,
+            reference=run.reference,
             store=store,
             total_optimizer_steps=run.optimizer_steps,
         )

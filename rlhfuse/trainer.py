@@ -24,7 +24,13 @@ from rlhfuse.rollout.stage import generate_and_score, training_sampling
 from rlhfuse.session import Session
 from rlhfuse.step_metrics import StepTimes, digest_of, step_metrics
 from rlhfuse.timeline import Timeline, save_chrome
-from rlhfuse.update_plan import TrainedSample, UpdatePlan, measured_costs, plan_update
+from rlhfuse.update_plan import (
+    TrainedSample,
+    UpdatePlan,
+    later_samples,
+    measured_costs,
+    plan_update,
+)
 from rlhfuse.validation import validate
 from rlhfuse.weight_sync import sync_weights
 
@@ -110,6 +116,7 @@ class Trainer:
             cost=self.cost_model,
             overlap=fusions.inter_stage,
             lengths=self.session.lengths,
+            spared=self.spared(records, step, fusions),
         )
         times.rollout_done_s = time.monotonic()
         rollout.deliver()
@@ -119,6 +126,15 @@ class Trainer:
         weights = self.sync_weights()
         times.end_s, times.end_cpu_s = time.monotonic(), time.process_time()
         return self.record(step, rollout.result, plan, metrics, weights, times, fusions)
+
+    def spared(
+        self, records: Sequence[Record], step: int, fusions: Fusions
+    ) -> dict[str, frozenset[int]]:
+        """Samples whose reference log-probabilities are computed within the update."""
+        if not (self.session.run.reference and fusions.intra_stage):
+            return {}
+        pairs = [(r.sample_id, r.group) for r in records]
+        return {"reference": later_samples(self.config, pairs, step)}
 
     def update(
         self, records: Sequence[Record], step: int, *, fused: bool
@@ -133,7 +149,14 @@ class Trainer:
             for r in records
         ]
         plan = plan_update(
-            self.config, samples, state.pipelines, self.costs, roles=roles, fused=fused, step=step
+            self.config,
+            samples,
+            state.pipelines,
+            self.costs,
+            roles=roles,
+            fused=fused,
+            step=step,
+            reference=self.session.run.reference if fused else None,
         )
         command = m.Train(
             step=step,
@@ -224,7 +247,7 @@ class Trainer:
         """Measured spans become the report, the metrics and better costs for the next step."""
         timeline = Timeline(tuple(self.session.fleet.take_spans()))
         save_chrome(timeline.shifted(-times.start_s), self.session.folder.timeline(step))
-        self.learn_costs(timeline, rollout.records)
+        self.learn_costs(timeline, rollout.records, plan)
         metrics = step_metrics(
             self.config, rollout, plan, timeline, times, kl_coef=self.session.state.kl_coef
         )
@@ -245,12 +268,14 @@ class Trainer:
         self.history.append(result)
         return result
 
-    def learn_costs(self, timeline: Timeline, records: Sequence[Record]) -> None:
+    def learn_costs(self, timeline: Timeline, records: Sequence[Record], plan: UpdatePlan) -> None:
         """Better predictions for the next step; they decide when things run, nothing else."""
-        tokens = sum(len(r.prompt) + len(r.response_ids) for r in records)
+        lengths = {r.sample_id: len(r.prompt) + len(r.response_ids) for r in records}
+        tokens = sum(lengths.values())
         trained = {"actor": tokens * self.config.actor.ppo_epochs}
         if self.config.uses_critic:
             trained["critic"] = tokens * self.config.critic.ppo_epochs
+        trained["reference"] = sum(lengths[i] for i in plan.forward_samples)
         self.costs = measured_costs(timeline.spans, trained, self.costs)
         self.cost_model = fit(timeline, self.cost_model)
 

@@ -5,7 +5,7 @@ the schedule, and no schedule changes what is computed: gradients accumulate in 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -14,7 +14,14 @@ import msgspec
 from rlhfuse import packing
 from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.messages import MiniBatch, SampleIds
-from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
+from rlhfuse.placement import (
+    StagePlacement,
+    pipeline_name,
+    replica_of,
+    replicas,
+    role_of,
+    roles_of,
+)
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule, Task
 from rlhfuse.schedules.standard import one_f_one_b
@@ -47,6 +54,12 @@ class StageCosts(msgspec.Struct, frozen=True):
         return self.weight[stage] / self.backward[stage] if self.backward[stage] else 0.0
 
 
+def forward_only(forward: Sequence[float]) -> StageCosts:
+    """Costs of a pipeline that never runs backward."""
+    nothing = (0.0,) * len(forward)
+    return StageCosts(tuple(forward), nothing, nothing)
+
+
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
     """`predicted_s` by the schedules' own timing; `serial_s`: the same work model after model."""
@@ -56,9 +69,25 @@ class UpdatePlan:
     serial_s: float
 
     @property
+    def forward_samples(self) -> tuple[int, ...]:
+        """Samples that the reference's pipelines run over."""
+        found = (ids for batch in self.minibatches for ids in batch.forward.values())
+        return tuple(i for microbatches in found for ids in microbatches for i in ids)
+
+    @property
     def num_microbatches(self) -> int:
-        """Of all mini-batches and pipelines."""
+        """Trained, of all mini-batches and pipelines."""
         return sum(len(ids) for batch in self.minibatches for ids in batch.microbatches.values())
+
+
+def later_samples(config: Config, samples: Iterable[tuple[int, int]], step: int) -> frozenset[int]:
+    """Those of the (id, group) pairs that the actor does not train on in its first mini-batch."""
+    _, *later = packing.minibatches(
+        list(samples),
+        prompts_per_minibatch=config.actor.ppo_mini_batch_size,
+        seed=_order_seed(step, 0),
+    )
+    return frozenset(i for ids in later for i in ids)
 
 
 def plan_update(
@@ -70,10 +99,12 @@ def plan_update(
     roles: Sequence[str],
     fused: bool,
     step: int,
+    reference: Mapping[str, StagePlacement] | None = None,
 ) -> UpdatePlan:
     """Every sample once per role and epoch; mini-batch k of the actor runs with mini-batch k of
     the critic, and what one of them has more runs alone. Replicas of a role share its samples, by
-    their lengths."""
+    their lengths. With the pipelines of a `reference`, mini-batch k of the first epoch runs with
+    the reference's forward passes over mini-batch k + 1."""
     tokens = {sample.id: sample.tokens for sample in samples}
     cut = {
         role: _cut(_model(config, role), samples, tokens, step, replicas(pipelines, role))
@@ -81,19 +112,34 @@ def plan_update(
     }
     minibatches: list[MiniBatch] = []
     predicted_s = serial_s = 0.0
-    for parts in zip_longest(*cut.values()):
+    placed = {**pipelines, **(reference or {})}
+    for number, parts in enumerate(zip_longest(*cut.values())):
         mine = {name: ids for part in parts if part is not None for name, ids in part.items()}
-        problem = make_problem(mine, tokens, pipelines, costs, config.placement.num_devices)
-        present = roles_of(mine)
-        serial = tuple(one_f_one_b(_only(problem, replicas(mine, role))) for role in present)
+        forward = _forward(config, cut["actor"], number) if reference else {}
+        both = {**mine, **forward}
+        problem = make_problem(both, tokens, placed, costs, config.placement.num_devices)
+        present = roles_of(both)
+        serial = tuple(one_f_one_b(_only(problem, replicas(both, role))) for role in present)
         rounds = serial
         serial_time = sum(makespan(schedule) for schedule in serial)
         if fused and len(present) > 1:
             rounds = (_fused(problem, split_weight=config.fusion.split_weight),)
-        minibatches.append(MiniBatch(mine, rounds))
+        minibatches.append(MiniBatch(mine, rounds, forward))
         serial_s += serial_time
         predicted_s += sum(makespan(schedule) for schedule in rounds)
     return UpdatePlan(tuple(minibatches), predicted_s, serial_s)
+
+
+def _forward(
+    config: Config, cut: Sequence[Mapping[str, tuple[SampleIds, ...]]], number: int
+) -> dict[str, tuple[SampleIds, ...]]:
+    """The reference's micro-batches beside mini-batch `number`: the actor's of the next one."""
+    following = number + 1
+    if following >= len(cut) // config.actor.ppo_epochs:  # all of the first epoch are known
+        return {}
+    return {
+        pipeline_name("reference", replica_of(name)): ids for name, ids in cut[following].items()
+    }
 
 
 def _fused(problem: Problem, *, split_weight: bool) -> Schedule:
@@ -194,7 +240,7 @@ def _cut(
         for ids in packing.minibatches(
             [(s.id, s.group) for s in samples],
             prompts_per_minibatch=model.ppo_mini_batch_size,
-            seed=step * 1000 + epoch,
+            seed=_order_seed(step, epoch),
         ):
             parts = packing.balanced([(i, tokens[i]) for i in ids], len(pipelines))
             cut.append(
@@ -204,6 +250,11 @@ def _cut(
                 }
             )
     return cut
+
+
+def _order_seed(step: int, epoch: int) -> int:
+    """Of the order in which an epoch goes through its prompts."""
+    return step * 1000 + epoch
 
 
 def _microbatches(

@@ -3,14 +3,23 @@
 from collections import Counter
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfuse.config import Config
+from rlhfuse.config_check import why_reference_stays
 from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.ir import Op
 from rlhfuse.timeline import Kind, Span
-from rlhfuse.update_plan import StageCosts, TrainedSample, measured_costs, plan_update
+from rlhfuse.update_plan import (
+    StageCosts,
+    TrainedSample,
+    forward_only,
+    later_samples,
+    measured_costs,
+    plan_update,
+)
 
 ROLES = ("actor", "critic")
 PIPELINES = {
@@ -107,3 +116,68 @@ def test_measured_costs_are_seconds_per_token_and_keep_what_did_not_run() -> Non
     assert after["actor"].backward == (0.02, 14.0)
     assert after["actor"].weight == (0.01, 7.0)
     assert after["critic"] == before["critic"]
+
+
+def test_what_the_update_computes_itself_and_the_rest_are_the_batch() -> None:
+    base = _config()
+    config = replace(
+        base,
+        actor=replace(base.actor, use_kl_loss=True),
+        algorithm=replace(base.algorithm, adv_estimator="grpo"),
+        data=replace(base.data, train_batch_size=8),
+    )
+    assert not why_reference_stays(config)
+    samples = _samples([10 + i for i in range(16)])
+    later = later_samples(config, [(s.id, s.group) for s in samples], 3)
+    plan = plan_update(
+        config,
+        samples,
+        {"actor": PIPELINES["actor"]},
+        {"actor": _costs(1.0, 1.0)["actor"], "reference": forward_only((1.0, 1.0))},
+        roles=("actor",),
+        fused=True,
+        step=3,
+        reference={"reference": PIPELINES["critic"]},
+    )
+    first, second = plan.minibatches
+    assert sorted(plan.forward_samples) == sorted(later)
+    assert first.forward["reference"] == second.microbatches["actor"]
+    assert not second.forward
+    # Both micro-batches of the reference fit into the actor's bubbles.
+    alone = plan_update(
+        config,
+        samples,
+        {"actor": PIPELINES["actor"]},
+        _costs(1.0, 1.0),
+        roles=("actor",),
+        fused=True,
+        step=3,
+    )
+    assert plan.predicted_s < 1.1 * alone.predicted_s
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "reason"),
+    [
+        ("algorithm", {"adv_estimator": "gae"}, "critic"),
+        ("algorithm", {"adv_estimator": "rloo"}, "use_kl_in_reward"),
+        ("actor", {"use_kl_loss": False}, "no reference"),
+        ("actor", {"ppo_mini_batch_size": 8}, "one mini-batch"),
+        ("placement", {"actor_pp": 1}, "one stage"),
+        ("fusion", {"intra_stage": "off"}, "intra_stage is off"),
+        ("fusion", {"reference": "off"}, "reference is off"),
+    ],
+)
+def test_why_the_reference_stays_with_the_rollout_workers(
+    section: str, change: dict[str, str | int | bool], reason: str
+) -> None:
+    base = _config()
+    config = replace(
+        base,
+        actor=replace(base.actor, use_kl_loss=True),
+        algorithm=replace(base.algorithm, adv_estimator="grpo"),
+        data=replace(base.data, train_batch_size=8),
+    )
+    changed = replace(config, **{section: replace(getattr(config, section), **change)})
+    assert reason in why_reference_stays(changed)
+    assert not why_reference_stays(config)

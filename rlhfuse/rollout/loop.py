@@ -78,16 +78,16 @@ class RolloutLoop:
         self._start_s = self._generated_at_s = self._done_at_s = 0.0
 
     def run(
-        self, records: Sequence[Record], sampling: m.Sampling, policy_version: int, roles: int
+        self, records: Sequence[Record], sampling: m.Sampling, policy_version: int, scores: int
     ) -> None:
-        """Generate and score `records`; `roles` is the number of scorers each sample needs.
+        """Generate and score `records`; `scores`: how many they need of all models together.
 
         Raises:
             WorkerFailed: a worker failed, or nothing happened within the time limit.
         """
         self._sampling = sampling
         self._records = {record.sample_id: record for record in records}
-        self._scores_wanted = len(records) * roles
+        self._scores_wanted = scores
         samples = tuple(
             Sample(
                 id=record.sample_id,

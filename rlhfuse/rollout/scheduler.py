@@ -9,7 +9,7 @@ What is computed never depends on what is decided here: only when and where.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout import events as ev
@@ -20,7 +20,7 @@ from rlhfuse.rollout.inference import Inference
 from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.rollout.policy import InterStage, Policy
 from rlhfuse.rollout.reward_ledger import RewardLedger
-from rlhfuse.rollout.scoring import ScoreBoard
+from rlhfuse.rollout.scoring import ScoreBoard, spared_cost
 from rlhfuse.rollout.snapshot import Books
 from rlhfuse.rollout.tail import TailWatch, carry_out, wake
 from rlhfuse.sample import Sample, SampleState
@@ -34,8 +34,9 @@ class RolloutScheduler:
 
     `function_reward`: samples also need a `Rewarded` event. `lengths` predicts response lengths
     and learns from every iteration. `train_groups`: forward and backward of complete groups are
-    part of the iteration (no critic, one optimizer step per batch). Reports that no longer apply
-    (from a lost instance, of a dropped sample) are ignored.
+    part of the iteration (no critic, one optimizer step per batch). `spared`: samples that a role
+    need not score. Reports that no longer apply (from a lost instance, of a dropped sample) are
+    ignored.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class RolloutScheduler:
         function_reward: bool = False,
         lengths: LengthModel | None = None,
         train_groups: bool = False,
+        spared: Mapping[str, frozenset[int]] | None = None,
     ) -> None:
         if instances < 1:
             raise ValueError(f"rollout: {instances} instances; at least one is needed")
@@ -62,6 +64,7 @@ class RolloutScheduler:
         self.lengths = lengths or LengthModel(policy.max_response_tokens)
         self._function_reward = function_reward
         self._train = train_groups
+        self._spared = spared or {}
         self._fleet = Fleet(instances, policy, cost)
         self._begin(())
 
@@ -69,7 +72,7 @@ class RolloutScheduler:
         self._samples = {sample.id: sample for sample in samples}
         assert len(self._samples) == len(samples), "sample ids repeat"
         self._queue: deque[int] = deque()
-        self._board = ScoreBoard(self.roles, self.cost)
+        self._board = ScoreBoard(self.roles, self.cost, self._spared)
         self._groups = Groups(self._train)
         if self._train or self.policy.release_groups:
             self._groups.begin(samples)
@@ -78,7 +81,8 @@ class RolloutScheduler:
         self._num_open = len(samples)  # neither SCORED nor DROPPED
         self._inference = Inference(self._fleet, self._board, self._groups, self.cost, self.policy)
         books = Books(self._fleet, self._board, self._groups, len(samples))
-        self._tail_watch = TailWatch(books, self.cost, self.policy, self.lengths, self.roles)
+        expected = spared_cost(self.cost, self._samples, self._spared)
+        self._tail_watch = TailWatch(books, expected, self.policy, self.lengths, self.roles)
         self._now_s = 0.0
         self._first = len(self._fleet.workers)  # instances that samples are dispatched to
 
@@ -181,7 +185,7 @@ class RolloutScheduler:
         self._board.add(sample.id, sample.total_tokens)
         if self._function_reward:
             self._rewards.want(sample.id)
-        elif not self.roles:
+        elif self._board.complete(sample.id):
             self._settle(sample.id, out)
 
     def _scored(self, event: ev.Scored, out: list[ev.Command]) -> None:

@@ -1,8 +1,8 @@
 """Which finished samples need which role, who is at it, and how much a worker gets at a time."""
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout.ready import Ready
@@ -13,10 +13,12 @@ Call = tuple[int, str, tuple[int, ...]]  # worker, role, sample ids
 @dataclass(slots=True)
 class ScoreBoard:
     """A (sample, role) pair is missing, pending (may be given out), out (a worker has it) or held
-    (done; the result is with a worker). `tokens` counts prompt and response."""
+    (done; the result is with a worker). `tokens` counts prompt and response. `spared`: samples
+    that a role need not score."""
 
     roles: tuple[str, ...]
     cost: CostModel
+    spared: Mapping[str, Collection[int]] = field(default_factory=dict)  # samples, by role
     pending: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> tokens
     pending_tokens: dict[str, int] = field(default_factory=dict)
     num_pending: int = 0
@@ -37,13 +39,20 @@ class ScoreBoard:
         return sum(rate[role] * tokens for role, tokens in self.pending_tokens.items())
 
     def add(self, sample_id: int, tokens: int) -> None:
-        """A finished sample: every role is pending."""
+        """A finished sample: every role that it needs is pending."""
         self.tokens[sample_id] = tokens
-        self.missing[sample_id] = len(self.roles)
-        for role in self.roles:
+        roles = self.needed(sample_id)
+        self.missing[sample_id] = len(roles)
+        for role in roles:
             self.pending[role][sample_id] = tokens
             self.pending_tokens[role] += tokens
-        self.num_pending += len(self.roles)
+        self.num_pending += len(roles)
+
+    def needed(self, sample_id: int) -> tuple[str, ...]:
+        """The roles that score this sample."""
+        if not self.spared:
+            return self.roles
+        return tuple(r for r in self.roles if sample_id not in self.spared.get(r, ()))
 
     def forget(self, sample_id: int) -> None:
         """The sample was dropped or is done with; what is out will be ignored."""
@@ -107,16 +116,31 @@ class ScoreBoard:
         return lost
 
     def validate(self, finished: set[int]) -> None:
-        """Assert that each finished sample stands in exactly one place per role, others in none."""
+        """Assert that each finished sample stands in exactly one place for every role that it
+        needs, and others in none."""
         for role in self.roles:
             places = [*self.pending[role], *self.out[role], *self.held[role]]
             assert len(places) == len(set(places)), f"{role}: a sample stands in two places"
-            assert set(places) == finished, f"{role}: {set(places) ^ finished}"
+            needing = finished - set(self.spared.get(role, ()))
+            assert set(places) == needing, f"{role}: {set(places) ^ needing}"
             assert self.pending_tokens[role] == sum(self.pending[role].values())
         for sample_id in finished:
-            missing = sum(sample_id not in self.held[role] for role in self.roles)
+            missing = sum(sample_id not in self.held[role] for role in self.needed(sample_id))
             assert not self.roles or self.missing[sample_id] == missing
         assert self.num_pending == sum(map(len, self.pending.values()))
+
+
+def spared_cost(
+    cost: CostModel, samples: Collection[int], spared: Mapping[str, Collection[int]]
+) -> CostModel:
+    """Costs with which to predict the scoring of samples that are still to come: of a role that
+    scores but some of them, as much less on each."""
+    if not samples or not spared:
+        return cost
+    rates = dict(cost.score_token_s)
+    for role, ids in spared.items():
+        rates[role] *= 1 - sum(sample_id in ids for sample_id in samples) / len(samples)
+    return replace(cost, score_token_s=rates)
 
 
 def place_call(

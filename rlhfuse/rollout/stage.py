@@ -1,7 +1,7 @@
 """Generation and inference of one batch, from records to scores."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rlhfuse import messages as m
 from rlhfuse.config import Config, ValidationConfig
@@ -60,10 +60,11 @@ def generate_and_score(
     overlap: bool,
     lengths: LengthModel | None = None,
     show: bool = True,
+    spared: Mapping[str, frozenset[int]] | None = None,
 ) -> Rollout:
     """Every record gets a response and what `roles` have to say of it. `overlap` off is the
     serial baseline: all generation, then all inference. `lengths` predicts from earlier batches
-    and learns from this one."""
+    and learns from this one. `spared`: samples that a role need not score."""
     config = session.run.config
     version = session.state.step
     fleet = session.fleet
@@ -75,6 +76,7 @@ def generate_and_score(
         rollout_policy(config, sampling, overlap=overlap),
         function_reward=session.rewards is not None,
         lengths=lengths,
+        spared=spared,
     )
     loop = RolloutLoop(
         fleet,
@@ -87,7 +89,8 @@ def generate_and_score(
         show=show,
         needs_logprobs=needs_logprobs(session),
     )
-    loop.run(records, sampling, version, len(roles))
+    scores = len(records) * len(roles) - sum(map(len, (spared or {}).values()))
+    loop.run(records, sampling, version, scores)
     return Rollout(session, loop)
 
 

@@ -1,7 +1,7 @@
 """From scored samples to what the losses read: advantages of the whole batch, micro-batches."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -84,12 +84,19 @@ def make_microbatch(
 
 
 def loss_data(
-    config: Config, samples: Sequence[SampleData], kl_coef: float, *, truncate: bool
+    config: Config,
+    samples: Sequence[SampleData],
+    kl_coef: float,
+    *,
+    truncate: bool,
+    later: Collection[int] = (),
 ) -> LossData:
     """Advantages (and, with `truncate`, importance weights) of a whole batch, on the CPU.
 
-    Results do not depend on the order of the samples: every rank that computes them gets the same
-    bits. Raises ValueError where a sample lacks numbers that the algorithm needs.
+    `later`: samples whose reference log-probabilities come later (`with_reference`): advantages
+    must not depend on them, and the batch's metrics are without KL. Results do not depend on the
+    order of the samples: every rank that computes them gets the same bits. Raises ValueError where
+    a sample lacks numbers that the algorithm needs.
     """
     cu_seqlens = _bounds(samples)
     scores = torch.tensor([sample.score for sample in samples], dtype=torch.float32)
@@ -98,8 +105,9 @@ def loss_data(
     values = reference = None
     if config.uses_critic:
         values = _joined(samples, VALUES, [s.values for s in samples])
-    if config.uses_reference:
+    if config.uses_reference and not later:
         reference = _joined(samples, REFERENCE, [s.reference_logprobs for s in samples])
+    assert not (later and config.reference_in_rewards), "advantages need the whole reference"
     rewards = token_rewards(
         scores,
         cu_seqlens,
@@ -134,7 +142,21 @@ def loss_data(
         name: dict(zip([s.sample_id for s in samples], column.split(lengths), strict=True))
         for name, column in joined.items()
     }
-    return LossData(columns, tuple(stats))
+    data = LossData(columns, tuple(stats))
+    if not later:
+        return data
+    now = [s for s in samples if s.sample_id not in later]
+    return with_reference(data, {s.sample_id: s.reference_logprobs for s in now})
+
+
+def with_reference(data: LossData, found: Mapping[int, npt.NDArray[np.float32] | None]) -> LossData:
+    """Also with these reference log-probabilities, by sample. Raises ValueError for a None."""
+    missing = sorted(sample_id for sample_id, array in found.items() if array is None)
+    if missing:
+        raise ValueError(f"sample {missing[0]}: it has no {REFERENCE}")
+    column = {i: torch.from_numpy(array) for i, array in found.items() if array is not None}
+    known = data.columns.get(REFERENCE, {})
+    return replace(data, columns={**data.columns, REFERENCE: {**known, **column}})
 
 
 def _advantages(

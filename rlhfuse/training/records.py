@@ -1,7 +1,7 @@
 """What an update is given, and what it can answer with. Plain records."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +37,18 @@ class MiniBatchPlan:
     ``actor.1`` ...), the sample ids of each micro-batch.
 
     `rounds` run one after another with a barrier between: one schedule when fused, one per model
-    when serial.
+    when serial. `forward`: micro-batches of the reference's pipelines, whose log-probabilities a
+    later mini-batch needs.
     """
 
     microbatches: Mapping[str, tuple[tuple[int, ...], ...]]
     rounds: tuple[Schedule, ...]
+    forward: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def forward_samples(self) -> tuple[int, ...]:
+        """Those of `forward`, in its order."""
+        return tuple(i for cut in self.forward.values() for ids in cut for i in ids)
 
 
 class NonFiniteLoss(RuntimeError):

@@ -3,8 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from rlhfuse.schedules.timing import check_channels
 from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training import checkpoint
 from rlhfuse.training.backend import Key, MakeBackend
-from rlhfuse.training.batch import LossData, loss_data, make_microbatch
+from rlhfuse.training.batch import LossData, loss_data, make_microbatch, with_reference
 from rlhfuse.training.channels import Channels, Shape
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StepFailed, publish_failure
 from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.progress import Tell, UpdateProgress
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
+from rlhfuse.training.reference import References, reference_path
 from rlhfuse.training.torch_backend import TorchBackend
 from rlhfuse.training.trained_stage import model_config
 
@@ -60,10 +62,12 @@ class RankTrainer:
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
+        reference: Mapping[str, StagePlacement] | None = None,
         make_backend: MakeBackend = TorchBackend,
     ) -> None:
         """Collective. `pipelines`: by name, replicas apart. `total_steps`: optimizer steps of each
-        role over the whole run. `make_backend`: whose models are trained.
+        role over the whole run. `reference`: forward-only pipelines of the reference.
+        `make_backend`: whose models are trained.
 
         Raises:
             ValueError: a model folder does not fit the configuration.
@@ -76,10 +80,8 @@ class RankTrainer:
         self._truncate = uses_truncation(config, dtype)
         timeout = timedelta(seconds=config.trainer.wait_timeout_s)
         self._store = _get_default_store()
-        self._hidden = {
-            role: load_config(model_config(config, role).path).hidden_size
-            for role in roles_of(pipelines)
-        }
+        everything = {**pipelines, **(reference or {})}
+        self._hidden = {role: _hidden_size(config, role) for role in roles_of(everything)}
         # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
         self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
         self._backend = make_backend(
@@ -97,9 +99,10 @@ class RankTrainer:
             for s, home in enumerate(place.ranks)
             if home == rank
         ]
+        self._references = References(config, reference or {}, rank, device=device, dtype=dtype)
         self._channels = Channels(
             rank,
-            {name: place.ranks for name, place in pipelines.items()},
+            {name: place.ranks for name, place in everything.items()},
             device=device,
             dtype=dtype,
             timeout=timeout,
@@ -107,7 +110,7 @@ class RankTrainer:
         self._executor = Executor(
             rank,
             self._channels,
-            self._backend.runners,
+            {**self._backend.runners, **self._references.runners},
             clock_of(device),
             self._store,
         )
@@ -133,11 +136,10 @@ class RankTrainer:
         with self._failing_together(f"step {step}"):
             tallies: list[Tally] = []
             data = None
+            later = {i for plan in minibatches for i in plan.forward_samples}
             if any(self._is_last(*key) for key in self._stages):
                 with self._span(spans, Kind.ADVANTAGE, "advantages"):
-                    data = loss_data(self._config, samples, kl_coef, truncate=self._truncate)
-                if self._knows_batch():
-                    tallies += [stats.tally() for stats in data.stats]
+                    data = self._loss_data(samples, kl_coef, later)
             by_id = {sample.sample_id: sample for sample in samples}
             progress = UpdateProgress.of(minibatches, [name for name, _ in self._stages], tell)
             for index, plan in enumerate(minibatches):
@@ -145,8 +147,17 @@ class RankTrainer:
                     check_channels(schedule)
                 self._begin(plan, by_id, data)
                 self._run_rounds(plan, spans, progress)
+                if plan.forward:
+                    found = self._references.gather(plan, by_id, self._control)
+                    by_id |= {i: replace(by_id[i], reference_logprobs=x) for i, x in found.items()}
+                    data = data and with_reference(data, found)
                 tallies += self._finish(step, index, plan, spans, progress)
             self._backend.end_update()
+            if self._knows_batch():
+                if later:
+                    data = self._loss_data([by_id[s.sample_id] for s in samples], kl_coef, ())
+                assert data is not None
+                tallies += [stats.tally() for stats in data.stats]
             return merge(tallies)
 
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
@@ -206,6 +217,12 @@ class RankTrainer:
         """One rank reports the metrics of the whole batch: the first actor's last."""
         return self._pipelines["actor"].ranks[-1] == self._rank
 
+    def _loss_data(
+        self, samples: Sequence[SampleData], kl_coef: float, later: Collection[int]
+    ) -> LossData:
+        truncate = self._truncate
+        return loss_data(self._config, samples, kl_coef, truncate=truncate, later=later)
+
     def _begin(
         self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], data: LossData | None
     ) -> None:
@@ -226,12 +243,13 @@ class RankTrainer:
                 num_tokens=sum(len(sample.response) for sample in whole),
                 num_samples=len(whole),
             )
+        self._references.begin(plan, by_id)
         self._shapes: dict[str, list[Shape]] = {
             name: [
                 (padded_rows(sum(_num_tokens(by_id[i]) for i in ids)), self._hidden[role_of(name)])
                 for ids in microbatches
             ]
-            for name, microbatches in plan.microbatches.items()
+            for name, microbatches in (*plan.microbatches.items(), *plan.forward.items())
         }
 
     def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span], progress: UpdateProgress) -> None:
@@ -331,6 +349,12 @@ def uses_truncation(config: Config, dtype: torch.dtype) -> bool:
     if config.algorithm.tis == "auto":
         return dtype not in (torch.float32, torch.float64)
     return config.algorithm.tis == "on"
+
+
+def _hidden_size(config: Config, role: str) -> int:
+    reference = role == "reference"
+    path = reference_path(config) if reference else model_config(config, role).path
+    return load_config(path).hidden_size
 
 
 def _num_tokens(sample: SampleData) -> int:

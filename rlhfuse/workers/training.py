@@ -63,6 +63,7 @@ class TrainingWorker:
             rank=spec.index,
             world_size=spec.config.placement.num_devices,
             pipelines=spec.pipelines,
+            reference=spec.reference,
             device=device,
             dtype=dtype_of(spec.config.placement, device),
             total_steps=spec.total_optimizer_steps,
@@ -133,7 +134,7 @@ class TrainingWorker:
         self._outbox.withdraw()
         spans: list[Span] = []
         samples, self._samples = self._samples, []
-        plans = [MiniBatchPlan(dict(b.microbatches), b.rounds) for b in command.minibatches]
+        plans = [MiniBatchPlan(b.microbatches, b.rounds, b.forward) for b in command.minibatches]
         try:
             seen = self._trainer.update(
                 command.step, samples, plans, command.kl_coef, spans, self._tell

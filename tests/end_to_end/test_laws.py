@@ -53,10 +53,12 @@ def test_critic_free_fused_equals_serial(assets: Path, tmp_path: Path) -> None:
     config = replace(
         config,
         algorithm=replace(config.algorithm, adv_estimator="grpo"),
-        actor=replace(config.actor, use_kl_loss=True),
+        actor=replace(config.actor, use_kl_loss=True, ppo_mini_batch_size=4),
         rollout=replace(config.rollout, n=4),
         data=replace(config.data, train_batch_size=8),
     )
+    # Serially scorers compute all reference log-probabilities, fused the update does the later.
+    assert resolve(config).reference
     result = verify_run(config, 2, tmp_path)
     assert result.first_difference is None
     assert result.equal
