@@ -82,7 +82,7 @@ class Bench:
         loop = RolloutLoop(
             fleet, scheduler, None, session.progress, session.run.decode, timeout_s=120, show=False
         )
-        loop.run(records, self.sampling, 0, len(early))
+        loop.run(records, self.sampling, 0, len(records) * len(early))
         seconds = loop.result().done_s
         late = [role for role in roles if role not in early]
         if late:
