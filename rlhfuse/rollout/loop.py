@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from rlhfuse import messages as m
-from rlhfuse.fleet import Fleet, WorkerFailed
+from rlhfuse.members import WorkerFailed
 from rlhfuse.progress import Progress
 from rlhfuse.rewards import RewardInput, RewardSource
 from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.again import Again
 from rlhfuse.rollout.records import Record, RolloutResult, TokenIds
 from rlhfuse.rollout.scheduler import RolloutScheduler
+from rlhfuse.rollout.workers import Workers
 from rlhfuse.sample import Sample
 
 _POLL_S = 0.25
@@ -35,7 +36,7 @@ class RolloutLoop:
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: Workers,
         scheduler: RolloutScheduler,
         rewards: RewardSource | None,
         progress: Progress,
@@ -155,15 +156,20 @@ class RolloutLoop:
     def _endpoint(self, instance: int) -> str:
         return self._fleet.endpoint(self._fleet.rollout[instance])
 
+    def _holder(self, instance: int) -> str:
+        """Endpoint of the process that the scheduler knows as `instance`."""
+        return self._serving[instance][1]
+
     def _reconcile(self) -> bool:
         """Tell the scheduler whose process is gone and who takes part again."""
         serving = self._fleet.serving()
-        changed = False
-        for instance, (process, endpoint) in list(self._serving.items()):
-            if serving.get(instance) != process:
-                changed = True
-                del self._serving[instance]
-                self._lose(instance, endpoint)
+        # All at once: what the first loss has the scheduler send to another of them must not reach
+        # the process that has taken its place.
+        gone = [i for i, (process, _) in self._serving.items() if serving.get(i) != process]
+        endpoints = {instance: self._serving.pop(instance)[1] for instance in gone}
+        for instance, endpoint in endpoints.items():
+            self._lose(instance, endpoint)
+        changed = bool(gone)
         for instance, process in serving.items():
             if instance not in self._serving:
                 changed = True
@@ -206,7 +212,10 @@ class RolloutLoop:
         return self._sampling
 
     def _tell(self, instance: int, command: m.Command) -> None:
-        self._fleet.send(self._fleet.rollout[instance], command)
+        """Not to a process that has taken the place of the one the scheduler means: what a lost
+        instance was to do is given out again when the scheduler hears of the loss."""
+        if instance in self._serving and self._holder(instance) == self._endpoint(instance):
+            self._fleet.send(self._fleet.rollout[instance], command)
 
     # --- events ----------------------------------------------------------------------------
 
@@ -225,22 +234,22 @@ class RolloutLoop:
         instance = self._fleet.rollout.index(worker)
         match event:
             case m.Grown():
-                self._absorb_growth(worker, instance, event.growths)
+                self._absorb_growth(instance, event.growths)
             case m.Exported():
                 # What did not leave had finished, and was reported as such before. First, because
                 # a sample that has just arrived may be told to move again at once.
                 for sample_id in set(event.requested) - {g.sample_id for g in event.growths}:
                     self._moving.pop(sample_id, None)
                 for growth in event.growths:
-                    self._absorb_left(worker, instance, growth)
+                    self._absorb_left(instance, growth)
             case m.Scored():
-                self._absorb_scores(worker, instance, event)
+                self._absorb_scores(instance, event)
             case m.Ack():
                 pass
             case _:
                 raise AssertionError(f"{worker} said {event} during the rollout")
 
-    def _absorb_growth(self, worker: str, instance: int, growths: Sequence[m.Growth]) -> None:
+    def _absorb_growth(self, instance: int, growths: Sequence[m.Growth]) -> None:
         now = time.monotonic()
         running: list[tuple[int, int]] = []
         finished: list[ev.Finished] = []
@@ -248,14 +257,14 @@ class RolloutLoop:
             record = self._records[growth.sample_id]
             if growth.sample_id in self._again:
                 if self._again.take(record, growth):
-                    record.rollout_endpoint = self._fleet.endpoint(worker)
+                    record.rollout_endpoint = self._holder(instance)
                 continue
             self._take(growth)
             if growth.finish_reason:
                 record.finish_reason = growth.finish_reason
                 del self._homes[growth.sample_id]
                 if growth.whole or not self._needs_logprobs:
-                    record.rollout_endpoint = self._fleet.endpoint(worker)
+                    record.rollout_endpoint = self._holder(instance)
                 finished.append(ev.Finished(now, instance, growth.sample_id, growth.length))
             else:
                 running.append((growth.sample_id, growth.length))
@@ -266,9 +275,9 @@ class RolloutLoop:
             self._generated_at_s = now
             self._execute(self._scheduler.handle(event))
 
-    def _absorb_left(self, worker: str, instance: int, growth: m.Growth) -> None:
+    def _absorb_left(self, instance: int, growth: m.Growth) -> None:
         record = self._take(growth)
-        record.left_from = self._fleet.endpoint(worker)
+        record.left_from = self._holder(instance)
         _, destination = self._moving.pop(growth.sample_id)
         del self._homes[growth.sample_id]
         left = ev.Left(time.monotonic(), instance, growth.sample_id, growth.length)
@@ -281,14 +290,14 @@ class RolloutLoop:
             commands = [ev.Generate(destination, (growth.sample_id,)), *commands]
         self._execute(commands)
 
-    def _absorb_scores(self, worker: str, instance: int, event: m.Scored) -> None:
+    def _absorb_scores(self, instance: int, event: m.Scored) -> None:
         for sample_id, score in zip(event.sample_ids, event.scores, strict=True):
             record = self._records[sample_id]
             if event.role == "reward":
                 limit = self._score_clip
                 record.score = score if limit is None else max(-limit, min(limit, score))
             else:
-                record.endpoints[event.role] = self._fleet.endpoint(worker)
+                record.endpoints[event.role] = self._holder(instance)
         self._scored += len(event.sample_ids)
         self._execute(
             self._scheduler.handle(

@@ -234,7 +234,7 @@ def test_a_killed_driver_leaves_no_worker_behind(assets: Path, tmp_path: Path) -
     config = _config(assets, tmp_path, 10_000)
     folder = RunFolder(config.trainer)
     run = _start(config, tmp_path)
-    _wait_for_step(run, folder, 1)
+    _wait_for_step(run, folder, 2)  # so that the state after the first is there
     workers = _workers(folder)
     workers["rollout-1"].send_signal(signal.SIGSTOP)  # which cannot see its parent go
     run.kill()
