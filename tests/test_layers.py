@@ -65,6 +65,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "resolve",
         "rollout.records",
         "rollout.again",
+        "rollout.workers",
         "rollout.loop",
         "batches",
         "run_costs",
