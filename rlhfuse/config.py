@@ -192,6 +192,7 @@ class TrainerConfig(Section, frozen=True):
     total_epochs: Positive = 1
     total_training_steps: NonNegative = 0  # 0: by epochs
     save_freq: NonNegative = 0  # steps; 0: only at the end
+    async_save: bool = True  # write from a copy in host memory, while training goes on
     max_checkpoints: NonNegative = 2  # kept beside the best; 0: all
     test_freq: NonNegative = 0
     val_before_train: bool = True

@@ -56,6 +56,7 @@ class Fleet:
         self._begun = 0
         self._passed: list[tuple[str, m.Event]] = []
         self._spans: list[Span] = []
+        self._written: dict[str, m.Written] = {}  # a training worker's last
         self._told: set[str] = set()  # failures since the last finished step
         self._moved_s = time.monotonic()
         self.rollout: tuple[str, ...] = ()
@@ -229,6 +230,10 @@ class Fleet:
         spans, self._spans = self._spans, []
         return spans
 
+    def written(self, ticket: int) -> dict[str, m.Written]:
+        """Which training workers have written their part of the checkpoint with this ticket."""
+        return {name: told for name, told in self._written.items() if told.ticket == ticket}
+
     def finished_step(self) -> None:
         """Whoever was restarted has proved itself: restarts are counted anew."""
         self._told.clear()
@@ -275,6 +280,8 @@ class Fleet:
         match event:
             case m.Spans():
                 self._spans.extend(event.spans)
+            case m.Written():
+                self._written[member.name] = event
             case m.Failed():
                 self._failed(member, event)
             case m.Hello():
@@ -322,6 +329,7 @@ class Fleet:
         rollout workers forget the step under way."""
         self.withdraw()
         self._passed.clear()
+        self._written.clear()
         rollouts = self._roster.of("rollout")
         for member in rollouts:
             member.asked.clear()

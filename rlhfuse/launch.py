@@ -111,6 +111,10 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
 def _with_way_out(error: Exception, trainer: Trainer) -> str:
     """What ended the run, and how to go on; saves what the training workers still have."""
     session = trainer.session
+    try:
+        trainer.saver.wait()
+    except WorkerFailed as trouble:
+        logger.warning("%s", trouble)
     newest = session.folder.newest()
     saved_step = load_state(newest).step if newest is not None else 0
     if session.settled and session.state.step > saved_step:

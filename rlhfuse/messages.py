@@ -12,7 +12,7 @@ import msgspec
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
@@ -192,8 +192,13 @@ class PrepareWeights(Message, frozen=True):
 
 
 class SaveCheckpoint(Message, frozen=True):
-    folder: str  # the worker writes its own part inside
+    """Write this rank's part of a checkpoint (`Written`). `aside`: of a copy in host memory, while
+    training goes on; an `Ack` says that the copy is made. `ticket`: tells saves apart."""
+
+    folder: str
     step: int
+    ticket: int
+    aside: bool
 
 
 class LoadCheckpoint(Message, frozen=True):
@@ -302,6 +307,14 @@ class Training(Message, frozen=True):
     losses: dict[str, float]
 
 
+class Written(Message, frozen=True):
+    """A rank's part of the checkpoint with this ticket is on disk, or cannot be (`error`)."""
+
+    ticket: int
+    seconds: float
+    error: str = ""
+
+
 class Trained(Message, frozen=True):
     """What this rank knows of an update's metrics: means as (total, weight), sums, maxima."""
 
@@ -408,6 +421,7 @@ Event = (
     | Fetched
     | Training
     | Trained
+    | Written
     | Failed
 )
 PeerRequest = FetchFloats | FetchTensor | FetchCache

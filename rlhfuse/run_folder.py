@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -58,6 +59,19 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A checkpoint that is being written into `folder`, which will be renamed to `final`."""
+
+    folder: Path
+    final: Path
+    state: TrainerState
+
+    def discard(self) -> None:
+        """It is not to be."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class RunFolder:
     """One run's folder."""
 
@@ -89,23 +103,36 @@ class RunFolder:
 
     # --- checkpoints -----------------------------------------------------------------------
 
-    def save(self, state: TrainerState, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a folder aside, then put it in place: it is whole, or not there.
+    def begin(self, state: TrainerState) -> Unfinished:
+        """A folder aside for a checkpoint. Raises OSError where it cannot be made."""
+        return _begin(self.checkpoints / f"global_step_{state.step}", state)
+
+    def finish(self, unfinished: Unfinished) -> Path:
+        """Put a checkpoint in place: all else in its folder is written.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; older ones are untouched.
         """
-        final = self.checkpoints / f"global_step_{state.step}"
-        _fill(final, state, write)
+        state = unfinished.state
+        final = _finish(unfinished)
         write_whole(self.checkpoints / _LATEST, str(state.step).encode())
         self._prune(state)
-        shutil.rmtree(self.restart, ignore_errors=True)  # no newer than the checkpoint
+        # Training went on meanwhile: a restart state may be newer.
+        if all(_step_of(kept) <= state.step for kept in self.restart.glob("step_*")):
+            shutil.rmtree(self.restart, ignore_errors=True)
         return final
+
+    def save(self, state: TrainerState, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder aside, then put it in place: it is whole, or not there.
+
+        Raises:
+            OSError: as `finish`.
+        """
+        return self.finish(_filled(self.begin(state), write))
 
     def keep(self, state: TrainerState, write: Callable[[Path], None]) -> Path:
         """As `save`, for a restart state: it takes the place of the one before. Raises OSError."""
-        final = self.restart / f"step_{state.step}"
-        _fill(final, state, write)
+        final = _finish(_filled(_begin(self.restart / f"step_{state.step}", state), write))
         for older in self.restart.iterdir():
             if older != final:
                 shutil.rmtree(older)
@@ -141,22 +168,33 @@ class RunFolder:
     def _prune(self, state: TrainerState) -> None:
         if not self._keep:
             return
-        found = sorted(
-            self.checkpoints.glob("global_step_*"), key=lambda p: int(p.name.rsplit("_", 1)[1])
-        )
+        found = sorted(self.checkpoints.glob("global_step_*"), key=_step_of)
         kept = {p.name for p in found[-self._keep :]} | {f"global_step_{state.best_step}"}
         for folder in found:
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
 
-def _fill(final: Path, state: TrainerState, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder aside, then put it in the place of `final`."""
+def _begin(final: Path, state: TrainerState) -> Unfinished:
     aside = final.with_name(f".{final.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return Unfinished(aside, final, state)
+
+
+def _filled(unfinished: Unfinished, write: Callable[[Path], None]) -> Unfinished:
     try:
-        aside.mkdir(parents=True)
-        write(aside)
+        write(unfinished.folder)
+    except BaseException:
+        unfinished.discard()
+        raise
+    return unfinished
+
+
+def _finish(unfinished: Unfinished) -> Path:
+    """Complete what is aside, and give it its name."""
+    aside, final, state = unfinished.folder, unfinished.final, unfinished.state
+    try:
         write_whole(aside / _STATE, msgspec.json.encode(state))
         files = {
             str(p.relative_to(aside)): p.stat().st_size
@@ -164,11 +202,16 @@ def _fill(final: Path, state: TrainerState, write: Callable[[Path], None]) -> No
             if p.is_file()
         }
         write_whole(aside / _MANIFEST, msgspec.json.encode(Manifest(state.step, files)))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        unfinished.discard()
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    return final
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rsplit("_", 1)[1])
 
 
 def latest_name(checkpoints: Path) -> str:

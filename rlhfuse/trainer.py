@@ -21,6 +21,7 @@ from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
 from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, training_sampling
+from rlhfuse.saving import Saver
 from rlhfuse.session import Session
 from rlhfuse.step_metrics import StepTimes, digest_of, step_metrics
 from rlhfuse.timeline import Timeline, save_chrome
@@ -68,6 +69,7 @@ class Trainer:
         self.fused_s_per_token: list[float] = []
         self.history: list[StepResult] = []
         self.validations: list[dict[str, float]] = []
+        self.saver = Saver(session)
 
     def fit(self) -> None:
         """Train to the end, with validation and checkpoints on the way. Workers that die are
@@ -77,6 +79,7 @@ class Trainer:
         while True:
             try:
                 if lost is not None:
+                    self.saver.abandon()
                     recovery.restart(lost)
                     self.forget_later_steps()
                 self.run_to_end(recovery)
@@ -95,11 +98,13 @@ class Trainer:
             step, last = self.session.state.step, self.session.run.total_steps
             if step == last or (trainer.test_freq and step % trainer.test_freq == 0):
                 self.validate()
+            self.saver.look()
             if step == last or (trainer.save_freq and step % trainer.save_freq == 0):
-                self.save()
+                self.saver.start(aside=trainer.async_save and step < last)
             else:
                 recovery.keep()
             recovery.finished_step()
+        self.saver.wait()
 
     def step(self) -> StepResult:
         """One iteration: draw prompts, generate and score, update, send the weights."""
@@ -222,17 +227,11 @@ class Trainer:
         self.validations.append(metrics)
 
     def save(self) -> Path:
-        """A checkpoint that is whole or not there."""
-        fleet = self.session.fleet
-        step = self.session.state.step
-
-        def write(folder: Path) -> None:
-            fleet.broadcast(
-                fleet.training, m.SaveCheckpoint(folder=str(folder.resolve()), step=step)
-            )
-            fleet.gather(m.Ack, fleet.training, f"checkpoint of step {step} to be written")
-
-        return self.session.folder.save(self.session.state, write)
+        """A checkpoint that is whole or not there. Returns when it is."""
+        self.saver.start(aside=False)
+        path = self.saver.wait()
+        assert path is not None
+        return path
 
     def record(
         self,
@@ -255,6 +254,7 @@ class Trainer:
         metrics["fault/rollout_workers_lost"] = float(self.session.fleet.num_lost)
         metrics["fault/samples_rescued"] = float(rollout.samples_rescued)
         metrics["fault/tokens_prefilled_again"] = float(rollout.tokens_prefilled_again)
+        metrics.update(self.saver.take_metrics())
         metrics.update(self.audit(metrics, fusions))
         self.session.loggers.log(step, metrics)
         result = StepResult(

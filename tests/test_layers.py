@@ -71,6 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "run_costs",
         "dry_run",
         "session",
+        "saving",
         "rollout.stage",
         "step_metrics",
         "validation",

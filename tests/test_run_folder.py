@@ -112,3 +112,19 @@ def test_a_damaged_restart_state_is_passed_over(tmp_path: Path) -> None:
     kept = folder.keep(_state(2), _write)
     (kept / "actor" / "weights").write_bytes(b"w" * 99)
     assert folder.newest() == saved
+
+
+def test_a_checkpoint_that_is_being_written_does_not_exist(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    saved = folder.save(_state(1), _write)
+    unfinished = folder.begin(_state(2))
+    _write(unfinished.folder)
+    kept = folder.keep(_state(3), _write)  # training has gone on meanwhile
+    assert folder.latest() == saved
+    final = folder.finish(unfinished)
+    assert folder.latest() == final
+    assert folder.newest() == kept
+    lost = folder.begin(_state(4))
+    lost.discard()
+    assert folder.newest() == kept
+    assert not list(folder.checkpoints.glob(".*"))

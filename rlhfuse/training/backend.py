@@ -16,6 +16,7 @@ from rlhfuse.placement import StagePlacement
 from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.numbers import Numbers
+from rlhfuse.training.snapshot import Keep, Part
 
 Key = tuple[str, int]
 """A stage: (pipeline, pp_stage)."""
@@ -61,11 +62,12 @@ class Backend(Protocol):
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
         """The weights of this rank's stages, by Hugging Face name. Collective."""
 
-    def write(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint. Raises OSError."""
+    def parts(self, keep: Keep) -> Sequence[Part]:
+        """This rank's part of a checkpoint, to be written later: of what `keep` returns for each
+        tensor, which may be a copy while training goes on."""
 
     def load(self, folder: Path) -> None:
-        """Restore what `write` wrote, also of other pipeline stages. Raises ValueError where a
+        """Restore what `parts` wrote, also of other pipeline stages. Raises ValueError where a
         part is missing, damaged, or of another model."""
 
     def close(self) -> None:

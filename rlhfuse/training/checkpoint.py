@@ -10,6 +10,7 @@ place when it is whole. Tensors are found by name, so a checkpoint also loads in
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,16 +19,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from rlhfuse.models.loading import INDEX, save_description
-from rlhfuse.models.stage import EMBEDDING, LM_HEAD, SCORE, ModelConfig
+from rlhfuse.models.loading import INDEX, load_config, save_description
+from rlhfuse.models.stage import EMBEDDING, LM_HEAD, SCORE
 from rlhfuse.placement import StagePlacement
 from rlhfuse.training.optimizer import OptimizerState
+from rlhfuse.training.snapshot import Keep, Part
 from rlhfuse.training.trained_stage import TrainedStage
 
 logger = logging.getLogger(__name__)
 
 WEIGHT = "weight"
 _CPU_STATE, _CUDA_STATE = "cpu", "cuda"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,32 +52,45 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(head.encode() + flat.numpy().tobytes()).hexdigest()
 
 
-def save_stage(folder: Path, stage: TrainedStage, placement: StagePlacement) -> None:
-    """Write one stage's file and record: the first replica all of it, the others their shards.
-    Raises OSError, such as for a full disk."""
+def stage_part(stage: TrainedStage, placement: StagePlacement, keep: Keep) -> Part:
+    """One stage's file and record, to be written: the first replica all of it, the others their
+    shards."""
     if stage.replica >= stage.num_shards:
-        return
+        return lambda folder: None
     state = stage.optimizer.state()
     tensors = {}
     if stage.replica == 0:
         tensors = {f"{WEIGHT}/{name}": p.detach() for name, p in stage.stage.named_parameters()}
-    held = {name: t.cpu().contiguous() for name, t in {**tensors, **state.tensors}.items()}
+    held = {name: keep(tensor) for name, tensor in {**tensors, **state.tensors}.items()}
     record = StageRecord(
         role=stage.role,
         pp_stage=stage.pp_stage,
         layers=placement.layers,
         optimizer_steps=state.steps,
-        tensors={name: tensor_digest(tensor) for name, tensor in held.items()},
+        tensors={},
         shards=stage.num_shards,
     )
     shard = f"shard_{stage.replica}_" if stage.replica else ""
-    path = folder / stage.role / f"{shard}stage_{stage.pp_stage}.safetensors"
+    name = f"{stage.role}/{shard}stage_{stage.pp_stage}.safetensors"
+    return lambda folder: _write_stage(folder / name, held, record)
+
+
+def _write_stage(path: Path, held: Mapping[str, torch.Tensor], record: StageRecord) -> None:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    _write_tensors(path, tensors)
+    record = msgspec.structs.replace(record, tensors=digests)
+    path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+
+
+def _write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(held, path)
+        save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
-    path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(record)))
 
 
 def load_stage_state(folder: Path, stage: TrainedStage) -> None:
@@ -156,13 +172,12 @@ def recorded_layers(folder: Path, role: str) -> tuple[tuple[int, int], ...]:
     return read_records(folder, role)[0].layers
 
 
-def save_rng(folder: Path, rank: int, device: torch.device) -> None:
-    """Write this rank's random number states."""
+def rng_part(rank: int, device: torch.device) -> Part:
+    """This rank's random number states, to be written."""
     states = {_CPU_STATE: torch.get_rng_state()}
     if device.type == "cuda":
         states[_CUDA_STATE] = torch.cuda.get_rng_state(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(states, folder / f"rank_{rank}.safetensors")
+    return lambda folder: _write_tensors(folder / f"rank_{rank}.safetensors", states)
 
 
 def load_rng(folder: Path, rank: int, device: torch.device) -> None:
@@ -180,35 +195,38 @@ def load_rng(folder: Path, rank: int, device: torch.device) -> None:
         torch.cuda.set_rng_state(states[_CUDA_STATE], device)
 
 
-def export_stage(
-    folder: Path, weights: Mapping[str, torch.Tensor], pp_stage: int, num_stages: int
-) -> None:
-    """Write one stage's weights as one file of a Hugging Face model folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+def export_part(
+    folder: str, weights: Mapping[str, torch.Tensor], pp_stage: int, num_stages: int, keep: Keep
+) -> Part:
+    """One stage's weights as one file of the Hugging Face model folder `folder`, to be written."""
+    held = {name: keep(weight) for name, weight in weights.items()}
     name = f"model-{pp_stage + 1:05d}-of-{num_stages:05d}.safetensors"
-    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+    def write(base: Path) -> None:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+        _write_tensors(base / folder / name, tensors, {"format": "pt"})
+
+    return write
 
 
-def complete_export(folder: Path, config: ModelConfig, tokenizer_from: str) -> None:
-    """When all stages are written: index, config and tokenizer."""
+def complete_export(folder: Path, source: str) -> None:
+    """When all stages are written: index, and config and tokenizer as in the folder `source`."""
     weight_map, total_bytes, dtype = {}, 0, torch.float32
     for path in sorted(folder.glob("model-*-of-*.safetensors")):
-        for name, tensor in _tensors(path):
-            weight_map[name] = path.name
-            total_bytes += tensor.nbytes
-            dtype = tensor.dtype
+        with safe_open(path, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (not a dict)
+                part = reader.get_slice(name)
+                weight_map[name], dtype = path.name, _DTYPES[part.get_dtype()]
+                total_bytes += math.prod(part.get_shape()) * dtype.itemsize
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     save_description(
-        folder, config, scalar=SCORE in weight_map, dtype=dtype, tokenizer_from=tokenizer_from
+        folder,
+        load_config(source),
+        scalar=SCORE in weight_map,
+        dtype=dtype,
+        tokenizer_from=source,
     )
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, framework="pt") as reader:
-        for name in reader.keys():  # noqa: SIM118 (not a dict)
-            yield name, reader.get_tensor(name)
 
 
 def _read(

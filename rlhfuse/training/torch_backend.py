@@ -16,6 +16,7 @@ from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.numbers import Numbers, exchange
 from rlhfuse.training.replicas import Replicas
+from rlhfuse.training.snapshot import Keep, Part
 from rlhfuse.training.tied import TiedEmbeddings
 from rlhfuse.training.trained_stage import TrainedStage, model_config
 
@@ -101,9 +102,11 @@ class TorchBackend:
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
         return {name: weight for stage in self._of(role) for name, weight in stage.weights()}
 
-    def write(self, folder: Path) -> None:
-        for stage in self._stages.values():
-            checkpoint.save_stage(folder, stage, self._pipelines[stage.pipeline])
+    def parts(self, keep: Keep) -> list[Part]:
+        return [
+            checkpoint.stage_part(stage, self._pipelines[stage.pipeline], keep)
+            for stage in self._stages.values()
+        ]
 
     def load(self, folder: Path) -> None:
         for stage in self._stages.values():

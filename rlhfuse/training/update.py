@@ -31,6 +31,7 @@ from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.progress import Tell, UpdateProgress
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
 from rlhfuse.training.reference import References, reference_path
+from rlhfuse.training.snapshot import HostCopies, Keep, Part, Snapshot, shared
 from rlhfuse.training.torch_backend import TorchBackend
 from rlhfuse.training.trained_stage import model_config
 
@@ -168,18 +169,23 @@ class RankTrainer:
         """sha256 of every tensor of `named_tensors`."""
         return {name: checkpoint.tensor_digest(t) for name, t in self.named_tensors(role).items()}
 
+    def snapshot(self, roles_to_export: Sequence[str] = (), *, copy: bool = False) -> Snapshot:
+        """This rank's part of a checkpoint as it is now: with `copy`, in host memory, so that it
+        may be written while training goes on. `roles_to_export` are also written as Hugging Face
+        models below ``ROLE/huggingface``, but for what `complete_export` adds. Collective."""
+        keep = HostCopies() if copy else shared
+        parts = [*self._backend.parts(keep), checkpoint.rng_part(self._rank, self._device)]
+        for role in roles_to_export:
+            parts += self._export_parts(role, f"{role}/huggingface", keep)
+        return Snapshot(parts)
+
     def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint into `folder`. Collective: returns when the
         parts of all ranks are there. Raises StepFailed on all ranks where one fails, such as for
         a full disk."""
         with self._failing_together("writing a checkpoint"):
-            self.write(folder)
+            self.snapshot().write(folder)
             dist.barrier(self._control)
-
-    def write(self, folder: Path) -> None:
-        """As `save`, but on its own: others' parts may be missing. Raises OSError."""
-        self._backend.write(folder)
-        checkpoint.save_rng(folder, self._rank, self._device)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote, also with other pipeline stages than these.
@@ -195,15 +201,21 @@ class RankTrainer:
         must be the same place for all ranks."""
         with self._failing_together(f"exporting the {role}"):
             place = self._pipelines[role]
-            tensors = self._backend.named_tensors(role)
-            for stage, home in enumerate(place.ranks):
-                if home == self._rank:
-                    checkpoint.export_stage(folder, tensors, stage, len(place.ranks))
+            Snapshot(self._export_parts(role, "", shared)).write(folder)
             dist.barrier(self._control)
             if place.ranks[0] == self._rank:
                 source = model_config(self._config, role).path
-                checkpoint.complete_export(folder, load_config(source), source)
+                checkpoint.complete_export(folder, source)
             dist.barrier(self._control)
+
+    def _export_parts(self, role: str, folder: str, keep: Keep) -> list[Part]:
+        ranks = self._pipelines[role].ranks
+        tensors = self._backend.named_tensors(role)
+        return [
+            checkpoint.export_part(folder, tensors, stage, len(ranks), keep)
+            for stage, home in enumerate(ranks)
+            if home == self._rank
+        ]
 
     def close(self) -> None:
         """Leave the process groups that this trainer made."""

@@ -17,6 +17,7 @@ from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
+from rlhfuse.training.snapshot import AsideWriter
 from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Outbox
@@ -25,6 +26,7 @@ from rlhfuse.workers.common import device_of, dtype_of, meet_on, run_guarded
 logger = logging.getLogger(__name__)
 
 _IDLE_POLL_S = 1.0
+_BUSY_POLL_S = 0.02  # while a checkpoint is being written
 
 
 def main(spec: WorkerSpec) -> None:
@@ -74,6 +76,8 @@ class TrainingWorker:
         )
         self._client = PeerClient(spec.config.trainer.wait_timeout_s, spec.keys)
         self._samples: list[SampleData] = []
+        self._writer = AsideWriter()
+        self._ticket = 0
         self._running = True
         link.send(
             m.Hello(
@@ -87,8 +91,10 @@ class TrainingWorker:
 
     def run(self) -> None:
         while self._running:
-            for command in self._link.receive(_IDLE_POLL_S):
+            for command in self._link.receive(_BUSY_POLL_S if self._writer.busy else _IDLE_POLL_S):
                 self._handle(command)
+                self._tell_written()
+            self._tell_written()
         self._trainer.close()
         self._server.close()
         self._client.close()
@@ -170,16 +176,26 @@ class TrainingWorker:
             )
 
     def _save(self, command: m.SaveCheckpoint) -> None:
-        folder = Path(command.folder)
-        self._trainer.save(folder)
-        for role in self._roles:
-            self._trainer.export_hf(folder / role / "huggingface", role)
-        self._link.send(m.Ack(command="SaveCheckpoint"))
+        self._writer.wait()  # of a checkpoint that was given up
+        self._tell_written()
+        snapshot = self._trainer.snapshot(self._roles, copy=command.aside)
+        self._ticket = command.ticket
+        self._writer.start(snapshot, Path(command.folder))
+        if command.aside:
+            self._link.send(m.Ack(command="SaveCheckpoint"))
+        else:
+            self._writer.wait()
+
+    def _tell_written(self) -> None:
+        result = self._writer.take()
+        if result is not None:
+            error, seconds = result
+            self._link.send(m.Written(ticket=self._ticket, seconds=seconds, error=error))
 
     def _keep_state(self, command: m.KeepState) -> None:
         error = ""
         try:
-            self._trainer.write(Path(command.folder))
+            self._trainer.snapshot().write(Path(command.folder))
         except OSError as trouble:
             error = str(trouble)
         self._link.send(m.Kept(step=command.step, error=error))

@@ -26,6 +26,7 @@ from rlhfuse.rollout import loop, stage
 from rlhfuse.rollout.policy import Migration, Policy
 from rlhfuse.rollout.stage import rollout_policy
 from rlhfuse.run_folder import RunFolder, load_state
+from rlhfuse.saving import Saver
 from rlhfuse.session import Session, open_session
 from rlhfuse.trainer import StepResult, Trainer
 from tests.end_to_end.sabotage import Fault, sabotage, start_over
@@ -153,8 +154,13 @@ def _a_full_disk_leaves_the_older_checkpoint(session: Session) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     Recovery(session).keep()
     assert session.folder.newest() == older
-    with pytest.raises(WorkerFailed, match=r"writing a checkpoint: .*File too large"):
-        Trainer(session).save()
+    for aside in (True, False):
+        saver = Saver(session)
+        saver.start(aside=aside)
+        assert saver.busy
+        with pytest.raises(WorkerFailed, match=r"writing a checkpoint: .*File too large"):
+            saver.wait()
+        assert not saver.busy
     assert session.folder.latest() == older
     assert {p.name for p in session.folder.checkpoints.iterdir()} >= {older.name}
     assert not list(session.folder.checkpoints.glob(".*"))
