@@ -1,12 +1,13 @@
 """Does the simulator predict a live step? Costs are fitted from two steps, then held against the
 steps that follow, whose response lengths the simulator is told.
 
-    python -m bench.bench_calibration configs/quickstart.yaml --steps 9
+    python -m bench.bench_calibration configs/quickstart.yaml
 
 Step 1 warms up (compilation, first touch); costs are fitted from the first two steps after it in
-which the workers had their cores to themselves (processor time at least 0.92 of wall time in
-training tasks), and steps without are left out of the summary: a busy machine is no calibration.
-Every fourth step runs serially. `blind_error`: lengths drawn again from those of earlier steps.
+which the workers had their cores nearly to themselves (processor time at least 0.8 of wall time
+in training tasks; the controller runs beside them), and steps without are left out of the
+summary: a busy machine is no calibration. After those fitted from, serial and fused steps take
+turns. `blind_error`: lengths drawn again from those of earlier steps.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from rlhfuse.trainer import Fusions, StepResult, Trainer
 from rlhfuse.update_plan import UpdatePlan
 
 WARM_UP, FITTED = 1, 2
-ALONE = 0.92
+ALONE = 0.8
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -156,6 +157,7 @@ def _row(
         "step": step.step,
         "mode": "serial" if serial else "fused",
         "core_share": share,
+        "tokens": sum(step.lengths),
         "rollout_s": step.metrics["timing_s/rollout"],
         "predicted_rollout_s": told.generation + told.inference,
         "update_s": step.metrics["timing_s/update"],
@@ -177,6 +179,7 @@ def summary(rows: Sequence[Row]) -> Row:
         return sum(float(row[name]) for row in clean)
 
     sizes = [abs(float(row["error"])) for row in clean]
+    live_ratio, told_ratio = _fused_over_serial(clean)
     return {
         "steps": len(rows),
         "steps_alone": len(clean),
@@ -185,15 +188,31 @@ def summary(rows: Sequence[Row]) -> Row:
         "greatest_abs_error": max(sizes),
         "error_of_sum": total("predicted_step_s") / total("step_s") - 1,
         "median_abs_blind_error": statistics.median(abs(float(r["blind_error"])) for r in clean),
+        "fused_over_serial": live_ratio,
+        "predicted_fused_over_serial": told_ratio,
     }
+
+
+def _fused_over_serial(rows: Sequence[Row]) -> tuple[float, float]:
+    """Of seconds per response token (every step draws its own lengths): live, predicted."""
+
+    def ratio(name: str) -> float:
+        rates: dict[str, list[float]] = {"fused": [], "serial": []}
+        for row in rows:
+            rates[str(row["mode"])].append(float(row[name]) / float(row["tokens"]))
+        if not all(rates.values()):
+            return float("nan")
+        return statistics.median(rates["fused"]) / statistics.median(rates["serial"])
+
+    return ratio("step_s"), ratio("predicted_step_s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--serial-every", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--serial-every", type=int, default=2)
     parser.add_argument("--name", default="bench_calibration")
     parser.add_argument("--keep", type=Path, help="Keep the run below this folder.")
     parser.add_argument("--again", type=Path, help="Predict a run that --keep kept, by its folder.")
