@@ -4,10 +4,9 @@ steps that follow, whose response lengths the simulator is told.
     python -m bench.bench_calibration configs/quickstart.yaml
 
 Step 1 warms up (compilation, first touch); costs are fitted from the first two steps after it in
-which the workers had their cores nearly to themselves (processor time at least 0.8 of wall time
-in training tasks; the controller runs beside them), and steps without are left out of the
-summary: a busy machine is no calibration. After those fitted from, serial and fused steps take
-turns. `blind_error`: lengths drawn again from those of earlier steps.
+which others used less than a twentieth of the machine's processors (`others_share`), and steps
+with more are left out of the summary: a busy machine is no calibration. After those, serial and
+fused steps take turns. `blind_error`: lengths drawn again from those of earlier steps.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from bench.processor_time import used
 from bench.record import Row, print_table, write_result
 from rlhfuse.config import Config
 from rlhfuse.config_file import load
@@ -36,12 +36,12 @@ from rlhfuse.resolve import resolve
 from rlhfuse.rollout.records import RolloutResult
 from rlhfuse.session import open_session
 from rlhfuse.step_metrics import StepTimes
-from rlhfuse.timeline import Kind, Timeline, load_chrome
+from rlhfuse.timeline import load_chrome
 from rlhfuse.trainer import Fusions, StepResult, Trainer
 from rlhfuse.update_plan import UpdatePlan
 
 WARM_UP, FITTED = 1, 2
-ALONE = 0.8
+OTHERS, MOST_OTHERS = "others_share", 0.05
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -91,21 +91,21 @@ def run_live(config: Config, steps: int, serial_every: int) -> Live:
         trainer.lengths = {}
         trainer.sync_weights()
         done = []
+        before = used()
         for number in range(1, steps + 1):
             serial = number > WARM_UP + FITTED and number % serial_every == 0
             trainer.forced = Fusions(inter_stage=not serial, intra_stage=not serial)
             result = trainer.step()
             prompts, lengths = trainer.lengths[number]
-            metrics = {**result.metrics, "serial": float(serial)}
+            now = used()
+            metrics = {
+                **result.metrics,
+                "serial": float(serial),
+                OTHERS: now.others_share(before),
+            }
+            before = now
             done.append(Step(number, prompts, lengths, metrics))
         return Live(config, tuple(done), session.folder.path)
-
-
-def core_share(timeline: Timeline) -> float:
-    """Processor time over wall time of the training tasks."""
-    spans = timeline.of_kinds((Kind.F, Kind.B, Kind.I, Kind.W)).spans
-    used = sum(float(span.args.get("cpu_s", 0.0)) for span in spans)
-    return used / sum(span.duration_s for span in spans)
 
 
 def rows_of(live: Live) -> list[Row]:
@@ -114,9 +114,8 @@ def rows_of(live: Live) -> list[Row]:
     lines = {
         s.step: load_chrome(live.folder / "timeline" / f"step_{s.step}.json") for s in live.steps
     }
-    share = {step: core_share(line) for step, line in lines.items()}
     after = live.steps[WARM_UP:]
-    clean = [s for s in after if share[s.step] >= ALONE]
+    clean = [s for s in after if s.metrics[OTHERS] <= MOST_OTHERS]
     chosen = (clean if len(clean) > FITTED else list(after))[:FITTED]
     measured = [
         MeasuredStep(
@@ -129,11 +128,7 @@ def rows_of(live: Live) -> list[Row]:
     ]
     previous = StepCosts(CostModel.default(), run.costs, 0.0, 0.0, 0.0, "default")
     costs = fit_step_costs(config, measured, previous, "two steps")
-    return [
-        _row(live, step, run.pipelines, costs, share[step.step])
-        for step in after
-        if step not in chosen
-    ]
+    return [_row(live, step, run.pipelines, costs) for step in after if step not in chosen]
 
 
 def _row(
@@ -141,7 +136,6 @@ def _row(
     step: Step,
     pipelines: Mapping[str, StagePlacement],
     costs: StepCosts,
-    share: float,
 ) -> Row:
     config = live.config
     serial = step.metrics["serial"] > 0
@@ -156,7 +150,7 @@ def _row(
     return {
         "step": step.step,
         "mode": "serial" if serial else "fused",
-        "core_share": share,
+        OTHERS: step.metrics[OTHERS],
         "tokens": sum(step.lengths),
         "rollout_s": step.metrics["timing_s/rollout"],
         "predicted_rollout_s": told.generation + told.inference,
@@ -171,7 +165,7 @@ def _row(
 
 def summary(rows: Sequence[Row]) -> Row:
     """Sizes of the errors over the steps that had the machine to themselves."""
-    clean = [row for row in rows if float(row["core_share"]) >= ALONE]
+    clean = [row for row in rows if float(row[OTHERS]) <= MOST_OTHERS]
     if not clean:
         return {"steps": len(rows), "steps_alone": 0}
 
