@@ -3,6 +3,7 @@
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class EngineModel:
     blocked_s: float = 0.0  # the engine stands still until then
     link_s: float = 0.0  # its link is busy until then
     version: int = 0  # completions planned before are void
+    planned_s: float = inf  # when the completion that is not void is looked for
     epoch: int = 0  # calls and departures from before a loss are void
     prefixes: set[int] = field(default_factory=set)  # groups whose prompt is in the cache
     last: tuple[float, float, int, float] = (0.0, 0.0, 0, 0.0)  # start, steps, batch, context
@@ -106,4 +108,5 @@ class EngineModel:
         self.prefixes.clear()
         self.context, self.role = 0.0, ""
         self.version += 1
+        self.planned_s = inf
         self.epoch += 1

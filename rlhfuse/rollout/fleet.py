@@ -16,14 +16,15 @@ LEARNED_STEPS = 64  # after so many, half of what was believed before counts
 
 @dataclass(slots=True)
 class Worker:
-    """`running` and `inbound` map sample ids to the tokens reserved for them (to the response
-    limit); `calls` are (role, sample ids, predicted seconds), oldest first. `steps`: engine steps
-    done, since any moment; `slowness`: seconds of a step over what was predicted."""
+    """`running` maps sample ids to the tokens that they were expected to get when they came,
+    `inbound` to the tokens reserved for them (to the response limit); `calls` are (role, sample
+    ids, predicted seconds), oldest first. `steps`: engine steps done, since any moment;
+    `slowness`: seconds of a step over what was predicted."""
 
     alive: bool = True
     can_score: bool = True
     asleep: bool = False
-    running: dict[int, int] = field(default_factory=dict)
+    running: dict[int, float] = field(default_factory=dict)
     inbound: dict[int, int] = field(default_factory=dict)
     calls: deque[tuple[str, tuple[int, ...], float]] = field(default_factory=deque)
     last_role: str = ""
@@ -70,9 +71,9 @@ class Fleet:
         self._policy = policy
         self._table = cost.step_table(policy.max_running).tolist()
         self._top = policy.max_running
+        self._limit = policy.max_response_tokens
         self._context_s = cost.decode_context_s
         self._destination: dict[int, int] = {}
-        self._expected: dict[int, float] = {}
         self.ready = Ready(self.workers, policy.block, policy.score_ahead)
 
     @property
@@ -89,7 +90,7 @@ class Fleet:
         return worker.load + self.reserve(sample) <= policy.cache_tokens
 
     def reserve(self, sample: Sample) -> int:
-        return sample.prompt_tokens + self._policy.max_response_tokens
+        return sample.prompt_tokens + self._limit
 
     def step_s(self, worker: Worker) -> float:
         """What a step of the worker's samples should take."""
@@ -115,12 +116,10 @@ class Fleet:
         elif steps > worker.steps:
             worker.unsure.add(sample.id)
         offset = steps - sample.response_tokens
-        reserved = self.reserve(sample)
-        worker.running[sample.id] = reserved
-        worker.load += reserved
+        worker.running[sample.id] = expected
+        worker.load += sample.prompt_tokens + self._limit
         worker.expected += expected
         worker.look_away()
-        self._expected[sample.id] = expected
         worker.held += sample.prompt_tokens - offset
         self.rows.add(sample, sample.instance, offset)
         self.ready.note(sample.instance)
@@ -139,11 +138,13 @@ class Fleet:
         """Forget where the sample runs and is going to; returns where it was going."""
         if sample.instance is not None and sample.state is not SampleState.QUEUED:
             worker = self.workers[sample.instance]
-            if sample.id in worker.running:
+            expected = worker.running.pop(sample.id, None)
+            if expected is not None:
                 worker.held -= sample.prompt_tokens - self.rows.remove(sample.id)
-                worker.expected -= self._expected.pop(sample.id)
-                worker.load -= worker.running.pop(sample.id)
-                worker.unsure.discard(sample.id)
+                worker.expected -= expected
+                worker.load -= sample.prompt_tokens + self._limit
+                if worker.unsure:
+                    worker.unsure.discard(sample.id)
                 if sample.state is SampleState.MOVING or not worker.running:
                     worker.look_away()
                 if not worker.running:
@@ -252,12 +253,12 @@ class Fleet:
         assert placed == told, f"{sorted(placed ^ told, key=str)}"
         ids, _, homes, _, _ = self.rows.columns()
         assert set(zip(ids.tolist(), homes.tolist(), strict=True)) == told, "rows and samples"
-        assert set(self._expected) == {s for s, _ in told}
         moving = {s.id for s in samples.values() if s.state is SampleState.MOVING}
         assert moving == set(self._destination), "moving samples and their destinations"
         assert self.num_alive == sum(w.alive for w in self.workers)
         for i, worker in enumerate(self.workers):
-            assert worker.load == sum(worker.running.values()) + sum(worker.inbound.values())
+            reserved = sum(self.reserve(samples[s]) for s in worker.running)
+            assert worker.load == reserved + sum(worker.inbound.values())
             assert worker.alive or not (worker.running or worker.calls), f"worker {i} is lost"
             room = len(worker.running) + len(worker.inbound)
             assert room <= self._policy.max_running, f"worker {i} is overfull"

@@ -1,6 +1,5 @@
 """Should the tail move, which samples, and where to? Pure functions of a snapshot."""
 
-import heapq
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -126,7 +125,7 @@ def _whole(
     if not len(moved):
         return None
     context = (tail.prompts + tail.tokens)[moved]
-    cached = sum(frame.cost.cache_pays(float(c)) for c in context)
+    cached = int(np.count_nonzero(_cache_pays(frame.cost, context)))
     before = len(set((tail.home // frame.policy.block).tolist()))
     text = (
         f"{len(moved)} of {len(tail.home)} running samples move ({cached} with their cache, "
@@ -136,6 +135,12 @@ def _whole(
         f"end in {now_s:.3f} s instead of {stay_s:.3f} s"
     )
     return Move(destinations, text, stay_s - now_s)
+
+
+def _cache_pays(cost: CostModel, context: Floats) -> Bools:
+    """`CostModel.cache_pays`, of each."""
+    prefill_s = cost.prefill_call_s + cost.prefill_token_s * context
+    return np.asarray(cost.migrate_token_s * context <= prefill_s)
 
 
 def _let_finish(
@@ -198,26 +203,44 @@ def keep_first(tail: Tail, blocks: list[Ints], size: int) -> Bools:
 def assign(tail: Tail, keep: Bools, remaining: Floats, policy: Policy) -> tuple[int, ...] | None:
     """Homes after consolidating on `keep`, longest first to the emptiest; None where it cannot
     be promised that everything fits to the end (slots, and cache at the response limit)."""
-    most = -(-len(tail.home) // int(keep.sum()))
-    count = dict.fromkeys(np.flatnonzero(keep).tolist(), 0)
-    cache = dict.fromkeys(count, 0.0)
-    need = (tail.prompts + policy.max_response_tokens).tolist()
-    homes = tail.home.tolist()
-    moving = []
-    for j, home in enumerate(homes):
-        if home in count and count[home] < most:
-            count[home] += 1
-            cache[home] += need[j]
-        else:
-            moving.append(j)
-    heap = [(number, i) for i, number in count.items()]
-    heapq.heapify(heap)
-    keys = remaining.tolist()
-    for j in sorted(moving, key=lambda j: (-keys[j], j)):
-        number, home = heapq.heappop(heap)
-        cache[home] += need[j]
-        if number >= policy.max_running or 0 < policy.cache_tokens < cache[home]:
-            return None
-        homes[j] = home
-        heapq.heappush(heap, (number + 1, home))
-    return tuple(homes)
+    home, kept = tail.home, np.flatnonzero(keep)
+    most = -(-len(home) // len(kept))
+    stays = keep[home] & (_place_at_home(home) < most)
+    count = np.bincount(home[stays], minlength=len(keep))
+    moving = np.flatnonzero(~stays)
+    moving = moving[np.argsort(-remaining[moving], kind="stable")]
+    new = home.copy()
+    new[moving] = _slots(count, kept, len(moving))
+    number = np.bincount(new, minlength=len(keep))
+    held = np.bincount(new, tail.prompts + policy.max_response_tokens, minlength=len(keep))
+    receives = np.bincount(new[moving], minlength=len(keep)) > 0
+    over = number > policy.max_running
+    if policy.cache_tokens:
+        over |= held > policy.cache_tokens
+    return None if bool((receives & over).any()) else tuple(new.tolist())
+
+
+def _place_at_home(home: Ints) -> Ints:
+    """The how-manieth of its home's samples each one is. [n]"""
+    order = np.argsort(home, kind="stable")
+    counts = np.bincount(home)
+    first = np.cumsum(counts) - counts
+    place = np.empty(len(home), dtype=np.int64)
+    place[order] = np.arange(len(home)) - first[home[order]]
+    return place
+
+
+def _slots(count: Ints, kept: Ints, number: int) -> Ints:
+    """The homes that `number` samples get in turn, each the emptiest kept one, the first of
+    equals: every kept home offers its next places, and the lowest are taken."""
+    held = count[kept]
+    # Filled to one level, the `i` emptiest have so much room below the next one.
+    level = np.sort(held)
+    room = level * np.arange(len(level)) - (np.cumsum(level) - level)
+    filled = int(np.searchsorted(room, number, side="left"))
+    top = int(level[:filled].sum() + number) // max(filled, 1) + 1
+    offers = np.maximum(top - held, 0)
+    homes = np.repeat(kept, offers)
+    start = np.repeat(np.cumsum(offers) - offers, offers)
+    depth = np.repeat(held, offers) + np.arange(len(homes)) - start
+    return np.asarray(homes[np.lexsort((homes, depth))[:number]], dtype=np.int64)

@@ -8,28 +8,30 @@ from rlhfuse.cost import CostModel
 from rlhfuse.rollout.ready import Ready
 
 Call = tuple[int, str, tuple[int, ...]]  # worker, role, sample ids
+_Part = tuple[str, tuple[int, ...]]  # role, sample ids
 
 
 @dataclass(slots=True)
 class ScoreBoard:
     """A (sample, role) pair is missing, pending (may be given out), out (a worker has it) or held
-    (done; the result is with a worker). `tokens` counts prompt and response. `spared`: samples
-    that a role need not score."""
+    (done; the result is with a worker). Out and held are kept call by call, as they were given: a
+    million samples are then some ten thousand entries. `tokens` counts prompt and response.
+    `spared`: samples that a role need not score."""
 
     roles: tuple[str, ...]
     cost: CostModel
     spared: Mapping[str, Collection[int]] = field(default_factory=dict)  # samples, by role
-    pending: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> tokens
+    pending: dict[str, list[int]] = field(default_factory=dict)  # role -> samples
     pending_tokens: dict[str, int] = field(default_factory=dict)
     num_pending: int = 0
-    out: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> sample -> worker
-    held: dict[str, dict[int, int]] = field(default_factory=dict)
+    out: dict[int, list[_Part]] = field(default_factory=dict)  # worker -> calls
+    held: dict[int, list[_Part]] = field(default_factory=dict)  # worker -> calls
     tokens: dict[int, int] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)  # sample -> roles not yet held
+    forgotten: set[int] = field(default_factory=set)  # what calls say of them is ignored
 
     def __post_init__(self) -> None:
-        for table in (self.pending, self.out, self.held):
-            table.update({role: {} for role in self.roles})
+        self.pending.update({role: [] for role in self.roles})
         self.pending_tokens = dict.fromkeys(self.roles, 0)
 
     @property
@@ -44,7 +46,7 @@ class ScoreBoard:
         roles = self.needed(sample_id)
         self.missing[sample_id] = len(roles)
         for role in roles:
-            self.pending[role][sample_id] = tokens
+            self.pending[role].append(sample_id)
             self.pending_tokens[role] += tokens
         self.num_pending += len(roles)
 
@@ -56,45 +58,50 @@ class ScoreBoard:
 
     def forget(self, sample_id: int) -> None:
         """The sample was dropped or is done with; what is out will be ignored."""
+        self.forgotten.add(sample_id)
+        if not self.missing.get(sample_id):
+            return
         for role in self.roles:
             if sample_id in self.pending[role]:
-                self.pending_tokens[role] -= self.pending[role].pop(sample_id)
+                self.pending[role].remove(sample_id)
+                self.pending_tokens[role] -= self.tokens[sample_id]
                 self.num_pending -= 1
-            self.out[role].pop(sample_id, None)
-            self.held[role].pop(sample_id, None)
 
     def take(self, role: str, most_tokens: float) -> tuple[int, ...]:
         """At least one pending sample, latest (so mostly longest) first; marks nothing as out."""
-        ids: list[int] = []
-        total = 0
-        pending = self.pending[role]
-        while pending:
-            sample_id, tokens = pending.popitem()
-            if ids and total + tokens > most_tokens:
-                pending[sample_id] = tokens
+        pending, tokens = self.pending[role], self.tokens
+        total = first = 0
+        for sample_id in reversed(pending):
+            more = total + tokens[sample_id]
+            if first and more > most_tokens:
                 break
-            ids.append(sample_id)
-            total += tokens
+            total = more
+            first -= 1
+        ids = pending[first:][::-1]
+        del pending[first:]
         self.pending_tokens[role] -= total
         self.num_pending -= len(ids)
         return tuple(ids)
 
-    def give(self, worker: int, role: str, sample_ids: Sequence[int]) -> None:
-        out = self.out[role]
-        for sample_id in sample_ids:
-            out[sample_id] = worker
+    def give(self, worker: int, role: str, sample_ids: tuple[int, ...]) -> None:
+        self.out.setdefault(worker, []).append((role, sample_ids))
 
-    def done(self, worker: int, role: str, sample_ids: Sequence[int]) -> list[int]:
+    def done(self, worker: int, role: str, sample_ids: tuple[int, ...]) -> list[int]:
         """Record results; returns the samples that now have every role. Strays are ignored."""
+        call = (role, sample_ids)
+        out = self.out.get(worker, [])
+        if call not in out:
+            return []
+        out.remove(call)
+        self.held.setdefault(worker, []).append(call)
         complete = []
-        out, held = self.out[role], self.held[role]
+        missing, forgotten = self.missing, self.forgotten
         for sample_id in sample_ids:
-            if out.get(sample_id) != worker:
+            if forgotten and sample_id in forgotten:
                 continue
-            del out[sample_id]
-            held[sample_id] = worker
-            self.missing[sample_id] -= 1
-            if not self.missing[sample_id]:
+            left = missing[sample_id] - 1
+            missing[sample_id] = left
+            if not left:
                 complete.append(sample_id)
         return complete
 
@@ -104,12 +111,13 @@ class ScoreBoard:
     def lose(self, worker: int) -> set[int]:
         """What `worker` had or was at is pending again; returns the samples concerned."""
         lost: set[int] = set()
-        for role in self.roles:
-            for table in (self.out[role], self.held[role]):
-                for sample_id in [s for s, w in table.items() if w == worker]:
-                    del table[sample_id]
-                    self.missing[sample_id] += table is self.held[role]
-                    self.pending[role][sample_id] = self.tokens[sample_id]
+        for table in (self.out, self.held):
+            for role, sample_ids in table.pop(worker, ()):
+                for sample_id in sample_ids:
+                    if sample_id in self.forgotten:
+                        continue
+                    self.missing[sample_id] += table is self.held
+                    self.pending[role].append(sample_id)
                     self.pending_tokens[role] += self.tokens[sample_id]
                     self.num_pending += 1
                     lost.add(sample_id)
@@ -118,16 +126,22 @@ class ScoreBoard:
     def validate(self, finished: set[int]) -> None:
         """Assert that each finished sample stands in exactly one place for every role that it
         needs, and others in none."""
+        held = {role: self._of(self.held, role) for role in self.roles}
         for role in self.roles:
-            places = [*self.pending[role], *self.out[role], *self.held[role]]
+            places = [*self.pending[role], *self._of(self.out, role), *held[role]]
             assert len(places) == len(set(places)), f"{role}: a sample stands in two places"
             needing = finished - set(self.spared.get(role, ()))
             assert set(places) == needing, f"{role}: {set(places) ^ needing}"
-            assert self.pending_tokens[role] == sum(self.pending[role].values())
+            tokens = sum(self.tokens[sample_id] for sample_id in self.pending[role])
+            assert self.pending_tokens[role] == tokens
         for sample_id in finished:
-            missing = sum(sample_id not in self.held[role] for role in self.needed(sample_id))
+            missing = sum(sample_id not in held[role] for role in self.needed(sample_id))
             assert not self.roles or self.missing[sample_id] == missing
         assert self.num_pending == sum(map(len, self.pending.values()))
+
+    def _of(self, table: dict[int, list[_Part]], role: str) -> list[int]:
+        calls = (ids for parts in table.values() for named, ids in parts if named == role)
+        return [s for ids in calls for s in ids if s not in self.forgotten]
 
 
 def spared_cost(
@@ -175,9 +189,9 @@ def spread(board: ScoreBoard, workers: Sequence[int], token_budget: int) -> list
     """
     rates = board.cost.score_token_s
     tasks = [
-        (-rates[role] * tokens, sample_id, role, tokens)
+        (-rates[role] * board.tokens[sample_id], sample_id, role, board.tokens[sample_id])
         for role in board.roles
-        for sample_id, tokens in board.pending[role].items()
+        for sample_id in board.pending[role]
     ]
     mine: dict[tuple[int, str], list[tuple[int, int]]] = {}
     if board.cost.swap_s > 0:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.fleet import Fleet
@@ -119,16 +121,15 @@ def carry_out(
     its cache along and being prefilled again."""
     out: list[ev.Command] = [ev.Decision(move.text, move.gain_s)]
     orders: dict[tuple[int, int, bool], list[int]] = {}
-    for sample_id, destination in zip(tail.sample_ids.tolist(), move.destinations, strict=True):
-        sample = samples[sample_id]
-        source = sample.instance
-        assert source is not None
-        if source != destination:
-            cached = cost.cache_pays(sample.total_tokens)
-            orders.setdefault((source, destination, cached), []).append(sample_id)
-            sample.move(SampleState.MOVING)
-            sample.instance = source
-            fleet.send(sample, destination)
+    moved = np.flatnonzero(np.asarray(move.destinations) != tail.home).tolist()
+    ids, homes = tail.sample_ids.tolist(), tail.home.tolist()
+    for j in moved:
+        sample, source, destination = samples[ids[j]], homes[j], move.destinations[j]
+        assert source == sample.instance
+        cached = cost.cache_pays(sample.total_tokens)
+        orders.setdefault((source, destination, cached), []).append(sample.id)
+        sample.move(SampleState.MOVING)
+        fleet.send(sample, destination)
     for (source, destination, cached), ids in sorted(orders.items()):
         out += wake(fleet, destination)
         out.append(ev.Migrate(source, destination, tuple(ids), cached))

@@ -8,6 +8,7 @@ scoring calls and prefills hold its engine up, and what moves shares the links o
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout import events as ev
@@ -179,9 +180,11 @@ class Simulator:
         engine = self._engines[index]
         if version != engine.version:
             return
+        engine.planned_s = inf
         self._catch_up(index)
-        self._generated_s = now_s = self._now_s
+        now_s = self._now_s
         for sample_id in engine.pop_completed():
+            self._generated_s = now_s
             length = self._lengths[sample_id]
             engine.context -= self._prompts[sample_id] + length
             self._tell(ev.Finished(now_s, index, sample_id, length))
@@ -211,11 +214,13 @@ class Simulator:
             self._span(index, start_s, self._now_s, Kind.GENERATE, "decode", args)
 
     def _plan(self, index: int) -> None:
-        """Put the instance's next completion on the heap."""
+        """Put the instance's next completion on the heap. One that has only been put off stays
+        where it is: the instance is looked at, and planned again, when its old time comes."""
         engine = self._engines[index]
-        engine.version += 1
         at_s = engine.next_completion_s(self._now_s)
-        if at_s is not None:
+        if at_s is not None and at_s < engine.planned_s:
+            engine.version += 1
+            engine.planned_s = at_s
             self._push(at_s, _COMPLETE, index, engine.version)
 
     def _add(self, index: int, sample_ids: Sequence[int], *, prefill: bool = True) -> None:
