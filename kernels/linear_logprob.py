@@ -14,7 +14,13 @@ from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import Temperatures, fold_rows_, log_softmax_rows, row_gradient
+from rlhfuse.kernels.rows import (
+    Temperatures,
+    fold_rows_,
+    log_softmax_labels,
+    log_softmax_rows,
+    row_gradient,
+)
 
 # Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
 # a token's result would depend on how many others are computed with it.
@@ -188,8 +194,8 @@ class _LinearLogprob(torch.autograd.Function):
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
             logits = _drop_(logits, kept_ids, kept_cu, rows)
-            log_softmax_rows(logits, rows, given, logits)
-            fold = fold_rows_(logits, labels[rows], entropy=entropy)
+            chosen = log_softmax_labels(logits, labels[rows], rows, given, logits)
+            fold = fold_rows_(logits, chosen, labels[rows], entropy=entropy)
             out[0, rows], out[1, rows] = fold.logprob, fold.entropy
             room -= logits.numel() * logits.element_size()
             if room >= 0:

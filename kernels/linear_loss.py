@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rlhfuse.kernels.linear_logprob import chunks, head_logits, linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from rlhfuse.kernels.rows import Temperatures, fold_rows_, log_softmax_rows, row_gradient
+from rlhfuse.kernels.rows import Temperatures, fold_rows_, log_softmax_labels, row_gradient
 
 # The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
 # log-probabilities and entropies.
@@ -110,8 +110,8 @@ class _LinearLoss(torch.autograd.Function):
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             own = hidden[rows].to(dtype)
             block = head_logits(own, wide, wide_bias)
-            log_softmax_rows(block, rows, given, block)
-            fold = fold_rows_(block, labels[rows], entropy=entropy)
+            chosen = log_softmax_labels(block, labels[rows], rows, given, block)
+            fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
             loss, by_logprob, by_entropy = _loss_slopes(
                 token_loss, rows, fold.logprob, fold.entropy
             )

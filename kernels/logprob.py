@@ -12,6 +12,7 @@ from rlhfuse.kernels.rows import (
     Temperatures,
     fold_rows_,
     fused_softmax,
+    log_softmax_labels,
     log_softmax_rows,
     row_gradient,
     weighted_gradient_,
@@ -107,8 +108,8 @@ def token_logprob_op(
     given, room = Temperatures(temperature, temperatures), _room(logits, saved.dtype)
     for rows in _row_chunks(*logits.shape):
         block = room[: rows.stop - rows.start]
-        log_softmax_rows(logits[rows], rows, given, block)
-        fold = fold_rows_(block, labels[rows], entropy=entropy)
+        chosen = log_softmax_labels(logits[rows], labels[rows], rows, given, block)
+        fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
         logprob[rows], spread[rows] = fold.logprob, fold.entropy
     return logprob, spread, saved
 

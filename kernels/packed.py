@@ -3,6 +3,7 @@
 Sequence i owns the tokens ``cu_seqlens[i] : cu_seqlens[i + 1]``; it may be empty.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,9 @@ def check_packed(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
     if cu_seqlens.device.type != "cpu":
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != num_tokens or bool((cu_seqlens.diff() < 0).any()):
+    bounds = cu_seqlens.numpy()  # a few microseconds, where torch takes twenty
+    first, last = int(bounds[0]), int(bounds[-1])
+    if first != 0 or last != num_tokens or bool((bounds[1:] < bounds[:-1]).any()):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, "
             f"not from {first} to {last}"
@@ -48,12 +50,20 @@ def expand(per_sequence: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Float64 sum of each sequence's tokens, [T] -> [N]; 0 for an empty one.
+    """Float64 sum of each sequence's tokens, [T] -> [N]; 0 for an empty one. No gradient.
 
-    Each sum runs over its own tokens in order, so it does not depend on the other sequences.
+    Each sum runs over its own tokens only, so it does not depend on the other sequences.
     """
+    values = values.detach()
     if values.numel() == 0:
         return torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
+    if values.device.type == "cpu":
+        bounds = cu_seqlens.numpy()
+        occupied = bounds[1:] > bounds[:-1]
+        found = np.zeros(len(occupied))
+        # Pairwise sums, several times faster than torch's.
+        found[occupied] = np.add.reduceat(values.double().numpy(), bounds[:-1][occupied])
+        return torch.from_numpy(found)
     sums: Tensor = torch.segment_reduce(
         values.double(), "sum", lengths=lengths(cu_seqlens), unsafe=True, initial=0.0
     )

@@ -1,13 +1,18 @@
 """Mean and variance over many tokens, stable, and the same for any order of the sequences."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
+from rlhfuse.kernels.reference import accumulation_dtype
+
+_CACHED = 1 << 15  # numbers of float64 that stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +67,71 @@ def whiten(
     """
     if moments.count == 0:
         raise ValueError("cannot whiten by the moments of no values: the batch has no tokens")
-    scale = 1.0 / math.sqrt(moments.variance + eps)
-    white = (values - moments.mean) * scale
-    return white if shift_mean else white + moments.mean
+    spread = math.sqrt(moments.variance + eps)
+    # Far from 0 the mean does not fit a float32 well enough.
+    wide = values.double() if abs(moments.mean) > 8.0 * spread else values
+    white = (wide - moments.mean).mul_(1.0 / spread)
+    return (white if shift_mean else white.add_(moments.mean)).to(values.dtype)
 
 
 def batch_moments(values: Tensor, cu_seqlens: Tensor) -> Moments:
-    """Moments of a batch that is here as a whole, in two passes; [T] -> one.
+    """Moments of a batch that is here as a whole; [T] -> one.
 
-    Sums run inside each sequence and are then added exactly: same bits for every order of the
-    sequences. (To rounding, not to the bit, this is the pool of `sequence_moments`.)
+    Float64 sums of values and squares inside each sequence, then added exactly: same bits for
+    every order of the sequences. Where subtracting the mean's square would cancel more than 20 of
+    the 53 bits, a second pass sums the squares about the mean. (To rounding, not to the bit, this
+    is the pool of `sequence_moments`.)
     """
     check_packed(cu_seqlens, values.numel())
     count = values.numel()
     if count == 0:
         return Moments(0, 0.0, 0.0)
-    mean = math.fsum(segment_sum(values, cu_seqlens).tolist()) / count
-    centred = values.double().sub_(mean)
-    return Moments(count, mean, math.fsum(segment_sum(centred.square_(), cu_seqlens).tolist()))
+    total, squares = _power_sums(values, cu_seqlens, 0.0)
+    mean = total / count
+    deviation = squares - total * mean
+    if not deviation > 2.0**-20 * squares:
+        deviation = _power_sums(values, cu_seqlens, mean)[1]
+    return Moments(count, mean, deviation)
 
 
-def whiten_batch(values: Tensor, cu_seqlens: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten_batch(
+    values: Tensor, cu_seqlens: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
+) -> Tensor:
     """Whiten over all tokens of a batch that is here as a whole; [T] -> [T]."""
     if values.numel() == 0:
         return torch.zeros_like(values)
-    return whiten(values, batch_moments(values, cu_seqlens), shift_mean=shift_mean)
+    moments = batch_moments(values, cu_seqlens)
+    return whiten(values, moments, shift_mean=shift_mean, eps=eps)
+
+
+def _power_sums(values: Tensor, cu_seqlens: Tensor, shift: float) -> tuple[float, float]:
+    """Sums of (values - shift) and of its square."""
+    if values.device.type != "cpu":
+        wide = values.double() - shift
+        power_sums = [segment_sum(part, cu_seqlens).tolist() for part in (wide, wide.square())]
+        return math.fsum(power_sums[0]), math.fsum(power_sums[1])
+    given = values.detach().to(accumulation_dtype(values)).numpy()
+    bounds = cu_seqlens.numpy()
+    bounds = bounds[:-1][bounds[1:] > bounds[:-1]]  # where the occupied sequences begin
+    sums: list[float] = []
+    squares: list[float] = []
+    for first, last, start, stop in _in_cache([*bounds.tolist(), values.numel()]):
+        starts = bounds[first:last] - start
+        own = given[start:stop].astype(np.float64)
+        if shift:
+            own -= shift
+        sums.extend(np.add.reduceat(own, starts).tolist())
+        own *= own
+        squares.extend(np.add.reduceat(own, starts).tolist())
+    return math.fsum(sums), math.fsum(squares)
+
+
+def _in_cache(bounds: list[int]) -> list[tuple[int, int, int, int]]:
+    """Whole sequences together, of at most `_CACHED` tokens or one sequence: (first, last, start,
+    stop), the sequences and then the tokens."""
+    parts, first, last = [], 0, len(bounds) - 1
+    while first < last:
+        until = max(first + 1, bisect_right(bounds, bounds[first] + _CACHED) - 1)
+        parts.append((first, until, bounds[first], bounds[until]))
+        first = until
+    return parts

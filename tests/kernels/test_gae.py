@@ -131,6 +131,22 @@ def test_moments_pool_to_the_same_bits_in_any_order_and_cut() -> None:
     assert pool(singles) == whole
 
 
+@pytest.mark.parametrize(("mean", "dtype"), [(0.3, torch.float32), (3e6, torch.float64)])
+def test_a_batchs_moments_have_the_same_bits_in_any_order(mean: float, dtype: torch.dtype) -> None:
+    # 3e6: squares cancel 40 bits, so a second pass runs. 40,000: longer than what is cached.
+    rng = torch.Generator().manual_seed(6)
+    parts = [torch.randn(n, generator=rng, dtype=dtype) + mean for n in (3, 0, 40_000, 1, 700, 900)]
+    whole = torch.cat(parts).double()
+    found = batch_moments(torch.cat(parts), cumulative([len(part) for part in parts]))
+    assert math.isclose(found.mean, float(whole.mean()), rel_tol=1e-12)
+    assert math.isclose(found.variance, float(whole.var()), rel_tol=1e-10)
+    for seed in range(3):
+        shuffled = parts.copy()
+        random.Random(seed).shuffle(shuffled)
+        cu_seqlens = cumulative([len(part) for part in shuffled])
+        assert batch_moments(torch.cat(shuffled), cu_seqlens) == found
+
+
 def test_whitening_equals_the_definition() -> None:
     values, _, cu_seqlens = batch([5, 0, 90], seed=3)
     for shift_mean in (True, False):

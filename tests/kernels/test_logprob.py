@@ -78,6 +78,20 @@ def test_token_logprob_equals_float64(
     assert torch.equal(alone.logprob, found.logprob)
 
 
+@pytest.mark.parametrize(("vocab", "temperature"), [(4000, 0.7), (32_000, 0.7), (40_000, 1.0)])
+@pytest.mark.parametrize("spread", [3.0, 8.0])
+def test_the_largest_error_is_about_one_rounding(
+    vocab: int, temperature: float, spread: float
+) -> None:
+    rng = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(64, vocab, generator=rng) * spread
+    labels = torch.randint(0, vocab, (64,), generator=rng)
+    found = token_logprob(logits, labels, temperature=temperature).logprob
+    truth = reference.token_logprob(logits.double(), labels, temperature=temperature).logprob
+    half_step = (torch.nextafter(found, torch.tensor(torch.inf)) - found).double() / 2
+    assert bool(((found.double() - truth).abs() <= half_step + 2.5e-6).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_logits_are_folded_in_float32(dtype: torch.dtype) -> None:
     logits, labels = make_logits(50, 4099, "plain", seed=3)
