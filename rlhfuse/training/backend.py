@@ -15,6 +15,7 @@ from rlhfuse.config import Config
 from rlhfuse.placement import StagePlacement
 from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.executor import StageRunner
+from rlhfuse.training.memory import Held
 from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.snapshot import Keep, Part
 
@@ -52,6 +53,9 @@ class Backend(Protocol):
 
     def step(self, role: str, norm: float) -> None:
         """Clip to the configured norm, given the gradient's, and update. Collective."""
+
+    def held(self) -> Held:
+        """Bytes that the rank's stages hold now, by kind: told when memory runs out."""
 
     def clear(self) -> None:
         """Give up the mini-batch: no gradient and no saved activation remains."""

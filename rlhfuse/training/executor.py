@@ -59,14 +59,16 @@ class Executor:
         runners: Mapping[tuple[str, int], StageRunner],
         clock: Clock,
         store: Store,
+        explain: Callable[[Exception], str] = lambda error: f"{type(error).__name__}: {error}",
     ) -> None:
         """`runners`: by (pipeline, pp_stage), those of this rank. `store`: where a rank that fails
-        leaves word for the others."""
+        leaves word for the others. `explain`: says what went wrong, in one line."""
         self._rank = rank
         self._channels = channels
         self._runners = runners
         self._clock = clock
         self._store = store
+        self._explain = explain
         self._round = 0
 
     def run(
@@ -158,7 +160,7 @@ class Executor:
         """What to raise: this rank's own failure, which others are told of, or, where a peer
         failed first, this rank's place and the peer's word."""
         place = "before its first task" if at is None else f"at {at.task}"
-        word = f"rank {self._rank} failed {place}: {type(error).__name__}: {error}"
+        word = f"rank {self._rank} failed {place}: {self._explain(error)}"
         first = publish_failure(self._store, word)
         self._channels.close()
         surroundings = "" if at is None else "\n" + schedule.marked(self._rank, at.index)

@@ -29,6 +29,11 @@ class WeightStore:
         """Micro-batches between `I` and `W`."""
         return len(self._deferred)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept for `compute`."""
+        return sum(p.nbytes for products in self._deferred.values() for p in products)
+
     def defer(self, microbatch: int) -> None:
         """From now on, keep the products of this micro-batch for `compute`."""
         self._open = microbatch
@@ -89,6 +94,10 @@ class _Product:
         self._weight, self._bias = linear
         self._rows = rows
         self._gradient = gradient
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes + self._gradient.nbytes
 
     @torch.no_grad()
     def compute(self, sums: GradientSums) -> None:

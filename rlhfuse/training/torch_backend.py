@@ -14,6 +14,7 @@ from rlhfuse.training import checkpoint
 from rlhfuse.training.backend import Key
 from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.executor import StageRunner
+from rlhfuse.training.memory import Held
 from rlhfuse.training.numbers import Numbers, exchange
 from rlhfuse.training.replicas import Replicas
 from rlhfuse.training.snapshot import Keep, Part
@@ -91,6 +92,9 @@ class TorchBackend:
         for stage in self._of(role):
             stage.optimizer.step(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
             self._replicas.share(stage)
+
+    def held(self) -> Held:
+        return sum((stage.held() for stage in self._stages.values()), Held())
 
     def clear(self) -> None:
         for stage in self._stages.values():

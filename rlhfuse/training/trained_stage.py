@@ -7,6 +7,7 @@ from torch import nn
 
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.kernels.linear_logprob import chunk_rows
 from rlhfuse.models.loading import load_stage
 from rlhfuse.models.lora import add_adapters, merged_weights
 from rlhfuse.models.stage import Head, ModelStage
@@ -14,6 +15,7 @@ from rlhfuse.placement import StagePlacement, replica_of, role_of
 from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.gradients import GradientSums
 from rlhfuse.training.losses import LossFunction, actor_loss, critic_loss
+from rlhfuse.training.memory import Held, logits_bytes
 from rlhfuse.training.optimizer import StageOptimizer
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner
@@ -62,7 +64,7 @@ class TrainedStage:
                 seed=config.trainer.seed,
             )
         self.sums = GradientSums(self.trained_parameters().values())
-        store = WeightStore(self.sums) if config.fusion.split_weight else None
+        self._store = store = WeightStore(self.sums) if config.fusion.split_weight else None
         if store is not None:
             split_linears(self.stage, store)
         self.runner = AutogradRunner(
@@ -114,6 +116,19 @@ class TrainedStage:
     def stats(self) -> list[Stats]:
         """What the losses of the mini-batch saw."""
         return [self._losses[mb][1] for mb in sorted(self._losses)]
+
+    def held(self) -> Held:
+        """Bytes that the stage holds now, by kind."""
+        parameters = list(self.stage.parameters())
+        gradients = [g for p in parameters if (g := self.sums.of(p)) is not None]
+        return Held(
+            weights=sum(p.nbytes for p in parameters),
+            gradients=sum(g.nbytes for g in gradients),
+            optimizer=sum(t.nbytes for t in self.optimizer.state().tensors.values()),
+            deferred=self._store.nbytes if self._store is not None else 0,
+            logits=logits_bytes(self.stage, chunk_rows(self.stage.config.vocab_size)),
+            microbatches=self.runner.num_held,
+        )
 
     def clear(self) -> None:
         """Give up the mini-batch: no gradient and no saved activation remains."""

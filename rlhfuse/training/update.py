@@ -27,6 +27,7 @@ from rlhfuse.training.batch import LossData, loss_data, make_microbatch, with_re
 from rlhfuse.training.channels import Channels, Shape
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StepFailed, publish_failure
+from rlhfuse.training.memory import advice, in_use, loading, out_of_memory
 from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.progress import Tell, UpdateProgress
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
@@ -85,22 +86,23 @@ class RankTrainer:
         self._hidden = {role: _hidden_size(config, role) for role in roles_of(everything)}
         # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
         self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
-        self._backend = make_backend(
-            config,
-            rank=rank,
-            pipelines=pipelines,
-            device=device,
-            dtype=dtype,
-            total_steps=total_steps,
-            control=self._control,
-        )
+        with loading(" and the ".join(roles_of(everything)), device):
+            self._backend = make_backend(
+                config,
+                rank=rank,
+                pipelines=pipelines,
+                device=device,
+                dtype=dtype,
+                total_steps=total_steps,
+                control=self._control,
+            )
+            self._references = References(config, reference or {}, rank, device=device, dtype=dtype)
         self._stages = [
             (name, s)
             for name, place in sorted(pipelines.items())
             for s, home in enumerate(place.ranks)
             if home == rank
         ]
-        self._references = References(config, reference or {}, rank, device=device, dtype=dtype)
         self._channels = Channels(
             rank,
             {name: place.ranks for name, place in everything.items()},
@@ -114,6 +116,7 @@ class RankTrainer:
             {**self._backend.runners, **self._references.runners},
             clock_of(device),
             self._store,
+            self._explain,
         )
 
     def update(
@@ -333,12 +336,17 @@ class RankTrainer:
                 self._leave()
             raise
         except Exception as error:
-            word = f"rank {self._rank} failed in {place}: {type(error).__name__}: {error}"
+            word = f"rank {self._rank} failed in {place}: {self._explain(error)}"
             first = publish_failure(self._store, word)
             self._leave()
             if first != word:
                 word = f"rank {self._rank} stopped in {place}, because {first}"
             raise StepFailed(word) from error
+
+    def _explain(self, error: Exception) -> str:
+        if out_of_memory(error):
+            return advice(error, self._backend.held(), in_use(self._device), self._device)
+        return f"{type(error).__name__}: {error}"
 
     def _leave(self) -> None:
         """Whoever waits for this rank fails now, not at the time limit."""
