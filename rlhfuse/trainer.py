@@ -4,6 +4,7 @@ Fusion changes when things run, never what is computed: this page reads the same
 on as with both off.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rlhfuse.recovery import Recovery
 from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, training_sampling
 from rlhfuse.saving import Saver
+from rlhfuse.schedules.online import OnlineScheduler
 from rlhfuse.session import Session
 from rlhfuse.step_metrics import StepTimes, digest_of, step_metrics
 from rlhfuse.timeline import Timeline, save_chrome
@@ -70,6 +72,9 @@ class Trainer:
         self.history: list[StepResult] = []
         self.validations: list[dict[str, float]] = []
         self.saver = Saver(session)
+        self.schedules = OnlineScheduler(split_weight=self.config.fusion.split_weight)
+        # Where the ranks need every core, nothing searches beside them.
+        self.spare_core = (os.cpu_count() or 1) > self.config.placement.num_devices + 1
 
     def fit(self) -> None:
         """Train to the end, with validation and checkpoints on the way. Workers that die are
@@ -162,6 +167,7 @@ class Trainer:
             fused=fused,
             step=step,
             reference=self.session.run.reference if fused else None,
+            search=self.schedules.schedule,
         )
         command = m.Train(
             step=step,
@@ -173,9 +179,12 @@ class Trainer:
         fleet.withdraw()
         watch = TrainingWatch(self.session.progress, plan.num_microbatches, fleet.training)
         fleet.broadcast(fleet.training, command)
+        if self.spare_core:
+            self.schedules.improve_asked()  # for the next step, which will ask for something near
         trained = fleet.gather(
             m.Trained, fleet.training, f"the update of step {step}", meanwhile=watch.heard
         )
+        self.schedules.stop()
         watch.finish()
         tallies = [Tally(event.means, event.sums, event.maxima) for _worker, event in trained]
         return plan, named(merge(tallies))

@@ -5,7 +5,7 @@ the schedule, and no schedule changes what is computed: gradients accumulate in 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -28,8 +28,9 @@ from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.timeline import Kind, Span
 
-# The search must give the same answer in every run, so it is bounded by work and not by time.
 SEARCH_ITERATIONS = 200
+
+ScheduleSearch = Callable[[Problem], Schedule]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,13 @@ def plan_update(
     fused: bool,
     step: int,
     reference: Mapping[str, StagePlacement] | None = None,
+    search: ScheduleSearch | None = None,
 ) -> UpdatePlan:
     """Every sample once per role and epoch; mini-batch k of the actor runs with mini-batch k of
     the critic, and what one of them has more runs alone. Replicas of a role share its samples, by
     their lengths. With the pipelines of a `reference`, mini-batch k of the first epoch runs with
-    the reference's forward passes over mini-batch k + 1."""
+    the reference's forward passes over mini-batch k + 1. `search` finds fused schedules; by default
+    one that is bounded by work and not by time, so that it gives the same answer in every run."""
     tokens = {sample.id: sample.tokens for sample in samples}
     cut = {
         role: _cut(_model(config, role), samples, tokens, step, replicas(pipelines, role))
@@ -123,7 +126,7 @@ def plan_update(
         rounds = serial
         serial_time = sum(makespan(schedule) for schedule in serial)
         if fused and len(present) > 1:
-            rounds = (_fused(problem, split_weight=config.fusion.split_weight),)
+            rounds = (_fused(problem, search or _same_every_time(config)),)
         minibatches.append(MiniBatch(mine, rounds, forward))
         serial_s += serial_time
         predicted_s += sum(makespan(schedule) for schedule in rounds)
@@ -142,11 +145,19 @@ def _forward(
     }
 
 
-def _fused(problem: Problem, *, split_weight: bool) -> Schedule:
+def _same_every_time(config: Config) -> ScheduleSearch:
+    def search(problem: Problem) -> Schedule:
+        split = config.fusion.split_weight
+        return fuse(problem, iterations=SEARCH_ITERATIONS, split_weight=split)
+
+    return search
+
+
+def _fused(problem: Problem, search: ScheduleSearch) -> Schedule:
     """Blocks of ranks that share no pipeline are searched one by one, and run side by side."""
     rows: list[tuple[Task, ...]] = [()] * problem.num_ranks
     for names in _blocks(problem):
-        found = fuse(_only(problem, names), iterations=SEARCH_ITERATIONS, split_weight=split_weight)
+        found = search(_only(problem, names))
         for rank, row in enumerate(found.rows):
             rows[rank] = row or rows[rank]
     return Schedule(problem, tuple(rows))

@@ -2,21 +2,22 @@
 
 Problems change from step to step (counts, durations), often only a little. What was found for a
 problem of the same shape is where the next search starts; what was found for the very same problem
-is the answer. Between steps a thread may go on searching for the problem that was asked last.
+is the answer. Between steps a thread may go on searching for the problems that were asked last.
 """
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import cycle
 from types import TracebackType
 from typing import Self
 
-from rlhfuse.schedules.bounds import latency_bound
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
-from rlhfuse.schedules.timing import makespan
+from rlhfuse.schedules.searcher import Search
 
 BUDGET_S = 0.05
-PIECE_S = 0.25  # the improver looks up this often
 MEMORY = 64  # problems and shapes that are remembered
 
 Key = tuple[object, ...]
@@ -25,14 +26,15 @@ Key = tuple[object, ...]
 class OnlineScheduler:
     """`fuse` with a memory and an improver in the background.
 
-    `budget_s` bounds the search of an answer. Threads: `schedule`, `improve` and `stop` from one
-    thread; the improver is its own. Use it as a context manager, or call `stop` at the end.
+    `budget_s` bounds the search of an answer. Threads: all methods from one thread; the improver
+    has its own. Use it as a context manager, or call `stop` at the end.
     """
 
     def __init__(self, *, budget_s: float = BUDGET_S, split_weight: bool = False) -> None:
         self.budget_s = budget_s
         self.split_weight = split_weight
         self._known: OrderedDict[Key, Schedule] = OrderedDict()
+        self._asked: OrderedDict[Key, Problem] = OrderedDict()  # the latest of each shape
         self._lock = threading.Lock()
         self._halt = threading.Event()
         self._thread: threading.Thread | None = None
@@ -46,6 +48,7 @@ class OnlineScheduler:
         self.stop()
         known = self._recall(_exact(problem))
         if known is not None:
+            self._asked[_shape(problem)] = problem
             return known
         found = fuse(
             problem,
@@ -54,19 +57,21 @@ class OnlineScheduler:
             warm_start=self._recall(_shape(problem)),
         )
         self._remember(problem, found)
+        self._asked[_shape(problem)] = problem
         return found
 
     def improve(self, problem: Problem, budget_s: float = 30.0) -> None:
         """Go on searching in the background, for `budget_s` at most or until `stop`."""
-        self.stop()
-        self._halt.clear()
-        self._thread = threading.Thread(
-            target=self._search, args=(problem, budget_s), name="schedule-improver", daemon=True
-        )
-        self._thread.start()
+        self._begin([problem], budget_s)
+
+    def improve_asked(self, budget_s: float = 30.0) -> None:
+        """`improve`, for all problems asked since the last time (of each shape the latest)."""
+        asked = list(self._asked.values())[-MEMORY:]
+        self._asked.clear()
+        self._begin(asked, budget_s)
 
     def stop(self) -> None:
-        """End the improver; what it found is kept. Takes up to a quarter of a second."""
+        """End the improver; what it found is kept. Takes one round of its search."""
         if self._thread is not None:
             self._halt.set()
             self._thread.join()
@@ -89,24 +94,33 @@ class OnlineScheduler:
     ) -> None:
         self.stop()
 
-    def _search(self, problem: Problem, budget_s: float) -> None:
-        bound = latency_bound(problem, split_weight=self.split_weight)
-        best = self._recall(_exact(problem)) or self._recall(_shape(problem))
-        pieces = max(1, round(budget_s / PIECE_S))
-        for piece in range(pieces):
+    def _begin(self, problems: Sequence[Problem], budget_s: float) -> None:
+        self.stop()
+        self._halt.clear()
+        self._thread = threading.Thread(
+            target=self._search, args=(problems, budget_s), name="schedule-improver", daemon=True
+        )
+        self._thread.start()
+
+    def _search(self, problems: Sequence[Problem], budget_s: float) -> None:
+        """Rounds for all problems in turn; those at their bound are done."""
+        end = time.monotonic() + budget_s
+        searches = []
+        for problem in problems:
             if self._halt.is_set():
                 return
-            found = fuse(
-                problem,
-                budget_s=min(PIECE_S, budget_s),
-                seed=piece + 1,
-                split_weight=self.split_weight,
-                warm_start=best,
-            )
-            best = found
-            self._remember(problem, found)
-            if makespan(found) <= bound * (1 + REL_TOL):
-                return
+            search = Search(problem, self.split_weight, seed=1)
+            known = self._recall(_exact(problem)) or self._recall(_shape(problem))
+            search.begin(self.split_weight, known)
+            searches.append(search)
+        for search in cycle(searches):
+            open_ = [s for s in searches if s.best > s.bound * (1 + REL_TOL)]
+            if self._halt.is_set() or time.monotonic() >= end or not open_:
+                break
+            if search in open_:
+                search.round()
+        for problem, search in zip(problems, searches, strict=True):
+            self._remember(problem, search.answer())
 
     def _recall(self, key: Key) -> Schedule | None:
         with self._lock:

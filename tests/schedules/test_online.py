@@ -40,6 +40,19 @@ def test_the_improver_makes_the_next_answer_no_worse_and_the_same_problem_is_rem
         assert makespan(scheduler.schedule(near)) <= old_order * (1 + 1e-9)
 
 
+def test_all_problems_of_a_step_are_improved_in_turn_and_once() -> None:
+    step = [_problem(1.0, 8), _problem(1.0, 9)]
+    with OnlineScheduler(budget_s=0.0, split_weight=True) as scheduler:
+        first = [makespan(scheduler.schedule(problem)) for problem in step]
+        scheduler.improve_asked(budget_s=0.5)
+        scheduler.wait()
+        second = [makespan(scheduler.schedule(problem)) for problem in step]
+        assert all(after < before for before, after in zip(first, second, strict=True))
+        scheduler.improve_asked(budget_s=0.0)
+        scheduler.improve_asked(budget_s=60.0)
+        scheduler.wait()  # nothing was asked since: it ends at once
+
+
 def test_stopping_the_improver_keeps_what_it_found() -> None:
     problem = _problem(1.0, 12)
     with OnlineScheduler(budget_s=0.0) as scheduler:
