@@ -9,8 +9,10 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from multiprocessing.context import ForkServerProcess
@@ -170,8 +172,42 @@ def _check_address(address: str) -> None:
 
 def describe_node(node_id: str, address: str) -> NodeInfo:
     """The machine that this process runs on."""
-    cores = tuple(psutil.Process().cpu_affinity())
-    return NodeInfo(node_id, address, f"{os.uname().nodename} {psutil.boot_time():.0f}", cores)
+    memory = psutil.virtual_memory()
+    limit, used = _container_memory()
+    return NodeInfo(
+        node_id,
+        address,
+        f"{os.uname().nodename} {psutil.boot_time():.0f}",
+        tuple(psutil.Process().cpu_affinity()),
+        memory_bytes=min(memory.total, limit),
+        free_bytes=min(memory.available, max(0, limit - used)),
+        gpu_bytes=_smallest_gpu(),
+    )
+
+
+def _container_memory() -> tuple[int, int]:
+    """Limit and use in bytes of the control group (version 2) that this machine may be; without
+    one, more than any machine has, and 0."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        return int(limit), int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return 1 << 62, 0
+
+
+def _smallest_gpu() -> int:
+    """Bytes of memory; 0 where no driver's tool tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+        return min((int(line) for line in told.stdout.split()), default=0) << 20
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning("the GPUs' memory is not known, and not checked: %s", error)
+        return 0
 
 
 def _reason(ref: "ray.ObjectRef[str]") -> str:

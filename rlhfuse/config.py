@@ -128,6 +128,8 @@ class RolloutConfig(Section, frozen=True):
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's end-of-sequence token
     max_num_seqs: Positive = 64  # running samples per instance
     cache_tokens: NonNegative = 0  # key-value room per instance; 0: max_num_seqs full samples
+    # Whether instances give back their keys and values for scoring and training; auto: on GPUs.
+    sleep: Switch = "auto"
     score_token_budget: Positive = 2048  # tokens per scoring batch
     old_log_probs: Literal["recompute", "engine"] = "recompute"
     exactness: Literal["auto", "token", "distribution"] = "auto"

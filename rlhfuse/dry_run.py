@@ -4,11 +4,13 @@ import math
 from dataclasses import replace
 
 import msgspec
+import torch
 
 from rlhfuse.config import Config
 from rlhfuse.config_check import batch_arithmetic, why_reference_stays
 from rlhfuse.placement import StagePlacement
 from rlhfuse.planner.measured import predict
+from rlhfuse.planner.memory import GIB, memory_plan
 from rlhfuse.planner.step import LEGEND, bubbles, drawn
 from rlhfuse.planner.summary import Pair, StagePair, stage_pairs
 from rlhfuse.planner.workload import Workload, workload_of
@@ -20,7 +22,8 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     """`reference`: where its log-probabilities come from (empty: there are none).
     `update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and `bubble`
     (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn in
-    letters, serial and fused."""
+    letters, serial and fused. `memory_bytes`: planned for the fullest device; `memory`: its parts
+    in GiB."""
 
     total_steps: int
     num_prompts: int
@@ -33,6 +36,8 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     stages: dict[str, StagePair]
     bubble: dict[str, float]
     timeline: dict[str, list[str]]
+    memory_bytes: int
+    memory: str
     costs_from: str
     assumed: str
 
@@ -47,6 +52,8 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(f"  {role} pipeline: {stages}")
         lines.append(f"  scored on rollout workers: {', '.join(self.scored_roles) or 'nothing'}")
         lines += [f"  reference log-probabilities: {self.reference}"] if self.reference else []
+        most = self.memory_bytes / GIB
+        lines += ["Memory", f"  {most:.3g} GiB on the fullest device: {self.memory}"]
         return "\n".join([*lines, *self._predicted()])
 
     def _predicted(self) -> list[str]:
@@ -78,6 +85,9 @@ def describe(run: Resolved) -> DryRun:
         # The earlier run's responses say more than any default.
         workload = _workload(run, _with_lengths_of(config, metrics))
     found = predict(config, workload, run.pipelines, costs)
+    cuda = config.placement.device != "cpu" and torch.cuda.is_available()
+    plan = memory_plan(config, workload, run.pipelines, cuda=cuda)
+    fullest = max(plan, key=lambda device: device.total)
     wall_s = max(found.serial_timeline.end_s, found.fused_timeline.end_s)
     return DryRun(
         total_steps=run.total_steps,
@@ -94,6 +104,8 @@ def describe(run: Resolved) -> DryRun:
             "serial": drawn(found.serial_timeline, wall_s),
             "as configured": drawn(found.fused_timeline, wall_s),
         },
+        memory_bytes=fullest.total,
+        memory=fullest.text(),
         costs_from=costs.origin,
         assumed=workload.described,
     )

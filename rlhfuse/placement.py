@@ -33,13 +33,17 @@ class RunKeys(msgspec.Struct, frozen=True):
 
 class NodeInfo(msgspec.Struct, frozen=True):
     """A Ray node: `address` is what other nodes reach it by, `machine` the same for nodes that
-    share processor cores."""
+    share processor cores. Memory that this run may have and that is free now, and the memory of
+    the smallest GPU, in bytes; 0 where it is not known."""
 
     node_id: str
     address: str
     machine: str
     cores: tuple[int, ...]
     num_gpus: int = 0
+    memory_bytes: int = 0
+    free_bytes: int = 0
+    gpu_bytes: int = 0
 
 
 class Seat(msgspec.Struct, frozen=True):

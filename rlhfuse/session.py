@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,15 @@ import msgspec
 from torch._C._distributed_c10d import TCPStore
 
 from rlhfuse import messages as m
-from rlhfuse.cluster import Cluster
+from rlhfuse.cluster import Cluster, describe_node
+from rlhfuse.config import Config
 from rlhfuse.config_file import dump, load
 from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.fleet import Fleet
 from rlhfuse.metrics import Loggers, cut_jsonl, open_loggers
-from rlhfuse.placement import WorkerSpec, seats
+from rlhfuse.placement import NodeInfo, Seat, WorkerSpec, seats
+from rlhfuse.planner.memory import check_room, memory_plan
+from rlhfuse.planner.workload import workload_of
 from rlhfuse.progress import Progress
 from rlhfuse.resolve import Resolved
 from rlhfuse.resume_check import check_resume
@@ -112,6 +115,9 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             f"{folder.path} holds a run with checkpoints: go on with --resume, "
             "or choose another trainer.experiment_name"
         )
+    if not config.placement.ray_address:  # else when the nodes are known
+        for warning in check_memory(run, [describe_node("", "127.0.0.1")]):
+            logger.warning("%s", warning)
     state, changes = _resumed(run, folder, checkpoint) if checkpoint else (fresh_state(run), ())
     with contextlib.ExitStack() as stack:
         folder.create(dump(config))
@@ -190,6 +196,9 @@ def _start_fleet(
     host = cluster.own_address()
     hub = Hub(make_keys(curve=cluster.spans_machines), host)
     stack.callback(hub.close)
+    if config.placement.ray_address:
+        for warning in check_memory(run, cluster.nodes()):
+            progress.note(warning)
     meeting = Meeting(host)
     fleet = Fleet(hub, cluster, config.trainer, note=progress.note, changed=folder.write_workers)
     stack.callback(fleet.shutdown)
@@ -201,18 +210,34 @@ def _start_fleet(
     return fleet, meeting
 
 
-def worker_specs(
-    run: Resolved, state: TrainerState, hub: Hub, cluster: Cluster, meeting: Meeting
-) -> list[WorkerSpec]:
-    """Per device a rollout and a training worker, on one core each where they are pinned."""
-    placement = run.config.placement
-    nodes = cluster.nodes()
-    homes = seats(
+def check_memory(run: Resolved, nodes: Sequence[NodeInfo]) -> tuple[str, ...]:
+    """Whether generation, scoring and training have room on these nodes; warnings.
+
+    Raises:
+        ValueError: they have not.
+    """
+    config = run.config
+    cuda = config.placement.device != "cpu" and any(n.num_gpus or n.gpu_bytes for n in nodes)
+    plan = memory_plan(config, workload_of(config), run.pipelines, cuda=cuda)
+    return check_room(plan, _homes(config, nodes), cuda=cuda)
+
+
+def _homes(config: Config, nodes: Sequence[NodeInfo]) -> list[Seat]:
+    placement = config.placement
+    return seats(
         placement.num_devices,
         nodes,
         gpus=placement.device != "cpu" and any(node.num_gpus for node in nodes),
         pin=placement.pin_cpus,
     )
+
+
+def worker_specs(
+    run: Resolved, state: TrainerState, hub: Hub, cluster: Cluster, meeting: Meeting
+) -> list[WorkerSpec]:
+    """Per device a rollout and a training worker, on one core each where they are pinned."""
+    placement = run.config.placement
+    homes = _homes(run.config, cluster.nodes())
     if placement.pin_cpus and any(seat.core is None for seat in homes):
         logger.warning("more devices than cores: workers are not pinned")
     store = meeting.fresh()

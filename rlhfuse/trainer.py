@@ -130,6 +130,7 @@ class Trainer:
         )
         times.rollout_done_s = time.monotonic()
         rollout.deliver()
+        rollout.rest()
         plan, metrics = self.update(rollout.result.records, step, fused=fusions.intra_stage)
         times.update_done_s = time.monotonic()
         self.advance(step, metrics)

@@ -64,6 +64,7 @@ class RolloutLoop:
         self._serving: dict[int, tuple[str, str]] = {}  # instance -> process, payload endpoint
         self._homes: dict[int, int] = {}  # sample being generated -> instance
         self._again = Again()
+        self._waking: set[int] = set()  # told to sleep, and not known to
         self._lost = 0
         self._rescued = 0
         self._refilled = 0
@@ -148,6 +149,22 @@ class RolloutLoop:
         self._done_at_s = time.monotonic()
         self._scheduler.validate()
 
+    def rest(self) -> None:
+        """Let every instance give back its key-value memory, and wait until they have.
+
+        Raises:
+            WorkerFailed: one neither did nor died within the time limit.
+        """
+        self._waking = set(self._serving)
+        for instance in sorted(self._waking):
+            self._tell(instance, m.Sleep())
+        deadline = time.monotonic() + self._timeout_s
+        while self._waking & self._serving.keys():
+            if time.monotonic() > deadline:
+                names = ", ".join(self._fleet.rollout[i] for i in sorted(self._waking))
+                raise WorkerFailed(f"{names}: not asleep within {self._timeout_s:g} s")
+            self._listen()
+
     def _waiting_for(self) -> str:
         return str(self._again) or self._scheduler.waiting_for()
 
@@ -180,6 +197,7 @@ class RolloutLoop:
     def _lose(self, instance: int, endpoint: str) -> None:
         """What the worker had is gone: tokens not yet reported, log-probabilities, scores."""
         self._lost += 1
+        self._waking.discard(instance)
         running = {sample_id for sample_id, home in self._homes.items() if home == instance}
         self._rescued += len(running)
         for sample_id, (source, _) in list(self._moving.items()):
@@ -244,6 +262,8 @@ class RolloutLoop:
                     self._absorb_left(instance, growth)
             case m.Scored():
                 self._absorb_scores(instance, event)
+            case m.Ack(command="Sleep"):
+                self._waking.discard(instance)
             case m.Ack():
                 pass
             case _:

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rlhfuse import messages as m
 from rlhfuse.config import Config, ValidationConfig
 from rlhfuse.cost import CostModel
 from rlhfuse.fleet import WorkerFailed
+from rlhfuse.planner.memory import sleeps
 from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.rollout.loop import RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
@@ -49,6 +51,15 @@ class Rollout:
             self._loop.finish()
             self.result = self._loop.result()
 
+    def rest(self) -> None:
+        """What holds keys and values gives them back, where the memory plan says so.
+
+        Raises:
+            WorkerFailed: as the rollout itself.
+        """
+        if sleeps_between(self._session):
+            self._loop.rest()
+
 
 def generate_and_score(
     session: Session,
@@ -73,7 +84,10 @@ def generate_and_score(
         config.placement.num_devices,
         tuple(roles),
         cost,
-        rollout_policy(config, sampling, overlap=overlap),
+        replace(
+            rollout_policy(config, sampling, overlap=overlap),
+            sleep_when_free=sleeps_between(session),
+        ),
         function_reward=session.rewards is not None,
         lengths=lengths,
         spared=spared,
@@ -101,6 +115,13 @@ def needs_logprobs(session: Session) -> bool:
         return True
     exact = all("float32" in session.fleet.detail(name) for name in session.fleet.rollout)
     return config.algorithm.tis == "auto" and not exact
+
+
+def sleeps_between(session: Session) -> bool:
+    """Whether instances sleep while others need their memory: what the plan counted with."""
+    fleet = session.fleet
+    cuda = any("cuda" in fleet.detail(name) for name in fleet.rollout)
+    return sleeps(session.run.config, cuda=cuda)
 
 
 def rollout_policy(config: Config, sampling: m.Sampling, *, overlap: bool) -> Policy:

@@ -53,6 +53,13 @@ def dtype_of(placement: PlacementConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def give_back(device: torch.device) -> None:
+    """Let the device's other worker have what this one has freed. (A CPU's allocator does so by
+    itself; CUDA's keeps it for its process.)"""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def run_guarded(spec: WorkerSpec, body: Callable[[Link], None]) -> None:
     """Run a worker's life; whatever ends it early is reported to the controller first."""
     logging.basicConfig(

@@ -21,7 +21,7 @@ from rlhfuse.timeline import Kind, Span
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Inbox
 from rlhfuse.workers.burst import Burst
-from rlhfuse.workers.common import device_of, dtype_of, run_guarded
+from rlhfuse.workers.common import device_of, dtype_of, give_back, run_guarded
 from rlhfuse.workers.models import load_models, make_engine
 
 logger = logging.getLogger(__name__)
@@ -102,10 +102,10 @@ class RolloutWorker:
             case m.Sleep():
                 self._engine.sleep()
                 self._asleep = True
+                give_back(self._device)
                 self._link.send(m.Ack(command="Sleep"))
             case m.Wake():
-                self._engine.wake()
-                self._asleep = False
+                self._wake()
                 self._link.send(m.Ack(command="Wake"))
             case m.Shutdown():
                 self._running = False
@@ -126,10 +126,14 @@ class RolloutWorker:
             f"weights are of versions {versions}, the step wants {command.policy_version}"
         )
         self._forget()
+        self._wake()
+        self._begun = True
+
+    def _wake(self) -> None:
         if self._asleep:
+            give_back(self._device)  # of scoring
             self._engine.wake()
             self._asleep = False
-        self._begun = True
 
     def _forget(self) -> None:
         self._begun = False
@@ -142,6 +146,7 @@ class RolloutWorker:
 
     def _generate(self, command: m.Generate) -> None:
         assert self._begun, "told to generate without the weights of this step"
+        self._wake()
         params = _sampling_params(command.sampling)
         for item in command.items:
             response = np.frombuffer(item.tokens.response, dtype=np.int32)

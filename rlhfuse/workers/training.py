@@ -21,7 +21,7 @@ from rlhfuse.training.snapshot import AsideWriter
 from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Outbox
-from rlhfuse.workers.common import device_of, dtype_of, meet_on, run_guarded
+from rlhfuse.workers.common import device_of, dtype_of, give_back, meet_on, run_guarded
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TrainingWorker:
         self._rank = spec.index
         self._lane = f"rank{spec.index}"
         self._link = link
-        device = device_of(spec.config.placement, spec.seat.local_index)
+        device = self._device = device_of(spec.config.placement, spec.seat.local_index)
         meet_on(spec.seat.node.address)
         limit = timedelta(seconds=spec.config.trainer.wait_timeout_s)
         # The controller holds the store: no port can be taken by others, and it outlives us.
@@ -148,6 +148,7 @@ class TrainingWorker:
         except NonFiniteLoss:
             self._keep_batch(command.step, samples)
             raise
+        give_back(self._device)
         self._link.send(m.Spans(spans=tuple(spans)))
         self._link.send(
             m.Trained(

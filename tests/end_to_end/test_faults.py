@@ -50,7 +50,7 @@ def _config(assets: Path, runs: Path, steps: int, **trainer: object) -> Config:
     return replace(
         config,
         # Long enough to be hit, and a tail that is sure to move.
-        rollout=replace(config.rollout, response_length=96),
+        rollout=replace(config.rollout, response_length=96, sleep="on"),
         trainer=replace(
             config.trainer,
             total_training_steps=steps,

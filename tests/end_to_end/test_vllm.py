@@ -22,7 +22,7 @@ def test_fused_equals_serial_on_vllm(tmp_path: Path) -> None:
     replace = msgspec.structs.replace
     config = replace(
         config,
-        rollout=replace(config.rollout, engine="vllm"),
+        rollout=replace(config.rollout, engine="vllm", sleep="on"),
         trainer=replace(config.trainer, wait_timeout_s=400.0),  # two imports of vLLM
     )
     result = verify_run(config, 1, tmp_path)

@@ -1,0 +1,263 @@
+"""What a run holds in memory, by device, before anything starts.
+
+A device is shared by a rollout and a training worker. Weights, gradients and optimizer states are
+there always; keys and values, scoring and training take turns, where instances sleep between.
+Activations and logits are estimates for a typical step, all else is counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.model_shape import ModelShape
+from rlhfuse.placement import Seat, StagePlacement, replicas, role_of
+from rlhfuse.planner.costs import GRADIENT_BYTES, KEPT_VALUES, MASTER_BYTES, MOMENT_BYTES, USABLE
+from rlhfuse.planner.workload import Workload
+
+GIB = 2**30
+# Libraries, code and buffers of both workers: measured on a CPU in the quick start, and the usual
+# size of two CUDA contexts.
+_ROLLOUT_BYTES = {"torch": GIB // 3, "vllm": GIB * 5 // 8}
+_TRAINING_BYTES = GIB * 3 // 8
+_CONTEXTS_BYTES = GIB
+CONTROLLER_BYTES = GIB  # of a CPU's memory: the controller, Ray, and what workers are forked from
+_VLLM_BLOCK_TOKENS = 32
+_PARTS = ("weights", "gradients", "optimizer", "keys and values", "scoring", "training", "programs")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of one device by part: `held` always, one of `turns` at a time where `sleeps`, else
+    the keys and values with either of the others."""
+
+    held: Mapping[str, int]
+    turns: Mapping[str, int]
+    sleeps: bool
+
+    @property
+    def total(self) -> int:
+        """The most at one time."""
+        return sum(self.held.values()) + self._shared(self.sleeps)
+
+    @property
+    def least(self) -> int:
+        """`total`, were instances to sleep."""
+        return sum(self.held.values()) + self._shared(True)
+
+    def _shared(self, sleeps: bool) -> int:
+        cache, scoring, training = (
+            self.turns[name] for name in ("keys and values", "scoring", "training")
+        )
+        busiest = max(scoring, training)
+        return max(cache, busiest) if sleeps else cache + busiest
+
+    def text(self) -> str:
+        """Every part in GiB, in one order."""
+        parts = {**self.held, **self.turns}
+        return ", ".join(f"{name} {parts[name] / GIB:.3g}" for name in _PARTS if parts.get(name))
+
+
+def memory_plan(
+    config: Config,
+    workload: Workload,
+    pipelines: Mapping[str, StagePlacement],
+    *,
+    cuda: bool,
+) -> tuple[DeviceMemory, ...]:
+    """One for each device. `cuda`: whether they are GPUs."""
+    narrow = config.placement.dtype == "bfloat16" or (cuda and config.placement.dtype == "auto")
+    size = 2 if narrow else 4
+    return tuple(
+        _device(config, workload, pipelines, device, size, cuda=cuda)
+        for device in range(config.placement.num_devices)
+    )
+
+
+def sleeps(config: Config, *, cuda: bool) -> bool:
+    """Whether instances give back their keys and values when others need the memory."""
+    return cuda if config.rollout.sleep == "auto" else config.rollout.sleep == "on"
+
+
+def _device(
+    config: Config,
+    workload: Workload,
+    pipelines: Mapping[str, StagePlacement],
+    device: int,
+    size: int,
+    *,
+    cuda: bool,
+) -> DeviceMemory:
+    weights = gradients = optimizer = 0
+    training = 0.0
+    for name, placed in pipelines.items():
+        if device not in placed.ranks:
+            continue
+        role, stage = role_of(name), placed.ranks.index(device)
+        shape, model = workload.models[role], config.actor if role == "actor" else config.critic
+        count = stage_parameters(shape, placed, stage, scalar_head=role == "critic")
+        trained = _trained(shape, model, placed, stage) if model.lora_rank else count
+        shards = len(replicas(pipelines, role)) if config.placement.shard_optimizer else 1
+        weights += (count + (trained if model.lora_rank else 0)) * size
+        gradients += trained * GRADIENT_BYTES
+        optimizer += trained * (MOMENT_BYTES + (MASTER_BYTES if size < 4 else 0)) // shards
+        replica = len(replicas(pipelines, role))
+        training += _activations(workload, model, shape, placed, stage, replica) * size
+    keys_and_values = workload.models["actor"].cache_values()
+    return DeviceMemory(
+        held={
+            "weights": weights + size * sum(_resident(config, workload)),
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "programs": _programs(config, cuda),
+        },
+        turns={
+            "keys and values": int(cache_tokens(config) * keys_and_values * size),
+            "scoring": int(_scoring(config, workload) * size),
+            "training": int(training),
+        },
+        sleeps=sleeps(config, cuda=cuda),
+    )
+
+
+def stage_parameters(
+    shape: ModelShape, placed: StagePlacement, stage: int, *, scalar_head: bool
+) -> int:
+    """Parameters of one pipeline stage; the first holds the embedding, the last norm and head."""
+    first, end = placed.layers[stage]
+    count = (end - first) * shape.layer_parameters
+    is_first, is_last = stage == 0, stage == len(placed.ranks) - 1
+    if is_first:
+        count += shape.embedding_parameters
+    if is_last:
+        count += shape.hidden_size + (shape.hidden_size if scalar_head else 0)
+        if not scalar_head and not (shape.tied and is_first):
+            count += shape.embedding_parameters
+    return count
+
+
+def cache_tokens(config: Config) -> int:
+    """Tokens of keys and values that an instance has room for."""
+    rollout = config.rollout
+    longest = config.data.max_prompt_length + rollout.response_length
+    tokens = rollout.cache_tokens or rollout.max_num_seqs * longest
+    if rollout.engine == "vllm":  # as `engines.vllm_engine` asks for
+        block = rollout.vllm.block_size or _VLLM_BLOCK_TOKENS
+        tokens = (-(-tokens // block) + rollout.max_num_seqs + 1) * block
+    return tokens
+
+
+def _resident(config: Config, workload: Workload) -> list[int]:
+    """Parameters of the whole models in a rollout worker: the scorers', and vLLM's own actor."""
+    shapes = {role: shape for role, shape in workload.models.items() if role != "actor"}
+    actor = workload.models["actor"].num_parameters()
+    found = [actor] * (2 if config.rollout.engine == "vllm" else 1)
+    for role, shape in shapes.items():
+        found.append(shape.num_parameters(scalar_head=role in ("critic", "reward")))
+    return found
+
+
+def _programs(config: Config, cuda: bool) -> int:
+    if cuda:
+        return _CONTEXTS_BYTES
+    return _ROLLOUT_BYTES["vllm" if config.rollout.engine == "vllm" else "torch"] + _TRAINING_BYTES
+
+
+def _trained(
+    shape: ModelShape, model: TrainedModelConfig, placed: StagePlacement, stage: int
+) -> int:
+    """Adapter parameters of a stage, if all linear layers have one."""
+    hidden, inner, query = shape.hidden_size, shape.intermediate_size, shape.query_size
+    kv_size = shape.num_kv_heads * shape.head_dim
+    ends = 2 * (hidden + query) + 2 * (hidden + kv_size)
+    ends += (3 if shape.gated else 2) * (hidden + inner)
+    first, end = placed.layers[stage]
+    return model.lora_rank * ends * (end - first)
+
+
+def _activations(
+    workload: Workload,
+    model: TrainedModelConfig,
+    shape: ModelShape,
+    placed: StagePlacement,
+    stage: int,
+    num_replicas: int,
+) -> float:
+    """Numbers kept for backward passes by the micro-batches that a stage has begun at one time (at
+    most one for each stage from here on), and the logits of the one at its end."""
+    share = workload.tokens_per_minibatch / num_replicas
+    budget = model.ppo_max_token_len_per_gpu
+    count = model.num_microbatches or max(1, -(-int(share) // budget))
+    tokens = share / count
+    first, end = placed.layers[stage]
+    begun = min(count, len(placed.ranks) - stage)
+    kept = (end - first) * (1 if model.gradient_checkpointing else KEPT_VALUES)
+    numbers = tokens * begun * kept * shape.hidden_size
+    if model.gradient_checkpointing:
+        numbers += tokens * KEPT_VALUES * shape.hidden_size
+    if stage == len(placed.ranks) - 1 and shape is workload.models["actor"]:
+        numbers += tokens * shape.vocab_size
+    return numbers
+
+
+def _scoring(config: Config, workload: Workload) -> float:
+    """Numbers of one scoring call: hidden states of a layer, and its logits."""
+    tokens = config.rollout.score_token_budget
+    widest = [
+        4 * shape.hidden_size
+        + 2 * shape.intermediate_size
+        + (shape.vocab_size if role in ("actor", "reference") else 0)
+        for role, shape in workload.models.items()
+        if role in workload.scored
+    ]
+    return float(tokens * max(widest, default=0))
+
+
+def check_room(
+    plan: Sequence[DeviceMemory], homes: Sequence[Seat], *, cuda: bool
+) -> tuple[str, ...]:
+    """Warnings where memory that would do is in others' hands just now.
+
+    Raises:
+        ValueError: a device, or a machine whose processors are the devices, is too small; says
+            what is needed, what is there, and what takes it.
+    """
+    if cuda:
+        for device, (memory, seat) in enumerate(zip(plan, homes, strict=True)):
+            room = int(seat.node.gpu_bytes * USABLE)
+            if seat.node.gpu_bytes and memory.total > room:
+                raise ValueError(_refusal(f"device {device}", [memory], memory.total, room))
+        return ()
+    told = []
+    for node in {seat.node.node_id: seat.node for seat in homes}.values():
+        here = [m for m, seat in zip(plan, homes, strict=True) if seat.node.node_id == node.node_id]
+        needed = sum(memory.total for memory in here) + CONTROLLER_BYTES
+        if node.memory_bytes and needed > node.memory_bytes:
+            raise ValueError(_refusal(f"node {node.address}", here, needed, node.memory_bytes))
+        if node.memory_bytes and needed > node.free_bytes:
+            told.append(
+                f"memory: {needed / GIB:.1f} GiB are planned on node {node.address}, where "
+                f"{node.free_bytes / GIB:.1f} of {node.memory_bytes / GIB:.1f} GiB are free"
+            )
+    return tuple(told)
+
+
+def _refusal(place: str, here: Sequence[DeviceMemory], needed: int, room: int) -> str:
+    largest = max(here, key=lambda memory: memory.total)
+    each = f" for {len(here)} devices" if len(here) > 1 else ""
+    could = sum(memory.least for memory in here) + needed - sum(memory.total for memory in here)
+    way_out = "rollout.sleep=on would make it fit" if could <= room else _way_out(largest)
+    return (
+        f"memory: {place} has {room / GIB:.1f} GiB to use, and the plan needs "
+        f"{needed / GIB:.1f} GiB{each} (GiB per device: {largest.text()}); {way_out}"
+    )
+
+
+def _way_out(memory: DeviceMemory) -> str:
+    parts = {**memory.held, **memory.turns}
+    hints = {
+        "keys and values": "lower rollout.max_num_seqs or set rollout.cache_tokens",
+        "scoring": "lower rollout.score_token_budget",
+        "training": "raise num_microbatches, or set gradient_checkpointing",
+    }
+    most = max(parts, key=lambda name: parts[name])
+    return hints.get(most, "use more devices (placement.num_devices), smaller models or lora_rank")

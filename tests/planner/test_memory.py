@@ -1,0 +1,122 @@
+"""The memory plan: what it counts is what is made, and what cannot fit is refused with numbers."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from rlhfuse.config import Config
+from rlhfuse.engines.kv_cache import CacheShape
+from rlhfuse.model_shape import shape_of
+from rlhfuse.models.loading import load_config, load_stage
+from rlhfuse.models.stage import Head
+from rlhfuse.placement import NodeInfo, Seat, StagePlacement, pipeline_ranks
+from rlhfuse.planner.memory import (
+    CONTROLLER_BYTES,
+    GIB,
+    DeviceMemory,
+    check_room,
+    memory_plan,
+    stage_parameters,
+)
+from rlhfuse.planner.workload import workload_of
+from tests.end_to_end.tiny_run import make_assets, tiny_config
+from tests.models.tiny import FAMILIES, save_tiny
+
+replace = msgspec.structs.replace
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    return tiny_config(folder, folder, num_devices=2)
+
+
+def _plan(config: Config, *, cuda: bool = False) -> tuple[DeviceMemory, ...]:
+    ranks = pipeline_ranks(config)
+    pipelines = {
+        name: StagePlacement(
+            r, tuple((4 * i // len(r), 4 * (i + 1) // len(r)) for i in range(len(r)))
+        )
+        for name, r in ranks.items()
+    }
+    return memory_plan(config, workload_of(config), pipelines, cuda=cuda)
+
+
+def _seats(count: int, memory: int, free: int = 1 << 50, gpu: int = 0) -> list[Seat]:
+    node = NodeInfo("n", "127.0.0.1", "m", (0,), 0, memory, free, gpu)
+    return [Seat(node, index, None) for index in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", list(Head))
+def test_stage_parameters_are_those_of_the_model(
+    tmp_path: Path, family: str, tied: bool, head: Head
+) -> None:
+    save_tiny(tmp_path, family, head=head, tied=tied)
+    shape = shape_of(str(tmp_path))
+    for layers in (((0, 4),), ((0, 3), (3, 4)), ((0, 1), (1, 2), (2, 4))):
+        placed = StagePlacement(tuple(range(len(layers))), layers)
+        for stage, (first, end) in enumerate(layers):
+            made = load_stage(
+                tmp_path,
+                head=head,
+                layers=range(first, end),
+                first=stage == 0,
+                last=stage == len(layers) - 1,
+            )
+            counted = stage_parameters(shape, placed, stage, scalar_head=head is not Head.LM)
+            biases = sum(p.numel() for p in made.parameters() if p.dim() == 1)
+            exact = sum(p.numel() for p in made.parameters())
+            assert abs(counted - exact) <= biases, (stage, layers)
+
+
+def test_keys_and_values_are_the_engines(config: Config) -> None:
+    shape = CacheShape.of(load_config(config.actor.path), torch.float32)
+    for device in _plan(config):
+        assert device.turns["keys and values"] == 16 * (16 + 48) * shape.token_bytes
+
+
+def test_parts_follow_the_placement(config: Config) -> None:
+    """Weights and states are split over pipeline stages, and states over replicas."""
+    whole = replace(config, placement=replace(config.placement, num_devices=1))
+    copies = replace(config, placement=replace(config.placement, actor_pp=1, critic_pp=1))
+    one, split, replicas = _plan(whole), _plan(config), _plan(copies)
+    for part in ("gradients", "optimizer"):
+        assert sum(device.held[part] for device in split) == one[0].held[part]
+    assert replicas[0].held["gradients"] == one[0].held["gradients"]
+    assert 2 * replicas[0].held["optimizer"] == pytest.approx(one[0].held["optimizer"], abs=2)
+    narrow = _plan(config, cuda=True)[0]
+    assert narrow.held["weights"] * 2 == split[0].held["weights"]
+    assert narrow.held["optimizer"] * 8 == split[0].held["optimizer"] * 12  # float32 masters
+    lora = replace(config, actor=replace(config.actor, lora_rank=2))
+    assert _plan(lora)[0].held["optimizer"] < split[0].held["optimizer"]
+
+
+def test_turns_share_memory_only_where_instances_sleep(config: Config) -> None:
+    awake = _plan(config)[0]
+    asleep = _plan(replace(config, rollout=replace(config.rollout, sleep="on")))[0]
+    cache, scoring, training = awake.turns.values()
+    assert awake.total - asleep.total == min(cache, max(scoring, training))
+    assert awake.least == asleep.least == asleep.total
+    assert _plan(config, cuda=True)[0].sleeps
+
+
+def test_an_impossible_plan_is_refused_with_the_numbers(config: Config) -> None:
+    huge = _plan(replace(config, rollout=replace(config.rollout, cache_tokens=10**8)))
+    with pytest.raises(ValueError, match=r"node 127.0.0.1 has 64.0 GiB to use, and the plan needs"):
+        check_room(huge, _seats(2, 64 * GIB), cuda=False)
+    with pytest.raises(ValueError, match=r"keys and values \d+.*rollout.cache_tokens") as told:
+        check_room(huge[:1], _seats(1, 0, gpu=16 * GIB), cuda=True)
+    assert "\n" not in str(told.value)
+    plan = _plan(config)
+    needed = sum(device.total for device in plan) + CONTROLLER_BYTES
+    assert check_room(plan, _seats(2, needed), cuda=False) == ()
+    with pytest.raises(ValueError, match=r"rollout\.sleep=on would make it fit"):
+        check_room(plan, _seats(2, needed - 1), cuda=False)
+    (warning,) = check_room(plan, _seats(2, 64 * GIB, free=needed - 1), cuda=False)
+    assert "of 64.0 GiB are free" in warning
+    assert check_room(huge, _seats(2, 0), cuda=False) == ()  # not known
