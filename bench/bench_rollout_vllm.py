@@ -28,7 +28,8 @@ from bench.record import Row, print_table, spread, write_result
 from rlhfuse import messages as m
 from rlhfuse.batches import sample_seed
 from rlhfuse.config_file import load
-from rlhfuse.cost import CostModel, fit
+from rlhfuse.cost import CostModel
+from rlhfuse.learned_cost import LearnedCost
 from rlhfuse.resolve import resolve
 from rlhfuse.rollout.bounds import lower_bound_s
 from rlhfuse.rollout.clairvoyant import clairvoyant
@@ -62,7 +63,7 @@ class Bench:
     def __init__(self, session: Session, sampling: m.Sampling) -> None:
         self.session = session
         self.sampling = sampling
-        self.cost = CostModel.default()
+        self.learned = LearnedCost(CostModel.default())
         self.history: list[int] = []
 
     def policy(self, name: str) -> Policy:
@@ -77,7 +78,11 @@ class Bench:
         early = ("reward",) if name == "reward-only" else tuple(roles)
         limit = self.sampling.max_tokens
         scheduler = RolloutScheduler(
-            2, early, self.cost, self.policy(name), lengths=LengthModel(limit, self.history)
+            2,
+            early,
+            self.learned.model,
+            self.policy(name),
+            lengths=LengthModel(limit, self.history),
         )
         loop = RolloutLoop(
             fleet, scheduler, None, session.progress, session.run.decode, timeout_s=120, show=False
@@ -87,7 +92,7 @@ class Bench:
         late = [role for role in roles if role not in early]
         if late:
             seconds += self.score(records, late)
-        self.cost = fit(Timeline(tuple(fleet.take_spans())), self.cost)
+        self.learned.learn(Timeline(tuple(fleet.take_spans())))
         return seconds
 
     def score(self, records: Sequence[Record], roles: Sequence[str]) -> float:
@@ -221,15 +226,21 @@ def simulations(bench: Bench, chosen: Sequence[Record], lengths: Sequence[int]) 
     ends = {"reward-only": 0.0}
     for name in ("serial", "early", "paper", "ours"):
         _, stats = simulate(
-            bench.cost, bench.policy(name), lengths, prompts, 2, ROLES, history=bench.history
+            bench.learned.model,
+            bench.policy(name),
+            lengths,
+            prompts,
+            2,
+            ROLES,
+            history=bench.history,
         )
         ends[name] = stats.end_s
     ours = bench.policy("ours")
     best = clairvoyant(
-        bench.cost, ours, lengths, prompts, 2, ROLES, history=bench.history, second=False
+        bench.learned.model, ours, lengths, prompts, 2, ROLES, history=bench.history, second=False
     )
     ends["clairvoyant"] = best.end_s
-    ends["lower bound"] = lower_bound_s(bench.cost, ours, lengths, prompts, 2, ROLES)
+    ends["lower bound"] = lower_bound_s(bench.learned.model, ours, lengths, prompts, 2, ROLES)
     return ends
 
 

@@ -11,7 +11,8 @@ extrapolation for a measurement.
   context tokens are summed over the batch).
 - ``Kind.PREFILL``: ``tokens``.
 - ``Kind.SCORE``: ``role`` (text), ``tokens``, ``samples``; one span per scoring call.
-- ``Kind.MIGRATE``: ``tokens`` moved with their cache.
+- ``Kind.MIGRATE``: ``tokens`` moved with their cache. Spans of different names are parts of a
+  migration (leaving, fetching, taking in), and their costs add up; those without tokens had none.
 - ``Kind.WEIGHTS``, ``Kind.SWAP``: no arguments; the median duration counts.
 - ``Kind.F``, ``B``, ``I``, ``W``: ``pipeline`` (text), ``pp_stage``, ``tokens``.
 """
@@ -156,10 +157,7 @@ def fit(timeline: Timeline, previous: CostModel) -> CostModel:
         by_kind.get(Kind.PREFILL, []), (cost.prefill_call_s, cost.prefill_token_s), "prefill", basis
     )
     cost = replace(cost, prefill_call_s=call_s, prefill_token_s=token_s)
-    call_s, token_s = _fit_line(
-        by_kind.get(Kind.MIGRATE, []), (cost.migrate_call_s, cost.migrate_token_s), "migrate", basis
-    )
-    cost = replace(cost, migrate_call_s=call_s, migrate_token_s=token_s)
+    cost = _fit_migrations(by_kind.get(Kind.MIGRATE, []), cost, basis)
     sync_s = _median(by_kind.get(Kind.WEIGHTS, []), cost.weight_sync_s, "weights", basis)
     swap_s = _median(by_kind.get(Kind.SWAP, []), cost.swap_s, "swap", basis)
     train = _fit_train(by_kind, cost, basis)
@@ -262,6 +260,24 @@ def _fit_line(
     call_s, token_s, seconds, predicted = _line(spans, prior)
     _note(basis, name, seconds, predicted)
     return call_s, token_s
+
+
+def _fit_migrations(spans: list[Span], cost: CostModel, basis: dict[str, str]) -> CostModel:
+    """A line for each part, and their sum; nothing where a part was hardly seen."""
+    parts: dict[str, list[Span]] = {}
+    for span in spans:
+        if _number(span, "tokens") > 0:
+            parts.setdefault(span.name, []).append(span)
+    fewest = min((len(found) for found in parts.values()), default=0)
+    if fewest < MIN_SPANS:
+        _kept(basis, "migrate", fewest)
+        return cost
+    share = (cost.migrate_call_s / len(parts), cost.migrate_token_s / len(parts))
+    lines = [_line(found, share) for found in parts.values()]
+    seconds, predicted = (np.concatenate([line[i] for line in lines]) for i in (2, 3))
+    _note(basis, "migrate", seconds, predicted)
+    call_s, token_s = (sum(line[i] for line in lines) for i in (0, 1))
+    return replace(cost, migrate_call_s=call_s, migrate_token_s=token_s)
 
 
 def _fit_scores(spans: list[Span], cost: CostModel, basis: dict[str, str]) -> CostModel:

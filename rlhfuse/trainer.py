@@ -16,8 +16,9 @@ from rlhfuse import messages as m
 from rlhfuse.algorithms.kl import KlControl, next_control
 from rlhfuse.algorithms.tally import Tally, merge, named
 from rlhfuse.batches import training_records
-from rlhfuse.cost import CostModel, fit
+from rlhfuse.cost import CostModel
 from rlhfuse.fleet import TrainingLost
+from rlhfuse.learned_cost import LearnedCost
 from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
 from rlhfuse.rollout.records import Record, RolloutResult
@@ -67,7 +68,7 @@ class Trainer:
         self.forced = fusions
         self.config = session.run.config
         self.costs = session.run.costs
-        self.cost_model = CostModel.default()
+        self.learned = LearnedCost(CostModel.default())
         self.fused_s_per_token: list[float] = []
         self.history: list[StepResult] = []
         self.validations: list[dict[str, float]] = []
@@ -123,7 +124,7 @@ class Trainer:
             records,
             training_sampling(self.config, self.session.run.stop_token_ids),
             roles=self.config.scored_roles,
-            cost=self.cost_model,
+            cost=self.learned.model,
             overlap=fusions.inter_stage,
             lengths=self.session.lengths,
             spared=self.spared(records, step, fusions),
@@ -233,7 +234,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Every validation set; the best checkpoint is known by one of its metrics."""
-        metrics = validate(self.session, self.cost_model)
+        metrics = validate(self.session, self.learned.model)
         self.validations.append(metrics)
 
     def save(self) -> Path:
@@ -287,7 +288,7 @@ class Trainer:
             trained["critic"] = tokens * self.config.critic.ppo_epochs
         trained["reference"] = sum(lengths[i] for i in plan.forward_samples)
         self.costs = measured_costs(timeline.spans, trained, self.costs)
-        self.cost_model = fit(timeline, self.cost_model)
+        self.learned.learn(timeline)
 
     def audit(self, metrics: dict[str, float], fusions: Fusions) -> dict[str, float]:
         """The speed-up of fused over serial steps, per token, where a step ran serially."""

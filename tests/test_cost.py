@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhfuse.cost import CostModel, StageCost, fit
+from rlhfuse.learned_cost import LearnedCost
 from rlhfuse.timeline import Kind, Span, Timeline
 
 TRUE = replace(
@@ -116,3 +117,29 @@ def test_json_round_trip_and_mistakes() -> None:
         CostModel.from_json(b'{"decode_batch": 3}')
     with pytest.raises(ValueError, match="must rise"):
         replace(TRUE, decode_batch=(1.0, 4.0, 3.0, 8.0, 16.0, 32.0))
+
+
+def test_the_parts_of_a_migration_add_up() -> None:
+    """Leaving costs 2 ms and 1 us a token, fetching 1 ms and 2 us, taking in 3 us a token."""
+    parts = {"leave": (2e-3, 1e-6), "fetch": (1e-3, 2e-6), "take in": (0.0, 3e-6)}
+    spans = [
+        Span("rank0", 0.0, call_s + token_s * tokens, Kind.MIGRATE, name, {"tokens": tokens})
+        for name, (call_s, token_s) in parts.items()
+        for tokens in (40, 300, 900, 2000)
+    ]
+    plain = [Span("rank0", 0.0, 9.0, Kind.MIGRATE, "leave", {"samples": 1}) for _ in range(9)]
+    cost = fit(Timeline((*spans, *plain)), CostModel.default())
+    assert cost.migrate_s(500, with_cache=True) == pytest.approx(3e-3 + 6e-6 * 500, rel=0.02)
+    few = Timeline((*spans, *(Span("", 0, 1, Kind.MIGRATE, "rare", {"tokens": 1}) for _ in "ab")))
+    assert fit(few, CostModel.default()).migrate_call_s == CostModel.default().migrate_call_s
+
+
+def test_what_is_seldom_is_remembered_over_steps() -> None:
+    """One migration a step: none is enough to fit, three are."""
+    learned = LearnedCost(CostModel.default())
+    for step, tokens in enumerate((100, 400, 1600)):
+        assert learned.model.migrate_call_s == CostModel.default().migrate_call_s
+        span = Span("rank0", 0.0, 0.02 + 1e-5 * tokens, Kind.MIGRATE, "leave", {"tokens": tokens})
+        learned.learn(Timeline((span,)))
+        assert learned.model.basis["migrate"].startswith("fitted" if step == 2 else "kept")
+    assert learned.model.migrate_s(800, with_cache=True) == pytest.approx(0.028, rel=0.05)

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "cost",
+        "learned_cost",
         "hardware",
         "model_shape",
         "schedules",

@@ -20,7 +20,7 @@ from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Inbox
-from rlhfuse.workers.burst import Burst
+from rlhfuse.workers.burst import Newcomer, StepMeter
 from rlhfuse.workers.common import device_of, dtype_of, give_back, run_guarded
 from rlhfuse.workers.models import load_models, make_engine
 
@@ -58,7 +58,7 @@ class RolloutWorker:
         self._contexts: dict[int, int] = {}  # prompt tokens
         self._logprobs: dict[int, list[float]] = {}
         self._spans: list[Span] = []
-        self._burst = Burst()
+        self._meter = StepMeter(self._lane)
         self._running = True
         link.send(
             m.Hello(
@@ -116,7 +116,6 @@ class RolloutWorker:
         self._engine.abort(list(self._lengths))
         self._forget()
         self._spans.clear()
-        self._burst = Burst()
         self._link.send(m.Ack(command="Reset"))
 
     def _begin(self, command: m.BeginStep) -> None:
@@ -137,6 +136,7 @@ class RolloutWorker:
 
     def _forget(self) -> None:
         self._begun = False
+        self._meter.clear()
         self._store.clear()
         self._growths.clear()
         self._lengths.clear()
@@ -152,6 +152,8 @@ class RolloutWorker:
             response = np.frombuffer(item.tokens.response, dtype=np.int32)
             sample_id = item.tokens.sample_id
             cache, logprobs = self._remains(item, len(response))
+            tokens = len(item.tokens.prompt) // 4 + len(response)
+            self._meter.enters(sample_id, Newcomer(tokens, cached=bool(cache)))
             self._logprobs[sample_id] = logprobs
             self._lengths[sample_id] = len(response)
             self._contexts[sample_id] = len(item.tokens.prompt) // 4
@@ -173,7 +175,11 @@ class RolloutWorker:
         self._incomplete.discard(sample_id)
         if item.cache_from:
             try:
+                start_s = time.monotonic()
                 remains = fetch_departed(self._client, item.cache_from, sample_id)
+                if remains.cache:
+                    tokens = len(item.tokens.prompt) // 4 + length
+                    self._span(Kind.MIGRATE, "fetch", start_s, tokens=tokens)
                 if any(map(math.isnan, remains.logprobs)):
                     self._incomplete.add(sample_id)
                 return remains.cache, remains.logprobs.tolist()
@@ -186,6 +192,7 @@ class RolloutWorker:
     def _export(self, command: m.Export) -> None:
         start_s = time.monotonic()
         left: list[m.Growth] = []
+        cached = 0  # tokens whose keys and values leave too
         for running in self._engine.export(command.sample_ids, with_cache=command.with_cache):
             request = running.request
             logprobs = self._logprobs.pop(request.sample_id, [])
@@ -193,10 +200,13 @@ class RolloutWorker:
                 request.sample_id, Departed(running.cache, np.asarray(logprobs, dtype=np.float32))
             )
             left.append(self._growth(request.sample_id, ""))
+            cached += bool(running.cache) * (len(request.prompt) + len(request.response))
         self._report()
         self._link.send(m.Exported(growths=tuple(left), requested=command.sample_ids))
-        tokens = sum(self._contexts[g.sample_id] + g.length for g in left)
-        self._span(Kind.MIGRATE, "export", start_s, samples=len(left), tokens=tokens)
+        if cached:
+            self._span(Kind.MIGRATE, "leave", start_s, samples=len(left), tokens=cached)
+        else:
+            self._span(Kind.MIGRATE, "leave", start_s, samples=len(left))
 
     def _score(self, command: m.Score) -> None:
         start_s = time.monotonic()
@@ -271,9 +281,11 @@ class RolloutWorker:
         outputs = self._engine.step()
         end_s = time.monotonic()
         finished = self._absorb(outputs)
-        context = sum(self._contexts[o.sample_id] + self._lengths[o.sample_id] for o in outputs)
-        self._burst.add(start_s, end_s, len(outputs), context)
-        if finished or self._burst.steps >= _REPORT_EVERY_STEPS:
+        contexts = {
+            o.sample_id: self._contexts[o.sample_id] + self._lengths[o.sample_id] for o in outputs
+        }
+        self._spans += self._meter.add(start_s, end_s, contexts)
+        if finished or self._meter.steps >= _REPORT_EVERY_STEPS:
             self._report(finished)
 
     def _absorb(self, outputs: Sequence[Output]) -> dict[int, str]:
@@ -300,9 +312,7 @@ class RolloutWorker:
         if ids:
             growths = tuple(self._growth(i, reasons.get(i, "")) for i in ids)
             self._link.send(m.Grown(growths=growths))
-        if self._burst.steps:
-            self._spans.append(self._burst.span(self._lane))
-            self._burst = Burst()
+        self._spans += self._meter.close()
 
     # --- spans -----------------------------------------------------------------------------
 
