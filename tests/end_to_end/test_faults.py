@@ -109,7 +109,8 @@ def test_results_do_not_depend_on_who_dies_when(
         told = capfd.readouterr().err
         assert "generating (samples " in told
         assert re.search(r"rollout-\d is lost: no sign of life for 3 s", told)
-        assert "training-1 is lost: killed by signal 9; the training workers are started" in told
+        # Of a rank that is killed the others' collectives may tell first.
+        assert re.search(r"training-\d is lost: .*; the training workers are started", told), told
 
         _log_probabilities_are_made_again(session, kept, undisturbed.history, monkeypatch)
         _a_full_disk_leaves_the_older_checkpoint(session)
