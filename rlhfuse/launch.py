@@ -34,6 +34,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     best_step: int
     idle_fraction: float | None
     measured_speedup: float | None
+    rebuilding_gain: float | None
     report: str
 
     def text(self) -> str:
@@ -46,6 +47,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.measured_speedup is not None:
             lines.append(f"  fused steps ran {self.measured_speedup:.2f} times as fast as serial")
+        if self.rebuilding_gain is not None:
+            lines.append(
+                "  schedules rebuilt for measured costs: predicted "
+                f"{self.rebuilding_gain:.3f} times as fast as those for the first guess"
+            )
         if self.idle_fraction is not None:
             lines.append(f"  devices idle, median over fused steps: {self.idle_fraction:.0%}")
         if self.report:
@@ -93,6 +99,7 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
     # An audited step is serial: it says nothing of how idle the run's devices are.
     idle = [m["perf/idle_fraction"] for m in steps if "fusion/measured_speedup" not in m]
     speedups = [m["fusion/measured_speedup"] for m in steps if "fusion/measured_speedup" in m]
+    gains = [m["fusion/rebuilding_gain"] for m in steps if "fusion/rebuilding_gain" in m]
     return Summary(
         run=str(folder),
         steps=state.step,
@@ -104,6 +111,7 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
         best_step=state.best_step,
         idle_fraction=statistics.median(idle) if idle else None,
         measured_speedup=statistics.median(speedups) if speedups else None,
+        rebuilding_gain=statistics.median(gains) if gains else None,
         report=report,
     )
 

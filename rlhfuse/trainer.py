@@ -34,9 +34,14 @@ from rlhfuse.update_plan import (
     later_samples,
     measured_costs,
     plan_update,
+    rebuilding_gain,
 )
 from rlhfuse.validation import validate
 from rlhfuse.weight_sync import sync_weights
+
+# Steps of this process after which schedules for the first costs are made again, to compare.
+_LOOK_AT_GAIN = (1, 2, 3)
+_LOOK_AT_GAIN_EVERY = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +186,7 @@ class Trainer:
         fleet.withdraw()
         watch = TrainingWatch(self.session.progress, plan.num_microbatches, fleet.training)
         fleet.broadcast(fleet.training, command)
+        gain = self.rebuilding_gain(plan, samples)  # while the workers train
         if self.spare_core:
             self.schedules.improve_asked()  # for the next step, which will ask for something near
         trained = fleet.gather(
@@ -189,7 +195,19 @@ class Trainer:
         self.schedules.stop()
         watch.finish()
         tallies = [Tally(event.means, event.sums, event.maxima) for _worker, event in trained]
-        return plan, named(merge(tallies))
+        return plan, named(merge(tallies)) | gain
+
+    def rebuilding_gain(
+        self, plan: UpdatePlan, samples: Sequence[TrainedSample]
+    ) -> dict[str, float]:
+        """Now and then: what schedules for measured costs gain over those for the first guess."""
+        done = len(self.history)
+        if done not in _LOOK_AT_GAIN and (not done or done % _LOOK_AT_GAIN_EVERY):
+            return {}
+        run = self.session.run
+        placed = {**self.session.state.pipelines, **run.reference}
+        gain = rebuilding_gain(self.config, plan.minibatches[0], samples, placed, run.costs)
+        return {"fusion/rebuilding_gain": gain}
 
     def advance(self, step: int, metrics: dict[str, float]) -> None:
         """The state after a step: what a checkpoint holds."""

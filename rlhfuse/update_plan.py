@@ -133,6 +133,26 @@ def plan_update(
     return UpdatePlan(tuple(minibatches), predicted_s, serial_s)
 
 
+def rebuilding_gain(
+    config: Config,
+    batch: MiniBatch,
+    samples: Sequence[TrainedSample],
+    pipelines: Mapping[str, StagePlacement],
+    first: Mapping[str, StageCosts],
+) -> float:
+    """What measuring costs has gained: the predicted time of the schedule that the `first` costs
+    lead to, over that of the schedule in use, both with the costs that the latter was made for.
+    1 where a mini-batch runs serially."""
+    (schedule, *others) = batch.rounds
+    if others or len(schedule.problem.pipelines) < 2:
+        return 1.0
+    tokens = {sample.id: sample.tokens for sample in samples}
+    both = {**batch.microbatches, **batch.forward}
+    before = make_problem(both, tokens, pipelines, first, config.placement.num_devices)
+    old = _fused(before, _same_every_time(config))
+    return makespan(Schedule(schedule.problem, old.rows)) / makespan(schedule)
+
+
 def _forward(
     config: Config, cut: Sequence[Mapping[str, tuple[SampleIds, ...]]], number: int
 ) -> dict[str, tuple[SampleIds, ...]]:

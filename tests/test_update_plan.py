@@ -19,6 +19,7 @@ from rlhfuse.update_plan import (
     later_samples,
     measured_costs,
     plan_update,
+    rebuilding_gain,
 )
 
 ROLES = ("actor", "critic")
@@ -181,3 +182,17 @@ def test_why_the_reference_stays_with_the_rollout_workers(
     changed = replace(config, **{section: replace(getattr(config, section), **change)})
     assert reason in why_reference_stays(changed)
     assert not why_reference_stays(config)
+
+
+def test_rebuilding_gains_where_the_first_guess_was_wrong() -> None:
+    samples = _samples([20, 300, 40, 80, 160, 30, 50, 90] * 2)
+    guess, real = _costs(1.0, 1.0), _costs(1.0, 1.0)
+    real["critic"] = _costs(0.3, 1.0)["critic"]  # a critic of a third of the actor's work
+
+    def gain(costs: dict[str, StageCosts], *, fused: bool) -> float:
+        plan = plan_update(_config(), samples, PIPELINES, costs, roles=ROLES, fused=fused, step=1)
+        return rebuilding_gain(_config(), plan.minibatches[0], samples, PIPELINES, guess)
+
+    assert gain(guess, fused=True) == 1.0
+    assert gain(real, fused=False) == 1.0
+    assert gain(real, fused=True) > 1.02
