@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhfuse.kernels import triton_gae, triton_linear, triton_logprob
+from rlhfuse.kernels import triton_gae, triton_linear, triton_logprob, triton_whiten
 
 TARGETS = (80, 90, 100)
 
@@ -56,10 +56,23 @@ def cases() -> list[Case]:
     }  # fmt: skip
     sizes: dict[str, int | bool] = {"VOCAB": 151_936, "PER_ROW": False, "BLOCK": 4096}
     scan = {
-        "rewards_ptr": "*fp32", "values_ptr": "*fp32", "bootstrap_ptr": "*fp32",
-        "cu_seqlens_ptr": "*i32", "advantages_ptr": "*fp32", "returns_ptr": "*fp32",
-        "moments_ptr": "*fp32", "gamma": "fp32", "decay": "fp32",
+        "rewards_ptr": "*fp32", "logprobs_ptr": "*fp32", "ref_ptr": "*fp32", "scores_ptr": "*fp32",
+        "values_ptr": "*fp32", "bootstrap_ptr": "*fp32", "cu_seqlens_ptr": "*i32",
+        "advantages_ptr": "*fp32", "returns_ptr": "*fp32", "shaped_ptr": "*fp32",
+        "moments_ptr": "*fp32", "gamma": "fp32", "decay": "fp32", "log2_decay": "fp32",
+        "kl": "fp32", "num_tokens": "i32", "num_sequences": "i32",
     }  # fmt: skip
+    blocks: dict[str, int | bool] = {"VALUES": True, "BLOCK": 2048, "AHEAD": 2048}
+    white = {
+        "values_ptr": "*fp32", "mask_ptr": "*i1", "moments_ptr": "*fp32", "out_ptr": "*fp32",
+        "num_values": "i32", "num_parts": "i32", "eps": "fp32",
+    }  # fmt: skip
+    value = {
+        "values_ptr": "*bf16", "old_ptr": "*fp32", "returns_ptr": "*fp32", "loss_ptr": "*fp32",
+        "clipped_ptr": "*i8", "above_ptr": "*fp32", "gradient_ptr": "*bf16", "num_values": "i32",
+        "clip": "fp32",
+    }  # fmt: skip
+    whole: dict[str, int | bool] = {"MASKED": True, "BLOCK": 2048}
     head = {
         "hidden_ptr": "*bf16", "hidden_stride": "i32", "weight_ptr": "*bf16",
         "weight_stride": "i32", "bias_ptr": "*bf16", "labels_ptr": "*i64",
@@ -87,11 +100,23 @@ def cases() -> list[Case]:
             logits | backward,
             sizes | {"ENTROPY": True},
         ),
+        Case("gae + moments", triton_gae._scan, scan, blocks | {"SHAPED": 0, "BOOTSTRAP": False}),
         Case(
-            "gae + moments",
+            "gae + moments, k3 rewards",
             triton_gae._scan,
             scan,
-            {"VALUES": True, "BOOTSTRAP": False, "BLOCK": 2048},
+            blocks | {"SHAPED": 3, "BOOTSTRAP": True},
+        ),
+        Case("moments", triton_whiten._moments, white, whole),
+        Case("whiten", triton_whiten._whiten, white, whole | {"SHIFT": True, "MERGED": 1024}),
+        Case(
+            "value loss forward", triton_whiten._value_forward, value, {"CLIP": True, "BLOCK": 2048}
+        ),
+        Case(
+            "value loss backward",
+            triton_whiten._value_backward,
+            value,
+            {"CLIP": True, "BLOCK": 2048},
         ),
         Case("linear_logprob forward", triton_linear._partials, head, tiles),
     ]

@@ -12,13 +12,20 @@ from torch import Tensor
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.packed import check_packed, expand, lengths
-from rlhfuse.kernels.reference import Gae, accumulation_dtype, next_values
+from rlhfuse.kernels.reference import (
+    Gae,
+    Shaping,
+    accumulation_dtype,
+    next_values,
+    shaped_rewards,
+)
+from rlhfuse.kernels.whiten import whiten_batch
 
 _BLOCK = 64
 
 
 def gae(
-    rewards: Tensor,
+    rewards: Tensor | Shaping,
     values: Tensor,
     cu_seqlens: Tensor,
     *,
@@ -29,33 +36,121 @@ def gae(
     """Advantages and returns of packed sequences (arXiv 1506.02438, eq. 16).
 
     Args:
-        rewards, values: [T]. cu_seqlens: int [N + 1].
+        rewards: [T], or what they are made of. values: [T]. cu_seqlens: int [N + 1].
         bootstrap: [N], the value after a sequence's last token; None means 0 (it ended).
 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if rewards.shape != values.shape or rewards.dim() != 1:
+    _check_inputs(rewards, values, cu_seqlens, bootstrap)
+    if isinstance(rewards, Shaping):
+        check_packed(cu_seqlens, values.numel())
+        if _by_triton(values):
+            from rlhfuse.kernels import triton_gae  # triton is optional
+
+            found = triton_gae.scan(
+                rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
+            )
+            return Gae(found.advantages, found.returns, found.rewards)
+        rewards = shaped_rewards(rewards, cu_seqlens)
+    advantages, returns = gae_op(rewards, values, cu_seqlens, bootstrap, gamma, lam)
+    return Gae(advantages, returns, rewards)
+
+
+def whitened_gae(
+    rewards: Tensor | Shaping,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+) -> Gae:
+    """`gae` with advantages whitened over the whole batch; returns come from unwhitened ones.
+
+    Triton: two launches, the first of which also leaves the statistics, and no wait for the
+    device. Elsewhere: `gae` and `whiten_batch`.
+    """
+    if not _by_triton(values):
+        plain = gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
+        return Gae(whiten_batch(plain.advantages, cu_seqlens), plain.returns, plain.rewards)
+    from rlhfuse.kernels import triton_gae, triton_whiten  # triton is optional
+
+    _check_inputs(rewards, values, cu_seqlens, bootstrap)
+    check_packed(cu_seqlens, values.numel())
+    found = triton_gae.scan(rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam)
+    white = triton_whiten.whiten(found.advantages, found.moments)
+    return Gae(white, found.returns, found.rewards)
+
+
+def _check_inputs(
+    rewards: Tensor | Shaping, values: Tensor, cu_seqlens: Tensor, bootstrap: Tensor | None
+) -> None:
+    num_sequences = cu_seqlens.numel() - 1
+    given = rewards.logprobs if isinstance(rewards, Shaping) else rewards
+    if given.shape != values.shape or values.dim() != 1:
         raise ValueError(
-            f"rewards and values must both be [T], not {tuple(rewards.shape)} and "
+            f"rewards and values must both be [T], not {tuple(given.shape)} and "
             f"{tuple(values.shape)}"
         )
+    if isinstance(rewards, Shaping) and (
+        rewards.ref_logprobs.shape != values.shape or rewards.scores.shape != (num_sequences,)
+    ):
+        raise ValueError(
+            f"ref_logprobs must be {tuple(values.shape)} and scores ({num_sequences},), not "
+            f"{tuple(rewards.ref_logprobs.shape)} and {tuple(rewards.scores.shape)}"
+        )
+    if bootstrap is not None and bootstrap.shape != (num_sequences,):
+        raise ValueError(
+            f"bootstrap must be one per sequence ({num_sequences},), not {tuple(bootstrap.shape)}"
+        )
+
+
+def _by_triton(values: Tensor) -> bool:
+    return accumulation_dtype(values) == torch.float32 and choose(values.device) is Path.TRITON
+
+
+@torch.library.custom_op("rlhfuse::gae", mutates_args=())
+def gae_op(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [T]: one node of a compiled graph. No gradient."""
     check_packed(cu_seqlens, rewards.numel())
-    path = choose(rewards.device)
-    if path is Path.REFERENCE:
-        return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
-    dtype = accumulation_dtype(rewards)
-    if path is Path.TRITON and dtype == torch.float32:
+    if choose(rewards.device) is Path.REFERENCE:
+        plain = reference.gae(
+            rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap
+        )
+        return plain.advantages, plain.returns
+    if _by_triton(rewards):
         from rlhfuse.kernels import triton_gae  # triton is optional
 
-        advantages, returns, _ = triton_gae.scan(
+        found = triton_gae.scan(
             rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
         )
-        return Gae(advantages, returns)
+        return found.advantages, found.returns
+    dtype = accumulation_dtype(rewards)
     rewards, values = rewards.to(dtype), values.to(dtype)
     deltas = rewards + next_values(values, cu_seqlens, bootstrap) * gamma - values
     advantages = _blocked_reverse_scan(deltas, cu_seqlens, gamma * lam)
-    return Gae(advantages, advantages + values)
+    return advantages, advantages + values
+
+
+@gae_op.register_fake
+def _(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(rewards)
+    return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
 
 
 def gae_padded(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Gae:
@@ -78,7 +173,7 @@ def gae_padded(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, l
     dtype = packed.advantages.dtype
     advantages, returns = torch.zeros(2, *rewards.shape, dtype=dtype, device=rewards.device)
     advantages[kept], returns[kept] = packed.advantages, packed.returns
-    return Gae(advantages, returns)
+    return Gae(advantages, returns, rewards)
 
 
 def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float) -> Tensor:
@@ -87,17 +182,26 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float) -> 
     Raises:
         ValueError: shapes that do not fit together.
     """
+    returns: Tensor = returns_op(rewards, cu_seqlens, gamma)
+    return returns
+
+
+@torch.library.custom_op("rlhfuse::discounted_returns", mutates_args=())
+def returns_op(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
+    """`discounted_returns` as one node of a compiled graph. No gradient."""
     check_packed(cu_seqlens, rewards.numel())
-    path = choose(rewards.device)
-    if path is Path.REFERENCE:
+    if choose(rewards.device) is Path.REFERENCE:
         return reference.discounted_returns(rewards, cu_seqlens, gamma)
-    dtype = accumulation_dtype(rewards)
-    if path is Path.TRITON and dtype == torch.float32:
+    if _by_triton(rewards):
         from rlhfuse.kernels import triton_gae  # triton is optional
 
-        returns, _, _ = triton_gae.scan(rewards, None, None, cu_seqlens, gamma=gamma, decay=gamma)
-        return returns
-    return _blocked_reverse_scan(rewards.to(dtype), cu_seqlens, gamma)
+        return triton_gae.scan(rewards, None, None, cu_seqlens, gamma=gamma, decay=gamma).advantages
+    return _blocked_reverse_scan(rewards.to(accumulation_dtype(rewards)), cu_seqlens, gamma)
+
+
+@returns_op.register_fake
+def _(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
+    return torch.empty_like(rewards, dtype=accumulation_dtype(rewards))
 
 
 def _blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> Tensor:

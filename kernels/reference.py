@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,31 @@ class KeptTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Shaping:
+    """Rewards made of a score at each sequence's last token and a KL penalty at every token.
+
+    r_t = [t is last] score - coefficient kl_t, by `kl_terms`' `estimator`. scores: [N] (that of an
+    empty sequence counts nowhere); logprobs, ref_logprobs: [T].
+    """
+
+    scores: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    coefficient: float
+    estimator: str = "k1"
+
+    def __post_init__(self) -> None:
+        if self.estimator not in KL_ESTIMATORS:
+            raise ValueError(f"KL estimator {self.estimator!r} is unknown: use k1, k2 or k3")
+
+
+@dataclass(frozen=True, slots=True)
 class Gae:
-    """Advantages and returns, each [T]."""
+    """Advantages, returns, and the rewards that they come from, each [T]."""
 
     advantages: Tensor
     returns: Tensor
+    rewards: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +199,17 @@ def gae(
     rewards, values = rewards.to(dtype), values.to(dtype)
     deltas = rewards + next_values(values, cu_seqlens, bootstrap) * gamma - values
     advantages = reverse_scan(deltas, cu_seqlens, gamma * lam)
-    return Gae(advantages, advantages + values)
+    return Gae(advantages, advantages + values, rewards)
+
+
+def shaped_rewards(shaping: Shaping, cu_seqlens: Tensor) -> Tensor:
+    """The reward of each token [T] (Stiennon et al., arXiv 2009.01325: KL at every token)."""
+    dtype = accumulation_dtype(shaping.logprobs)
+    logprobs, ref_logprobs = shaping.logprobs.to(dtype), shaping.ref_logprobs.to(dtype)
+    rewards = -shaping.coefficient * kl_terms(logprobs, ref_logprobs, shaping.estimator)
+    occupied = cu_seqlens.diff() > 0
+    rewards[cu_seqlens[1:][occupied].long() - 1] += shaping.scores[occupied].to(dtype)
+    return rewards
 
 
 def masked_moments(values: Tensor, mask: Tensor | None = None) -> tuple[int, float, float]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
 from rlhfuse.kernels.reference import accumulation_dtype
 
@@ -100,8 +101,36 @@ def whiten_batch(
     """Whiten over all tokens of a batch that is here as a whole; [T] -> [T]."""
     if values.numel() == 0:
         return torch.zeros_like(values)
+    if accumulation_dtype(values) == torch.float32 and choose(values.device) is Path.TRITON:
+        from rlhfuse.kernels import triton_whiten  # triton is optional
+
+        parts = triton_whiten.moments(values)
+        white = triton_whiten.whiten(values, parts, shift_mean=shift_mean, eps=eps)
+        return white.to(values.dtype)
     moments = batch_moments(values, cu_seqlens)
     return whiten(values, moments, shift_mean=shift_mean, eps=eps)
+
+
+def whiten_masked(
+    values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
+) -> Tensor:
+    """Whiten over the kept values; the others become 0. Any shape, float32 (or float64)."""
+    if values.shape != mask.shape:
+        raise ValueError(
+            f"values and mask must have one shape, not {tuple(values.shape)} and "
+            f"{tuple(mask.shape)}"
+        )
+    dtype, kept = accumulation_dtype(values), mask.bool()
+    if dtype == torch.float32 and choose(values.device) is Path.TRITON:
+        from rlhfuse.kernels import triton_whiten  # triton is optional
+
+        parts = triton_whiten.moments(values, kept)
+        return triton_whiten.whiten(values, parts, mask=kept, shift_mean=shift_mean, eps=eps)
+    chosen = values[kept].to(dtype)
+    bounds = torch.tensor([0, chosen.numel()], device=values.device)
+    white = torch.zeros_like(values, dtype=dtype)
+    white[kept] = whiten_batch(chosen, bounds, shift_mean=shift_mean, eps=eps)
+    return white
 
 
 def _power_sums(values: Tensor, cu_seqlens: Tensor, shift: float) -> tuple[float, float]:

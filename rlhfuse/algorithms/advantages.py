@@ -91,9 +91,9 @@ def gae_advantages(
     whiten: bool = True,
 ) -> Advantages:
     """GAE; returns come from the unwhitened advantages. The whole batch must be here to whiten."""
-    estimate = gae_kernel.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam)
-    advantages = whiten_batch(estimate.advantages, cu_seqlens) if whiten else estimate.advantages
-    return Advantages(advantages, estimate.returns)
+    estimate = gae_kernel.whitened_gae if whiten else gae_kernel.gae
+    found = estimate(rewards, values, cu_seqlens, gamma=gamma, lam=lam)
+    return Advantages(found.advantages, found.returns)
 
 
 def grpo_advantages(

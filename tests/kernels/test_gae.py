@@ -10,9 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhfuse.kernels import reference
-from rlhfuse.kernels.gae import discounted_returns, gae, gae_padded
+from rlhfuse.kernels.gae import (
+    discounted_returns,
+    gae,
+    gae_op,
+    gae_padded,
+    returns_op,
+    whitened_gae,
+)
 from rlhfuse.kernels.packed import segment_sum
-from rlhfuse.kernels.whiten import batch_moments, pool, sequence_moments, whiten_batch
+from rlhfuse.kernels.whiten import (
+    batch_moments,
+    pool,
+    sequence_moments,
+    whiten_batch,
+    whiten_masked,
+)
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -63,6 +76,44 @@ def test_a_sequences_gae_does_not_depend_on_its_company(lengths: list[int], whic
     alone = gae(rewards[own], values[own], cumulative([lengths[which]]), gamma=0.99, lam=0.95)
     assert torch.equal(together.advantages[own], alone.advantages)
     assert torch.equal(together.returns[own], alone.returns)
+
+
+def test_shaped_rewards_whitening_and_a_compiled_graph_change_nothing() -> None:
+    scores, _, _ = batch([4], seed=9)
+    logprobs, values, cu_seqlens = batch([30, 0, 1, 200], seed=10)
+    shaping = reference.Shaping(scores, logprobs, logprobs + 0.1 * values, 0.3, "k3")
+    rewards = reference.shaped_rewards(shaping, cu_seqlens)
+    apart = gae(rewards, values, cu_seqlens, gamma=0.99, lam=0.95)
+    found = whitened_gae(shaping, values, cu_seqlens, gamma=0.99, lam=0.95)
+    assert torch.equal(found.rewards, rewards)
+    assert torch.equal(found.returns, apart.returns)
+    assert torch.equal(found.advantages, whiten_batch(apart.advantages, cu_seqlens))
+
+    def graph(rewards: Tensor) -> Tensor:
+        out = gae(rewards * 2, values, cu_seqlens, gamma=0.99, lam=0.95)
+        return out.advantages + discounted_returns(rewards * 3, cu_seqlens, gamma=0.9)
+
+    compiled = torch.compile(graph, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards), graph(rewards))
+    torch.library.opcheck(gae_op, (rewards, values, cu_seqlens, None, 0.99, 0.95))
+    torch.library.opcheck(returns_op, (rewards, cu_seqlens, 0.99))
+    with pytest.raises(ValueError, match="estimator"):
+        reference.Shaping(scores, logprobs, logprobs, 0.3, "k4")
+    short = reference.Shaping(scores[:2], logprobs, logprobs, 0.3)
+    with pytest.raises(ValueError, match="scores"):
+        gae(short, values, cu_seqlens, gamma=1.0, lam=1.0)
+
+
+def test_whitening_what_a_mask_keeps() -> None:
+    rng = torch.Generator().manual_seed(4)
+    values, mask = torch.randn(6, 50, generator=rng) + 3, torch.rand(6, 50, generator=rng) < 0.5
+    for shift_mean in (True, False):
+        found = whiten_masked(values, mask, shift_mean=shift_mean)
+        assert (
+            relative(found, reference.whiten(values.double(), mask, shift_mean=shift_mean)) < 1e-6
+        )
+        assert not found[~mask].any()
+    assert not whiten_masked(values, torch.zeros_like(mask)).any()
 
 
 def test_padded_rows_skip_what_is_masked() -> None:

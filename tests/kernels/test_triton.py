@@ -21,12 +21,13 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.slow
-def test_triton_kernels_equal_float64() -> None:
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_scan_cases.py"])
+def test_triton_kernels_equal_float64(cases: str) -> None:
     environment = os.environ | {"RLHFUSE_KERNELS": "triton"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    cases = FilePath(__file__).with_name("triton_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    path = FilePath(__file__).with_name(cases)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
