@@ -31,16 +31,17 @@ from bench.schedule_problems import (
     greedy,
     measure,
     pair,
+    random_orders,
     random_problem,
     warm_up,
 )
 from rlhfuse.schedules.checks import peak_memory
-from rlhfuse.schedules.compiled import encode_schedule, run_rows
+from rlhfuse.schedules.compiled import Coded, Rows, run_rows
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.interleaved import interleaved
 from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
 from rlhfuse.schedules.standard import serial, zb_h1
-from rlhfuse.schedules.timing import makespan
+from rlhfuse.schedules.timing import makespan, makespans
 from rlhfuse.schedules.zero_bubble import zb_v
 
 
@@ -187,21 +188,25 @@ def headline(budget_s: float, save: bool) -> None:
 @main.command(name="random")
 @click.option("--budget-s", type=float, multiple=True, default=(0.05, 1.0, 10.0))
 @click.option("--count", type=int, default=200)
+@click.option("--long-count", type=int, help="problems for budgets over 1 s (default: all)")
+@click.option("--rows", "kept", type=click.Path(path_type=Path), help="go on from this file")
 @save
-def random_problems(budget_s: tuple[float, ...], count: int, save: bool) -> None:
+def random_problems(
+    budget_s: tuple[float, ...], count: int, long_count: int | None, kept: Path | None, save: bool
+) -> None:
     """Random problems, seeds 0 to count - 1: gap to the bound, and against plain schedules."""
-    rows: list[Row] = []
+    lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
+    rows: list[Row] = [json.loads(line) for line in lines]
+    done = {(row["seed"], row["split"], row["budget_s"]) for row in rows}
     for seed in range(count):
-        problem = random_problem(seed)
+        wanted = [b for b in budget_s if b <= 1.0 or long_count is None or seed < long_count]
         for split in (False, True):
-            plain: Row = {
-                "seed": seed,
-                "serial_1f1b": makespan(serial(problem)),
-                "serial_zb_h1": makespan(zb_h1(problem)),
-                "greedy": makespan(greedy(problem, split=split)),
-            }
-            for budget in budget_s:
-                rows.append(plain | measure(problem, budget, split=split))
+            left = [budget for budget in wanted if (seed, int(split), budget) not in done]
+            found = _random_rows(seed, split, left)
+            rows += found
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in found)
     summary: list[Row] = []
     for mode in (0, 1):
         for budget in budget_s:
@@ -209,6 +214,19 @@ def random_problems(budget_s: tuple[float, ...], count: int, save: bool) -> None
             head: Row = {"split": mode, "budget_s": budget}
             summary.append(head | _gaps(chosen))
     _finish([*summary, *rows] if save else summary, "schedule_random", save, show=summary)
+
+
+def _random_rows(seed: int, split: bool, budgets: Sequence[float]) -> list[Row]:
+    if not budgets:
+        return []
+    problem = random_problem(seed)
+    plain: Row = {
+        "seed": seed,
+        "serial_1f1b": makespan(serial(problem)),
+        "serial_zb_h1": makespan(zb_h1(problem)),
+        "greedy": makespan(greedy(problem, split=split)),
+    }
+    return [plain | measure(problem, budget, split=split) for budget in budgets]
 
 
 def _gaps(rows: Sequence[Row]) -> Row:
@@ -291,27 +309,38 @@ def scaling(budget_s: float, save: bool) -> None:
 @main.command()
 @save
 def speed(save: bool) -> None:
-    """Simulated tasks per second, one core."""
+    """Simulated tasks per second, one core: a call for many schedules, and a call for each."""
     rows: list[Row] = []
     for ranks, m in ((4, 8), (8, 32), (16, 64), (64, 256)):
-        rate = _simulation_rate(serial(pair(ranks, m)))
-        rows.append({"ranks": ranks, "microbatches": m, "million_tasks_per_s": rate / 1e6})
+        problem = pair(ranks, m)
+        count = max(4, 100_000 // (4 * ranks * m))
+        coded, one, orders = random_orders(problem, count)
+        together = _best_of(lambda: makespans(coded, one.first, orders)) / orders.size  # noqa: B023
+        row: Row = {"ranks": ranks, "microbatches": m, "schedules_a_call": count}
+        row["million_tasks_per_s"] = 1e-6 / together
+        row["one_schedule_a_call"] = 1e-6 / (_alone(coded, one) / one.tasks.shape[0])
+        rows.append(row)
     _finish(rows, "schedule_speed", save)
 
 
-def _simulation_rate(schedule: Schedule) -> float:
-    coded, rows = encode_schedule(schedule)
+def _alone(coded: Coded, rows: Rows) -> float:
+    """Seconds that one schedule takes in a call of its own."""
     size, n, ranks = coded.rank.shape[0], rows.tasks.shape[0], coded.num_ranks
     end, order = np.zeros(size), np.zeros(n, np.int64)
     waiter, at = np.zeros(size, np.int64), np.zeros(ranks, np.int64)
     todo = np.zeros(ranks + 1, np.int64)
-    run_rows(rows, coded, end, waiter, at, todo, order)
+    return _best_of(lambda: run_rows(rows, coded, end, waiter, at, todo, order))
+
+
+def _best_of(call: Callable[[], object], repeats: int = 100) -> float:
+    """Least seconds of a call; the first, which loads compiled code, does not count."""
+    call()
     best = np.inf
-    for _ in range(200):
+    for _ in range(repeats):
         start = time.perf_counter()
-        run_rows(rows, coded, end, waiter, at, todo, order)
+        call()
         best = min(best, time.perf_counter() - start)
-    return float(n / best)
+    return best
 
 
 def _instances(reference: Path, only: Sequence[int]) -> list[Instance]:

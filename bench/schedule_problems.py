@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from rlhfuse.schedules.compiled import SLOT_F, SLOT_W, Rows, decode, encode
+from rlhfuse.schedules.compiled import SLOT_F, SLOT_W, Coded, Ints, Rows, decode, encode
 from rlhfuse.schedules.dispatch import NEVER, NO_LIMIT, Policy, dispatch, make_desk
 from rlhfuse.schedules.flows import make_flow
 from rlhfuse.schedules.fused import fuse
@@ -110,6 +110,21 @@ def greedy(problem: Problem, *, split: bool) -> Schedule:
     schedule = decode(problem, coded, Rows(desk.tasks, desk.row_first))
     schedule.validate()
     return schedule
+
+
+def random_orders(problem: Problem, count: int) -> tuple[Coded, Rows, Ints]:
+    """`count` different schedules [count, N] by list scheduling with random keys."""
+    coded = encode(problem, [False] * len(problem.pipelines))
+    flow = make_flow(problem, coded, np.zeros(coded.rank.shape[0]), reverse=False)
+    desk = make_desk(coded, flow)
+    open_ = np.full(coded.base.shape[0], NO_LIMIT)
+    rng = np.random.default_rng(0)
+    orders = []
+    for _ in range(count):
+        key = rng.uniform(size=coded.rank.shape)
+        assert dispatch(flow, desk, Policy(key, open_, 0 * open_, 0.0, False, NEVER)) < np.inf
+        orders.append(desk.tasks.copy())
+    return coded, Rows(desk.tasks, desk.row_first), np.stack(orders)
 
 
 def measure(problem: Problem, budget_s: float, *, split: bool, seed: int = 0) -> Row:

@@ -29,17 +29,18 @@ from rlhfuse.schedules.timing import channel_numbers, check_channels, makespan
 CLIMB_TASKS = 6_000  # tasks that the climbs of one round place in one pass, all together
 MOVE_TASKS = 1_000_000  # local moves of one round times tasks of the problem
 FIRST_CYCLE, NEW_CYCLE, LONGEST_CYCLE = 2, 16, 64  # rounds
+CLIMB_SHARE = 8  # one round in so many of a cycle climbs, at least one
 STALE_CYCLES = 2  # without improvement, before a new era
-HOT = (0.1, 1.0)  # least and highest first temperature, in mean task durations
+HOT = (0.2, 0.8)  # least and highest first temperature, in mean task durations
 COLD = (0.1, 0.5)  # the last temperature, as a share of the first
 
 
 class Search:
     """The arrays that a search works on, and the best rows so far.
 
-    Rounds are short, so that budgets are kept. They form cycles of 2, 4, 8, ... rounds: the first
-    half climbs by list schedules (see `search`), the second anneals what they found (see `local`);
-    the next cycle climbs from there. After some cycles without improvement a new era begins, in
+    Rounds are short, so that budgets are kept. They form cycles of 2, 4, 8, ... rounds: a few
+    climb by list schedules (see `search`), the others anneal what these found (see `local`); the
+    next cycle climbs from there. After some cycles without improvement a new era begins, in
     turn from nothing and from the best rows so far.
     """
 
@@ -105,14 +106,15 @@ class Search:
         return None
 
     def round(self) -> None:
-        """Some climbs in the first half of a cycle, some local moves in the second."""
+        """Some climbs at the beginning of a cycle, then some local moves."""
         if self.step == 0:
             self._retune()
             self.start = float(self.elite.length[0])
-        if self.step < self.length // 2:
+        climbs = self._num_climbs()
+        if self.step < climbs:
             self._climb()
         else:
-            if self.step == self.length // 2:
+            if self.step == climbs:
                 self.rows.tasks[:] = self._base()
                 self.bench.best[:] = self.rows.tasks
                 self._heat()
@@ -120,6 +122,10 @@ class Search:
         self.step += 1
         if self.step >= self.length:
             self._next_cycle()
+
+    def _num_climbs(self) -> int:
+        """Rounds of the cycle that climb."""
+        return max(1, self.length // CLIMB_SHARE)
 
     def _base(self) -> Ints:
         """Where annealing starts: the elite, or what is known without a search."""
@@ -142,9 +148,10 @@ class Search:
         self.cold = self.hot * (COLD[0] + (COLD[1] - COLD[0]) * draw(self.state))
 
     def _anneal(self) -> None:
-        turns = self.length - self.length // 2
+        climbs = self._num_climbs()
+        turns = self.length - climbs
         cooling = (self.cold / self.hot) ** (1 / turns)
-        hot = self.hot * cooling ** (self.step - self.length // 2)
+        hot = self.hot * cooling ** (self.step - climbs)
         moves = int(np.clip(MOVE_TASKS // self.rows.tasks.shape[0], 200, 3000))
         before = float(self.elite.length[0])
         length = anneal(

@@ -1,5 +1,7 @@
 """Laws of list scheduling in both directions, and of searches."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from rlhfuse.schedules.dispatch import NEVER, NO_LIMIT, Policy, dispatch, make_d
 from rlhfuse.schedules.flows import make_flow
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import REL_TOL, Pipeline, Problem, Schedule
-from rlhfuse.schedules.timing import check_channels, makespan
+from rlhfuse.schedules.timing import check_channels, makespan, makespans
 from tests.schedules.problems import problems
 
 
@@ -53,6 +55,30 @@ def test_list_schedules_with_any_keys_are_legal_in_both_directions(
     assert max(ends.values()) <= length * (1 + 1e-9) + 1e-9
     if not reverse and not bold:
         assert max(ends.values()) == pytest.approx(length)
+
+
+@given(problems(caps=False), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_many_schedules_in_one_call_take_as_long_as_each_alone(problem: Problem, seed: int) -> None:
+    coded = encode(problem, [False] * len(problem.pipelines))
+    flow = make_flow(problem, coded, np.zeros(coded.rank.shape[0]), reverse=False)
+    desk = make_desk(coded, flow)
+    open_ = np.full(coded.base.shape[0], NO_LIMIT)
+    rng = np.random.default_rng(seed)
+    orders, expected = [], []
+    for _ in range(3):
+        key = rng.uniform(size=coded.rank.shape)
+        length = dispatch(flow, desk, Policy(key, open_, 0 * open_, 0.0, False, NEVER))
+        if length == np.inf:
+            continue  # stages that share a channel got stuck
+        orders.append(desk.tasks.copy())
+        expected.append(makespan(decode(problem, coded, Rows(orders[-1], desk.row_first))))
+    if orders:
+        circle = np.concatenate([orders[0][a:b][::-1] for a, b in pairwise(desk.row_first)])
+        lengths = makespans(coded, desk.row_first, np.stack([*orders, circle]))
+        assert lengths[:-1] == pytest.approx(expected)
+        forward_only = all(pipe.forward_only for pipe in problem.pipelines)
+        assert forward_only or lengths[-1] == np.inf
 
 
 def _pair(microbatches: int = 8) -> Problem:
