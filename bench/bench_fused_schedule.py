@@ -33,6 +33,7 @@ from bench.schedule_problems import (
     pair,
     random_orders,
     random_problem,
+    step_problem,
     warm_up,
 )
 from rlhfuse.schedules.checks import peak_memory
@@ -253,7 +254,7 @@ def online(count: int, long_s: float, save: bool) -> None:
     """50 ms of one core against a long search, on problems up to 16 ranks and 64."""
     rows: list[Row] = []
     for seed in range(count):
-        problem = _step_problem(seed)
+        problem = step_problem(seed)
         for split in (False, True):
             start = time.process_time()
             quick = fuse(problem, budget_s=0.05, split_weight=split, clock=time.process_time)
@@ -268,26 +269,6 @@ def online(count: int, long_s: float, save: bool) -> None:
     over = [float(r["over_long"]) for r in rows]
     click.echo(f"mean {statistics.fmean(over):.4f}, worst {max(over):.4f} over the long search")
     _finish(rows, "schedule_online", save)
-
-
-def _step_problem(seed: int) -> Problem:
-    """What a step may ask: up to 16 ranks and 64 micro-batches a model, uneven stages."""
-    rng = np.random.default_rng([seed, 7])
-    ranks, m = int(rng.choice([2, 4, 8, 16])), int(rng.integers(4, 65))
-    problem = pair(ranks, m, ratio=float(rng.uniform(0.3, 1.0)))
-    actor, critic = problem.pipelines
-    uneven = [
-        replace(
-            pipe,
-            forward=tuple(f * s for f, s in zip(pipe.forward, scale, strict=True)),
-            backward=tuple(b * s for b, s in zip(pipe.backward, scale, strict=True)),
-            weight=tuple(w * s for w, s in zip(pipe.weight, scale, strict=True)),
-            microbatch_weights=tuple(rng.uniform(0.8, 1.2, m).tolist()),
-        )
-        for pipe in (actor, critic)
-        for scale in [rng.uniform(0.9, 1.3, ranks).tolist()]
-    ]
-    return Problem(ranks, tuple(uneven), memory_cap=1.5 * ranks + 2)
 
 
 @main.command()

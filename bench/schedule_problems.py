@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -92,6 +93,26 @@ def _random_pipeline(
         activation=float(rng.uniform(0.5, 1.5)),
         microbatch_weights=weights.tolist(),
     )
+
+
+def step_problem(seed: int) -> Problem:
+    """What a step may ask: up to 16 ranks and 64 micro-batches a model, uneven stages."""
+    rng = np.random.default_rng([seed, 7])
+    ranks, m = int(rng.choice([2, 4, 8, 16])), int(rng.integers(4, 65))
+    problem = pair(ranks, m, ratio=float(rng.uniform(0.3, 1.0)))
+    actor, critic = problem.pipelines
+    uneven = [
+        replace(
+            pipe,
+            forward=tuple(f * s for f, s in zip(pipe.forward, scale, strict=True)),
+            backward=tuple(b * s for b, s in zip(pipe.backward, scale, strict=True)),
+            weight=tuple(w * s for w, s in zip(pipe.weight, scale, strict=True)),
+            microbatch_weights=tuple(rng.uniform(0.8, 1.2, m).tolist()),
+        )
+        for pipe in (actor, critic)
+        for scale in [rng.uniform(0.9, 1.3, ranks).tolist()]
+    ]
+    return Problem(ranks, tuple(uneven), memory_cap=1.5 * ranks + 2)
 
 
 def greedy(problem: Problem, *, split: bool) -> Schedule:
