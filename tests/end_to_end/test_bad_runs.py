@@ -3,10 +3,12 @@ trouble ends the run with one clear line, and nothing is lost or left behind."""
 
 import http.server
 import json
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -83,6 +85,18 @@ class _Service(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
+def taken() -> Iterator[None]:
+    """The ports that Ray and torch.distributed take by default are in use."""
+    with ExitStack() as stack:
+        for port in (6379, 8265, 10001, 29500, 29400):
+            listener = stack.enter_context(socket.socket())
+            with suppress(OSError):  # by somebody else: as good
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+        yield
+
+
+@pytest.fixture
 def service() -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Service) as server:
         server.daemon_threads = True
@@ -104,6 +118,7 @@ def _config(assets: Path, runs: Path, name: str = "compute_score", **reward: obj
     )
 
 
+@pytest.mark.usefixtures("taken")
 def test_passing_trouble_with_rewards_changes_no_bit(
     assets: Path, tmp_path: Path, service: str
 ) -> None:
