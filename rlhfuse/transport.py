@@ -330,9 +330,11 @@ class PeerClient:
 
 def _frames(socket: zmq.Socket[bytes], timeout_s: float) -> Iterator[list[bytes]]:
     """What is at hand, a bounded number of messages; waits up to `timeout_s` for the first."""
-    wait_ms = int(timeout_s * 1000)
+    if timeout_s > 0:
+        socket.poll(int(timeout_s * 1000))
     for _ in range(_MOST_AT_ONCE):
-        if not socket.poll(wait_ms):
+        try:
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
             return
-        yield socket.recv_multipart()
-        wait_ms = 0
+        yield frames

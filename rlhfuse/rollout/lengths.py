@@ -11,6 +11,7 @@ group: Vaupel and others, 1979), by as much as groups of earlier iterations were
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from math import inf, lgamma, log
 
 import numpy as np
@@ -215,6 +216,11 @@ def stratified(num_scenarios: int, sample_ids: npt.NDArray[np.int64]) -> Floats:
     """Quantiles [m, n] in (0, 1): each sample meets every stratum once over the scenarios, in an
     order and at places of its own, which depend on its id alone: tails must not be left out."""
     rows = np.minimum(sample_ids, sample_ids % 4096)
+    return np.asarray(_strata(num_scenarios, int(rows.max()) + 1)[rows].T)
+
+
+@lru_cache(maxsize=16)
+def _strata(num_scenarios: int, rows: int) -> Floats:
     random = np.random.default_rng(0)
-    table = random.permuted(np.tile(np.arange(num_scenarios), (int(rows.max()) + 1, 1)), axis=1)
-    return np.asarray((table[rows] + random.random(table.shape)[rows]).T / num_scenarios)
+    table = random.permuted(np.tile(np.arange(num_scenarios), (rows, 1)), axis=1)
+    return np.asarray((table + random.random(table.shape)) / num_scenarios)

@@ -16,6 +16,7 @@ from rlhfuse.rollout.snapshot import Books, Tail, snapshot
 from rlhfuse.sample import Sample, SampleState
 
 LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
+NOT_BEFORE_S = 0.08  # a weighing costs the controller about a millisecond
 LOOK_AGAIN_S = 0.2  # or this much time must pass, or the same part of the time since the start
 
 
@@ -57,10 +58,13 @@ class TailWatch:
 
     def due(self, now_s: float, num_generating: int) -> bool:
         """Whether to weigh now. At least two workers, no move under way, enough changed."""
-        count, _ = self._weighed
+        count, weighed_s = self._weighed
         if self._few < num_generating <= count and now_s < self._next_s:
             return False
         policy, fleet = self._policy, self._books.fleet
+        soon = policy.migration is Migration.AUTO and now_s - weighed_s < NOT_BEFORE_S
+        if soon and num_generating <= count:
+            return False
         if policy.migration is Migration.OFF or fleet.num_inbound or fleet.num_alive < 2:
             return False
         if now_s - self._moved_s < policy.hysteresis_s:
