@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from bench.ranks import run_ranks
+from bench.ranks import run_ranks, say
 from bench.record import Row, print_table, write_result
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem
@@ -69,6 +69,7 @@ def two_models(num_ranks: int, num_microbatches: int, forward_s: float) -> Probl
 
 def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: bool) -> Row:
     """One table row: `repeats` runs of a fused schedule on `num_ranks` processes."""
+    say(f"{num_ranks} ranks, {forward_s * 1e3:g} ms, {'F I W' if split else 'F B'}: searching")
     problem = two_models(num_ranks, 2 * num_ranks, forward_s)
     schedule = fuse(problem, iterations=40, split_weight=split)
     shape = (rows, 256)
@@ -102,8 +103,9 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
                 overheads.append(after.start_s - before.end_s - waited)
         return walls, overheads, stretch
 
-    results = run_ranks(num_ranks, run)
     planned = makespan(schedule)
+    say(f"  running {repeats} times {planned:.2f} s")
+    results = run_ranks(num_ranks, run)
     ratios = [
         (max(r[0][i][1] for r in results) - min(r[0][i][0] for r in results)) / planned
         for i in range(repeats)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleZBVZeroBubble
 from torch.nn import functional
 
-from bench.ranks import run_ranks
+from bench.ranks import Turns, run_ranks, say
 from bench.record import Row, print_table, write_result
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import one_f_one_b, zb_h1
@@ -126,7 +126,8 @@ def our_schedules(count: int) -> dict[str, Schedule]:
 
 
 def measure(asked: argparse.Namespace, count: int) -> list[Row]:
-    """Every runner in turn, `repeats` times."""
+    """Every runner in turn, up to `repeats` times."""
+    say(f"{count} micro-batches")
 
     def run(rank: int) -> dict[str, list[float]]:
         runners = {
@@ -141,7 +142,8 @@ def measure(asked: argparse.Namespace, count: int) -> list[Row]:
         _compare(runners, "torch 1F1B", "ours ZB-H1")
         _compare(runners, "torch ZBV", "ours ZB-V")
         seconds: dict[str, list[float]] = {name: [] for name in runners}
-        for _ in range(asked.repeats):
+        turns = Turns(asked.repeats, asked.limit_s / len(asked.microbatches))
+        while turns.another(rank):
             for name, (step, modules) in runners.items():
                 for module in modules.values():
                     module.zero_grad()
@@ -188,7 +190,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rows", type=int, default=512, help="of a micro-batch")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="at most")
+    parser.add_argument("--limit-s", type=float, default=120, help="of measuring, in all")
     asked = parser.parse_args()
     rows = [row for count in asked.microbatches for row in measure(asked, count)]
     print_table(rows)

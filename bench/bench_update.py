@@ -24,7 +24,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from bench.held_bytes import HeldBytes
-from bench.ranks import run_ranks
+from bench.ranks import Turns, run_ranks, say
 from bench.record import Row, print_table, write_result
 from rlhfuse.config import (
     ActorConfig,
@@ -184,7 +184,8 @@ class Measured:
 
 
 def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measured]:
-    """Every variant in turn, `repeats` times, on two ranks."""
+    """Every variant in turn, up to `repeats` times, on two ranks."""
+    say(f"{count} micro-batches of each model")
     samples = make_samples(asked.tokens, asked.vocabulary)
     layers = tuple((p.start, p.stop) for p in partition(LAYERS, 2, layer_cost=1.0))
     config = Config(
@@ -222,7 +223,8 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
             seen += everyone[0] + everyone[1]
         compared = variants(mean_durations(seen), count)
         found: dict[str, list[list[Span]]] = {name: [] for name in compared}
-        for _ in range(asked.repeats):
+        turns = Turns(asked.repeats, asked.limit_s / len(asked.microbatches))
+        while turns.another(rank):
             for name, rounds in compared.items():
                 found[name].append(update(MiniBatchPlan(cuts, rounds)))
         parameters = [t for role in PLACES for t in trainer.named_tensors(role).values()]
@@ -307,14 +309,20 @@ def with_ratios(rows: Sequence[dict[str, float | int | str]]) -> list[Row]:
     def number(row: Mapping[str, float | int | str], key: str) -> float:
         return float(row[key])
 
+    def ratio(row: Mapping[str, float | int | str]) -> float:
+        return number(serial[row["microbatches"]], "seconds") / number(row, "seconds")
+
+    def predicted(row: Mapping[str, float | int | str]) -> float:
+        return number(serial[row["microbatches"]], "predicted_s") / number(row, "predicted_s")
+
     serial = {row["microbatches"]: row for row in rows if row["variant"] == "serial 1F1B"}
     best_s = min(number(row, "seconds") for row in serial.values())
     return [
         {
             **row,
-            "ratio": number(serial[row["microbatches"]], "seconds") / number(row, "seconds"),
-            "predicted_ratio": number(serial[row["microbatches"]], "predicted_s")
-            / number(row, "predicted_s"),
+            "ratio": ratio(row),
+            "predicted_ratio": predicted(row),
+            "ratio_over_predicted": ratio(row) / predicted(row),
             "over_best_serial": best_s / number(row, "seconds"),
         }
         for row in rows
@@ -327,7 +335,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, help="of one update, whatever the cut")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="at most")
+    parser.add_argument("--limit-s", type=float, default=120, help="of measuring, in all")
     asked = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -38,7 +40,40 @@ def run_ranks(world_size: int, function: Callable[[int], Result]) -> list[Result
         processes = [context.Process(target=child, args=(rank,)) for rank in range(world_size)]
         for process in processes:
             process.start()
-        results = [end.recv() for end, _ in ends]
-        for process in processes:
-            process.join()
-    return results
+        for _, writing in ends:
+            writing.close()  # or a rank that dies would be waited for
+        try:
+            return [end.recv() for end, _ in ends]
+        except EOFError as error:
+            raise SystemExit("a rank failed: see its traceback above") from error
+        finally:
+            for process in processes:
+                process.join(5.0)
+                process.kill()
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+class Turns:
+    """Rounds of measurement for as long as they fit into a time that all ranks agree on."""
+
+    def __init__(self, most: int, limit_s: float) -> None:
+        """At least two rounds and at most `most`; none is begun that would probably end after
+        `limit_s` seconds."""
+        self._most, self._limit_s = most, limit_s
+        self._start_s = time.monotonic()
+        self.done = 0
+
+    def another(self, rank: int) -> bool:
+        """Whether to begin another round. Collective: rank 0 decides."""
+        spent_s = time.monotonic() - self._start_s
+        fits = self.done < 2 or spent_s * (self.done + 1) / self.done <= self._limit_s
+        verdict = torch.tensor([float(self.done < self._most and fits)])
+        dist.broadcast(verdict, 0)
+        self.done += 1
+        if rank == 0 and verdict:
+            say(f"  round {self.done} of {self._most} at most, {spent_s:.0f} s")
+        return bool(verdict)
