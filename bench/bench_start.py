@@ -4,7 +4,9 @@
 
 `imports` is from starting the command to a checked configuration, `workers` from there to workers
 that are ready with their models, then the first step (which learns what things cost) and the
-median of the others. With `--set-up`, also a new virtual environment with everything installed.
+median of the others. The controller costs processor time (as a share of the step's wall time), and
+devices wait for it where nobody recorded anything. With `--set-up`, also a new virtual environment
+with everything installed.
 """
 
 import argparse
@@ -49,8 +51,15 @@ def start(config: str, overrides: list[str], folder: Path) -> dict[str, float]:
         "workers_s": summary["start_s"],
         "first_step_s": steps[0]["timing_s/step"],
         "later_step_s": statistics.median(later),
-        "controller_share": statistics.median(row["perf/controller_share"] for row in steps[1:]),
+        "controller_cpu_share": _median(steps[1:], "perf/controller_share"),
+        "devices_wait_for_controller": statistics.median(
+            row["bubble/controller"] / row["perf/device_s"] for row in steps[1:]
+        ),
     }
+
+
+def _median(steps: list[dict[str, float]], name: str) -> float:
+    return statistics.median(row[name] for row in steps)
 
 
 def set_up(folder: Path) -> float:
