@@ -77,7 +77,8 @@ def _heads(coded: Coded) -> Floats:
     """Earliest start of each task [T].
 
     Its input must have come; tasks of its kind and chain run in order; and before a B (or I) of
-    micro-batch j its chain has run F of 0..j and B of 0..j-1, before a W also all I up to j.
+    micro-batch j its chain has run F of 0..j and B of 0..j-1, before a W also all I up to j; a W
+    comes after its own I.
     Chains are visited along the pipeline (F up, B down), so inputs are known.
     """
     head = np.zeros(coded.rank.shape[0])
@@ -99,7 +100,7 @@ def _head_of_slot(coded: Coded, head: Floats, chain: int, slot: int) -> None:
     for mb in range(m):
         task = base + slot * m + mb
         earliest = max(coded.release[task], before)
-        source = coded.pred[task]
+        source = coded.needs[task]  # for a W its I
         if source >= 0:
             arrival = head[source] + coded.duration[source] + coded.latency[task]
             earliest = max(earliest, arrival)
@@ -107,7 +108,6 @@ def _head_of_slot(coded: Coded, head: Floats, chain: int, slot: int) -> None:
             for lower in range(slot):
                 work += coded.duration[base + lower * m + mb]
             earliest = max(earliest, work)
-            work += 0.0
         head[task] = earliest
         before = earliest + coded.duration[task]
         if slot > SLOT_F:

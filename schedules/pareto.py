@@ -30,13 +30,15 @@ def pareto(
     iterations: int | None = None,
     seed: int = 0,
     split_weight: bool = False,
+    workers: int = 1,
     on_point: Callable[[Point], None] | None = None,
 ) -> tuple[Point, ...]:
     """The front that searches at `points` memory caps find, from least memory to least time.
 
     Caps go evenly from the least feasible one to what the fastest schedule needs (or the problem's
     own cap, if that is lower). Each search starts from the schedule before, so a looser cap is
-    never slower. The budget is divided among all searches; `on_point` sees each answer as it comes.
+    never slower. The budget is divided among all searches, which take `workers` cores each;
+    `on_point` sees each answer as it comes.
 
     Raises:
         ValueError: fewer than two points, or a problem that `fuse` cannot answer.
@@ -56,6 +58,7 @@ def pareto(
             seed=seed,
             split_weight=split_weight,
             warm_start=start,
+            workers=workers,
         )
         plain = Schedule(problem, found.rows)
         return Point(max(peak_memory(plain)), makespan(plain), plain)

@@ -43,7 +43,13 @@ POLICIES = ("fused", "fused-v", *(policy.name for policy in standard_policies())
 @click.option("--budget-s", type=float, help="Search time in seconds (default 5).")
 @click.option("--iterations", type=int, help="Search rounds: the same result every time.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--workers", type=int, default=1, show_default=True, help="Searches side by side.")
+@click.option(
+    "--workers",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Searches side by side, one core each.",
+)
 @click.option("--split-weight", is_flag=True, help="Allow I and W in place of B.")
 @click.option("--policy", type=click.Choice(POLICIES), default="fused", show_default=True)
 @click.option(
@@ -260,6 +266,7 @@ def _front(search: _Search, problem: Problem, points: int, plot: Path | None) ->
         iterations=search.iterations,
         seed=search.seed,
         split_weight=search.split_weight,
+        workers=search.workers,
         on_point=tell,
     )
     bound = latency_bound(problem, split_weight=search.split_weight)
@@ -328,6 +335,8 @@ def _check_options(
         raise ValueError(f"--iterations is {iterations}, expected at least 0")
     if workers < 1:
         raise ValueError(f"--workers is {workers}, expected at least 1")
+    if workers > 1 and noise is not None:
+        raise ValueError("--workers: the search of --noise uses one core; leave one of them out")
     if noise is not None and not 0 <= noise <= 1:
         raise ValueError(f"--noise is {noise}, expected a share from 0 to 1 (0.1 is 10 %)")
     if plot is not None and plot.suffix not in (".png", ".svg"):

@@ -154,6 +154,10 @@ def test_front_and_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert answer["noise"]["mean"] > answer["makespan"] * 0.99
     assert run_command(schedule, [*args, "--noise", "-1"]) == MISTAKE
     assert "--noise is -1" in capsys.readouterr().err
+    assert run_command(schedule, [*args, "--noise", "0.1", "--workers", "2"]) == MISTAKE
+    assert "uses one core" in capsys.readouterr().err
+    assert run_command(schedule, [*args, "--pareto", "3", "--workers", "2"]) == OK
+    assert msgspec.json.decode(capsys.readouterr().out)["points"]
 
 
 def test_two_layouts_are_placed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
