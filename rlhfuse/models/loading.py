@@ -14,9 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     LlamaConfig,
-    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
@@ -76,26 +74,6 @@ def _refuse_unsupported(path: Path, config: ModelConfig) -> None:
         )
     if config.attention_dropout:
         log.warning("%s: attention_dropout %s is not applied", path, config.attention_dropout)
-
-
-def load_tokenizer(path: Path | str, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, checked against a model's vocabulary. Raises ValueError where
-    there is none, or where it knows ids that the model has no embedding for."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"tokenizer folder {path} does not exist; give a Hugging Face folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"tokenizer folder {path}: not readable: {error}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"tokenizer folder {path}: token id {largest} does not fit the model's vocabulary of "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
 
 
 def load_stage(

@@ -20,7 +20,6 @@ from rlhfuse.models.loading import (
     load_config,
     load_model,
     load_stage,
-    load_tokenizer,
     save_pretrained,
 )
 from rlhfuse.models.stage import Head
@@ -113,15 +112,3 @@ def test_refusals_name_place_and_way_out(tmp_path: Path) -> None:
     edit_config(tmp_path / "m", rope_parameters=None, layer_types=["sliding_attention"] * 5)
     with pytest.raises(ValueError, match="sliding-window"):
         load_config(tmp_path / "m")
-
-
-def test_tokenizer_must_fit_the_model(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "m", "llama")
-    config = load_config(tmp_path / "m")
-    save_tokenizer(tmp_path / "fits", 211)
-    assert len(load_tokenizer(tmp_path / "fits", config)) == 211
-    save_tokenizer(tmp_path / "large", 212)
-    with pytest.raises(ValueError, match="token id 211 does not fit"):
-        load_tokenizer(tmp_path / "large", config)
-    with pytest.raises(ValueError, match="does not exist"):
-        load_tokenizer(tmp_path / "nowhere", config)
