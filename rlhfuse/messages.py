@@ -12,7 +12,7 @@ import msgspec
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
@@ -355,14 +355,18 @@ class Floats(Message, frozen=True):
 
 
 class FetchTensor(Message, frozen=True):
-    """A byte range of a frozen tensor (`PrepareWeights`)."""
+    """`length` bytes, from byte `first` on, of a frozen tensor (`PrepareWeights`)."""
 
     role: Role
     name: str
     version: int
+    first: int
+    length: int
 
 
 class TensorBytes(Message, frozen=True):
+    """Part of a tensor of this type and shape: up to as many bytes as were asked for."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]

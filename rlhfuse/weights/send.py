@@ -1,9 +1,11 @@
-"""Sending and receiving weights, tensor by tensor, with proof of arrival."""
+"""Sending and receiving weights, in bounded pieces, with proof of arrival."""
 
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from rlhfuse.messages import FetchTensor, PeerReply, Refused, Role, TensorBytes, TensorSource
@@ -17,15 +19,27 @@ _DTYPES = {
 }
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The raw bytes of a tensor, row-major."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return bytes(flat.numpy())
+BUCKET_BYTES = 1 << 25
+"""Most that is on its way, or copied, at a time, however large a tensor is."""
 
 
-def tensor_digest(data: bytes, dtype: str, shape: Sequence[int]) -> str:
-    """sha256 of a tensor's bytes with its type and shape."""
-    return hashlib.sha256(f"{dtype}{tuple(shape)}".encode() + data).hexdigest()
+def byte_range(tensor: torch.Tensor, first: int, length: int) -> npt.NDArray[np.uint8]:
+    """Some of the raw bytes of a tensor, row-major; no copy where it is contiguous on a CPU."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    part: npt.NDArray[np.uint8] = flat[first : first + length].to("cpu").numpy()
+    return part
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's type, shape and bytes."""
+    whole = _begun(dtype_name(tensor.dtype), tensor.shape)
+    for first in range(0, tensor.nbytes, BUCKET_BYTES):
+        whole.update(byte_range(tensor, first, BUCKET_BYTES).data)
+    return whole.hexdigest()
+
+
+def _begun(dtype: str, shape: Sequence[int]) -> "hashlib._Hash":
+    return hashlib.sha256(f"{dtype}{tuple(shape)}".encode())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -46,10 +60,7 @@ class Outbox:
         """Make `tensors` available under `version`; returns name -> digest."""
         with self._lock:
             self._offers[role] = (version, dict(tensors))
-        return {
-            name: tensor_digest(tensor_bytes(t), dtype_name(t.dtype), t.shape)
-            for name, t in tensors.items()
-        }
+        return {name: tensor_digest(tensor) for name, tensor in tensors.items()}
 
     def withdraw(self) -> None:
         """Training goes on: nothing may be pulled any more."""
@@ -69,7 +80,7 @@ class Outbox:
             name=request.name,
             dtype=dtype_name(tensor.dtype),
             shape=tuple(tensor.shape),
-            data=tensor_bytes(tensor),
+            data=byte_range(tensor, request.first, request.length).tobytes(),
         )
 
 
@@ -83,17 +94,41 @@ class Inbox:
         self._digests: dict[str, str] = {}
 
     def tensors(self, sources: Sequence[TensorSource]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) one at a time: at most one tensor is in flight."""
+        """(name, tensor) one at a time: at most one tensor is in memory, one bucket on its way."""
         for source in sources:
             for name in source.names:
-                reply = self._client.ask(
-                    source.endpoint,
-                    FetchTensor(role=self._role, name=name, version=self._version),
-                )
-                assert isinstance(reply, TensorBytes), reply
-                self._digests[name] = tensor_digest(reply.data, reply.dtype, reply.shape)
-                flat = torch.frombuffer(bytearray(reply.data), dtype=_DTYPES[reply.dtype])
-                yield name, flat.reshape(reply.shape)
+                yield name, self._tensor(source.endpoint, name)
+
+    def _tensor(self, endpoint: str, name: str) -> torch.Tensor:
+        part = self._ask(endpoint, name, 0)
+        tensor = torch.empty(part.shape, dtype=_DTYPES[part.dtype])
+        into = tensor.reshape(-1).view(torch.uint8).numpy()
+        whole = _begun(part.dtype, part.shape)
+        first = 0
+        while True:
+            whole.update(part.data)
+            into[first : first + len(part.data)] = np.frombuffer(part.data, dtype=np.uint8)
+            first += len(part.data)
+            if first >= tensor.nbytes:
+                break
+            part = self._ask(endpoint, name, first)
+        self._digests[name] = whole.hexdigest()
+        return tensor
+
+    def _ask(self, endpoint: str, name: str, first: int) -> TensorBytes:
+        reply = self._client.ask(
+            endpoint,
+            FetchTensor(
+                role=self._role,
+                name=name,
+                version=self._version,
+                first=first,
+                length=BUCKET_BYTES,
+            ),
+        )
+        assert isinstance(reply, TensorBytes), reply
+        assert len(reply.data) > 0, f"{name}: nothing came of byte {first} and up"
+        return reply
 
     def digest(self) -> str:
         """Combined digest of all that was received."""
