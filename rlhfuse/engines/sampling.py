@@ -158,12 +158,13 @@ def _truncate(
     top_k = rows.top_k[:, None]
     kth, after_kth = _edge(ordered, top_k)
     masses = ordered.masked_fill(ordered < kth, -math.inf).softmax(-1)
-    before = masses.cumsum(-1) - masses
+    # Of all likelier ones; it never falls, so that edges are found by bisection.
+    before = torch.nn.functional.pad(masses.cumsum(-1)[:, :-1], (1, 0))
     top_p = rows.top_p.to(scaled.dtype)[:, None]
     top_p = top_p.masked_fill(top_p >= 1, math.inf)  # rounding must not cut a full distribution
 
     def nucleus(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _edge(ordered, (before < mass).sum(-1, keepdim=True).clamp_min_(1))
+        return _edge(ordered, torch.searchsorted(before, mass).clamp_min_(1))
 
     floor = ordered[:, :1] + rows.min_p.to(scaled.dtype)[:, None].log()
     kept_from = torch.maximum(torch.maximum(kth, nucleus(top_p)[0]), floor)

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfuse.engines.base import SamplingParams
-from rlhfuse.engines.sampling import NEAR_TIE, RowParams, draw, forbid_early_stop, gumbel
+from rlhfuse.engines.sampling import (
+    NEAR_TIE,
+    RowParams,
+    _truncate,
+    draw,
+    forbid_early_stop,
+    gumbel,
+)
 
 VOCAB = 37
 CHOICES = (
@@ -29,7 +36,7 @@ def kept_by(params: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
     scaled = logits / (params.temperature or 1.0)
     kept = torch.ones(len(logits), dtype=torch.bool)
     if params.top_k:
-        kept &= scaled >= scaled.sort(descending=True).values[params.top_k - 1]
+        kept &= scaled >= scaled.sort(descending=True).values[min(params.top_k, len(logits)) - 1]
     probs = scaled.masked_fill(~kept, -math.inf).softmax(-1)
     if params.top_p < 1:
         kept &= torch.stack([probs[scaled > s].sum() < params.top_p for s in scaled])
@@ -86,6 +93,36 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     logprobs = scaled.masked_fill(~kept, -math.inf).log_softmax(-1)
     np.testing.assert_allclose(drawn.logprobs, logprobs[drawn.tokens], atol=1e-5)
     assert float(drawn.near_ties.float().mean()) < 0.02
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0, 1, 2, 5, VOCAB, 99]),
+    st.sampled_from([1e-9, 0.05, 0.5, 0.9, 0.999, 1.0]),
+    st.sampled_from([0.0, 0.01, 0.4, 1.0]),
+    st.sampled_from([0.01, 1.0, 8.0]),
+    st.booleans(),
+)
+def test_truncation_keeps_what_its_definition_keeps(
+    seed: int, top_k: int, top_p: float, min_p: float, spread: float, equals: bool
+) -> None:
+    """Token by token, with equal logits and forbidden tokens among them; what is kept for certain
+    is kept, and what is kept is possible."""
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.7)
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(8, VOCAB, dtype=torch.float64, generator=rng) * spread
+    if equals:
+        logits[:, ::3] = logits[:, :1]
+    logits[0, 5:9] = -math.inf
+    rows = rows_of(params, 8)
+    certain, kept, possible = _truncate(logits / 0.7, rows, torch.full((8,), 1e-3))
+    for row in range(8):
+        finite = logits[row].isfinite()
+        expected = kept_by(params, logits[row]) & finite
+        assert torch.equal(kept[row] & finite, expected)
+    assert not (certain & ~kept).any()
+    assert not (kept & ~possible).any()
 
 
 @settings(deadline=None, max_examples=200)
