@@ -19,7 +19,7 @@ _DTYPES = {
 }
 
 
-BUCKET_BYTES = 1 << 22
+BUCKET_BYTES = 1 << 25
 """Most that is on its way, or copied, at a time, however large a tensor is."""
 
 

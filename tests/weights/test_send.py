@@ -49,7 +49,7 @@ def peers() -> Iterator[tuple[Wire, PeerServer, PeerClient]]:
     server.close()
 
 
-@pytest.mark.parametrize("bucket", [1, 7, 64, 1 << 22])
+@pytest.mark.parametrize("bucket", [1, 7, 64, 1 << 25])
 def test_tensors_arrive_in_bounded_pieces(
     peers: tuple[Wire, PeerServer, PeerClient], bucket: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
