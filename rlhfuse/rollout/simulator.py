@@ -1,6 +1,8 @@
 """The rollout, simulated: the same scheduler code as the live loop, costs in, timeline out."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout.lengths import LengthModel
@@ -62,24 +64,37 @@ def simulate(
     there is none. `train`: forward and backward of complete groups belong to the iteration, at
     `score_token_s["train"]` per token on one block. `record` off: no spans, which is faster.
     """
-    scheduler = RolloutScheduler(
-        instances,
-        roles,
-        believed or cost,
-        policy,
-        function_reward=reward_s is not None,
-        lengths=predictor or LengthModel(policy.max_response_tokens, history),
-        train_groups=train,
-    )
-    world = Simulator(
-        scheduler,
-        cost,
-        lengths,
-        samples_of(prompts, groups, sources, hints),
-        instances,
-        reward_s=reward_s or 0.0,
-        slowdown=slowdown,
-        losses=losses,
-        record=record,
-    )
-    return world.run()
+    with _no_collections():
+        scheduler = RolloutScheduler(
+            instances,
+            roles,
+            believed or cost,
+            policy,
+            function_reward=reward_s is not None,
+            lengths=predictor or LengthModel(policy.max_response_tokens, history),
+            train_groups=train,
+        )
+        world = Simulator(
+            scheduler,
+            cost,
+            lengths,
+            samples_of(prompts, groups, sources, hints),
+            instances,
+            reward_s=reward_s or 0.0,
+            slowdown=slowdown,
+            losses=losses,
+            record=record,
+        )
+        return world.run()
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without the search for cyclic garbage: there is none, but millions of objects to look at."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
