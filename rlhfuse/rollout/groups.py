@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from rlhfuse.sample import Sample, SampleState
 
 CLOSED = (SampleState.SCORED, SampleState.DROPPED)
+FINISHED = (SampleState.FINISHED, SampleState.SCORED)
 TRAIN = "train"  # the role, in rates and calls, of forward and backward of a group
 
 
@@ -13,6 +14,8 @@ TRAIN = "train"  # the role, in rates and calls, of forward and backward of a gr
 class Groups:
     """`open_members`: samples of a group that are neither SCORED nor DROPPED. A complete group is
     pending (to be trained), out (a worker is at it) or trained; without training, only complete.
+    `tokens`: of a group's finished samples, scored or not; `untrained_tokens`: of all groups that
+    are neither out nor trained, complete or not.
     """
 
     train: bool
@@ -20,6 +23,8 @@ class Groups:
     open_members: dict[int, int] = field(default_factory=dict)
     pending: dict[int, int] = field(default_factory=dict)  # group -> tokens
     pending_tokens: int = 0
+    tokens: dict[int, int] = field(default_factory=dict)
+    untrained_tokens: int = 0
     out: dict[int, int] = field(default_factory=dict)  # group -> worker
     trained: set[int] = field(default_factory=set)
 
@@ -35,6 +40,19 @@ class Groups:
     def is_trained(self, sample: Sample) -> bool:
         """Whether the sample's gradient is computed, or being computed."""
         return sample.group in self.trained or sample.group in self.out
+
+    def finished(self, sample: Sample) -> None:
+        """The sample's response is complete."""
+        self._count(sample, sample.total_tokens)
+
+    def dropped(self, sample: Sample) -> None:
+        """A finished sample will not be trained on."""
+        self._count(sample, -sample.total_tokens)
+
+    def _count(self, sample: Sample, tokens: int) -> None:
+        self.tokens[sample.group] = self.tokens.get(sample.group, 0) + tokens
+        if not self.is_trained(sample):
+            self.untrained_tokens += tokens
 
     def close(self, sample: Sample) -> tuple[int, ...]:
         """The sample is SCORED or DROPPED; returns the group's scored samples if it is complete."""
@@ -70,6 +88,7 @@ class Groups:
         group = next(iter(self.pending))
         tokens = self.pending.pop(group)
         self.pending_tokens -= tokens
+        self.untrained_tokens -= self.tokens[group]
         self.out[group] = worker
         scored = (s.id for s in self.members[group] if s.state is SampleState.SCORED)
         return tuple(scored), tokens
@@ -86,12 +105,13 @@ class Groups:
         """What the worker was training has to be trained again."""
         for group in [g for g, w in self.out.items() if w == worker]:
             del self.out[group]
+            self.untrained_tokens += self.tokens[group]
             if not self.open_members[group]:
                 self._complete(group)
 
     def validate(self, samples: Mapping[int, Sample]) -> None:
         """Assert that groups and samples tell the same story."""
-        seen = 0
+        seen = counted = 0
         for group, members in self.members.items():
             seen += len(members)
             is_open = sum(s.state not in CLOSED for s in members)
@@ -101,5 +121,9 @@ class Groups:
             assert places <= 1, f"group {group} stands in two places"
             if self.train and not is_open and scored:
                 assert places == 1, f"group {group} is complete and nowhere"
+            tokens = sum(s.total_tokens for s in members if s.state in FINISHED)
+            assert self.tokens.get(group, 0) == tokens, f"group {group} has {tokens} tokens"
+            counted += 0 if group in self.out or group in self.trained else tokens
         assert seen in (0, len(samples))
+        assert self.untrained_tokens == counted
         assert self.pending_tokens == sum(self.pending.values())

@@ -183,6 +183,8 @@ class RolloutScheduler:
         self._num_generating -= 1
         self.lengths.observe(event.response_tokens, sample)
         self._board.add(sample.id, sample.total_tokens)
+        if self._groups.members:
+            self._groups.finished(sample)
         if self._function_reward:
             self._rewards.want(sample.id)
         elif self._board.complete(sample.id):
@@ -249,7 +251,7 @@ class RolloutScheduler:
         sample = self._samples.get(sample_id)
         if sample is None or sample.state is S.DROPPED:
             return
-        was_scored = sample.state is S.SCORED
+        was_scored, had_ended = sample.state is S.SCORED, sample.state in (S.FINISHED, S.SCORED)
         if was_scored and self._groups.is_trained(sample):
             return  # too late: its gradient is in
         if sample.state is S.QUEUED:
@@ -261,6 +263,8 @@ class RolloutScheduler:
         self._rewards.forget(sample.id)
         sample.drop_reason = reason
         sample.move(S.DROPPED)
+        if had_ended and self._groups.members:
+            self._groups.dropped(sample)
         if was_scored and self._groups.members:
             released = self._groups.dropped_late(sample)
             if released:

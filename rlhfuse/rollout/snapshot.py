@@ -10,7 +10,6 @@ from rlhfuse.rollout.forecast import Bools, Floats, Ints, State
 from rlhfuse.rollout.groups import TRAIN, Groups
 from rlhfuse.rollout.policy import Policy
 from rlhfuse.rollout.scoring import ScoreBoard
-from rlhfuse.sample import SampleState
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,14 @@ def snapshot(books: Books, policy: Policy, now_s: float) -> Tail:
     steps = np.array([fleet.steps_at(worker, now_s) for worker in workers])
     tokens = np.clip(steps[home] - offsets, 0.0, policy.max_response_tokens - 1.0)
     backlog_s = books.board.pending_s
+    group_tokens: dict[int, int] = {}
     if books.groups.train:
-        backlog_s += books.groups.pending_tokens * books.board.cost.score_token_s[TRAIN]
+        known = books.groups.tokens
+        group_tokens = {group: known.get(group, 0) for group in set(groups.tolist())}
+        # Of groups that still run, training is foreseen sample by sample; of all others here,
+        # whether their scores are there yet or not.
+        waiting = books.groups.untrained_tokens - sum(group_tokens.values())
+        backlog_s += waiting * books.board.cost.score_token_s[TRAIN]
     return Tail(
         sample_ids=ids,
         groups=groups,
@@ -65,16 +70,8 @@ def snapshot(books: Books, policy: Policy, now_s: float) -> Tail:
         loaded=np.array([bool(w.last_role) for w in workers], dtype=np.bool_),
         backlog_s=backlog_s,
         num_samples=books.num_samples,
-        group_tokens=_finished_tokens(books.groups, groups) if books.groups.train else {},
+        group_tokens=group_tokens,
     )
-
-
-def _finished_tokens(groups: Groups, running: Ints) -> dict[int, int]:
-    done = (SampleState.FINISHED, SampleState.SCORED)
-    return {
-        group: sum(s.total_tokens for s in groups.members[group] if s.state in done)
-        for group in set(running.tolist())
-    }
 
 
 def thinned(tail: Tail, block: int, most: int) -> Tail:
