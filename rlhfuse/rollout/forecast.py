@@ -231,7 +231,7 @@ def _scored_at(state, finish, remaining, free):  # type: ignore[no-untyped-def]
     end = finish[last]
     width = end / BINS
     bins = _need(finish, state.score_token_s * final, end)
-    tail_s = state.last_token_s * final[last]
+    alone = end + state.last_token_s * final[last]
     if state.train_token_s > 0:
         ready = np.zeros(len(state.group_tokens))
         tokens = state.group_tokens.copy()
@@ -239,8 +239,10 @@ def _scored_at(state, finish, remaining, free):  # type: ignore[no-untyped-def]
             ready[state.group[j]] = max(ready[state.group[j]], finish[j])
             tokens[state.group[j]] += final[j]
         bins += _need(ready, state.train_token_s * tokens, end)
-        tail_s += state.train_token_s * tokens[state.group[last]]
-    return max(_drain(free, bins, width, state.backlog_s), end + tail_s)
+        alone += state.train_token_s * tokens[state.group[last]]
+        # One scorer trains a group from beginning to end, however many are free.
+        alone = max(alone, (ready + state.train_token_s * tokens).max())
+    return max(_drain(free, bins, width, state.backlog_s), alone)
 
 
 @numba.njit(cache=True)

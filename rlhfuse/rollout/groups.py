@@ -1,5 +1,6 @@
 """Groups of siblings: complete when all their samples are scored or dropped; then trained, once."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ class Groups:
     untrained_tokens: int = 0
     out: dict[int, int] = field(default_factory=dict)  # group -> worker
     trained: set[int] = field(default_factory=set)
+    _largest: list[tuple[int, int]] = field(default_factory=list)  # heap; of pending ones and past
 
     def begin(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
@@ -78,15 +80,20 @@ class Groups:
             tokens = sum(s.total_tokens for s in scored)
             self.pending[group] = tokens
             self.pending_tokens += tokens
+            heapq.heappush(self._largest, (-tokens, group))
         return tuple(s.id for s in scored)
 
     def _withdraw(self, group: int) -> None:
         self.pending_tokens -= self.pending.pop(group, 0)
 
     def take(self, worker: int) -> tuple[tuple[int, ...], int]:
-        """The group that has been complete for longest, now out: (sample ids, tokens)."""
-        group = next(iter(self.pending))
-        tokens = self.pending.pop(group)
+        """The largest complete group, now out: (sample ids, tokens). A large one that were left
+        to the end would be waited for by all."""
+        tokens = group = -1
+        while self.pending.get(group) != tokens:
+            negative, group = heapq.heappop(self._largest)
+            tokens = -negative
+        del self.pending[group]
         self.pending_tokens -= tokens
         self.untrained_tokens -= self.tokens[group]
         self.out[group] = worker

@@ -197,6 +197,30 @@ def test_a_straggler_is_noticed_and_emptied() -> None:
         assert ours < 0.8 * never
 
 
+@pytest.mark.parametrize("per_group", [4, 8])
+def test_late_moves_overlook_no_training(per_group: int) -> None:
+    """Groups to be trained, every fourth worker slow: no worse than never moving, within 2 %."""
+    cost = replace(COST, score_token_s={"actor": 5e-5, "train": 1.5e-4})
+    policy = Policy(max_response_tokens=384, max_running=64)
+    ratios = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        alike = np.repeat(rng.standard_normal(192 // per_group), per_group)
+        drawn = 50 * np.exp(0.53 * (alike + rng.standard_normal(192)))
+        lengths = np.clip(drawn, 4, 384).astype(int).tolist()
+        ours, never = (
+            simulate(
+                cost, asked, lengths, [16] * 192, 8, ("actor",), train=True, reward_s=0.01,
+                groups=[i // per_group for i in range(192)], history=_lengths(seed + 50, 256),
+                slowdown=(1.0, 1.0, 1.0, 1.3) * 2, record=False,
+            )[1].end_s
+            for asked in (policy, replace(policy, migration=Migration.OFF))
+        )  # fmt: skip
+        ratios.append(ours / never)
+    assert max(ratios) <= 1.02
+    assert np.mean(ratios) < 0.97
+
+
 def test_forecasts_are_compiled_once() -> None:
     """What the warm-up compiled is what decisions call: no second compilation in the live loop."""
     warm_up()
