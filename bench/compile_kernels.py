@@ -80,8 +80,13 @@ def cases() -> list[Case]:
         "num_tokens": "i32",
     }  # fmt: skip
     tiles: dict[str, int | bool] = {
-        "VOCAB": 151_936, "HIDDEN": 4096, "SPLIT": 4864, "BIAS": False, "PER_ROW": False,
+        "VOCAB": 151_936, "HIDDEN": 4096, "SPLIT": 4864, "SPLITS": 32, "GROUP": 8,
+        "BIAS": False, "PER_ROW": False,
         "BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_H": 64,
+    }  # fmt: skip
+    slab = {
+        "out_ptr": "*bf16", "entropy_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32",
+        "grad_logprob_ptr": "*fp32", "grad_entropy_ptr": "*fp32", "first": "i32",
     }  # fmt: skip
     backward = {
         "gradient_ptr": "*bf16", "gradient_stride": "i32",
@@ -119,6 +124,12 @@ def cases() -> list[Case]:
             {"CLIP": True, "BLOCK": 2048},
         ),
         Case("linear_logprob forward", triton_linear._partials, head, tiles),
+        Case(
+            "linear_logprob backward + entropy",
+            triton_linear._logit_gradient,
+            head | slab,
+            tiles | {"WIDTH": 16_384, "ENTROPY": True},
+        ),
     ]
 
 
@@ -131,9 +142,8 @@ def compile_case(case: Case, capability: int) -> Report:
         for index, (name, kind) in enumerate(order.items())
         if kind.startswith("*") or name.endswith("_stride")
     }
-    source = ASTSource(
-        fn=case.kernel, signature=order, constexprs=dict(case.constants), attrs=aligned
-    )
+    constants = {name: value for name, value in case.constants.items() if name in order}
+    source = ASTSource(fn=case.kernel, signature=order, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.logprob import check_rows, split_temperature
+from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
 from rlhfuse.kernels.rows import (
     Temperatures,
@@ -58,6 +58,9 @@ def linear_logprob(
             own rows of weight and bias (parts of the vocabulary, in rank order; labels count
             through all of them). Results and the gradient by hidden are whole on every rank.
 
+    Under autocast the two factors are narrowed to its type, logits never. torch.compile takes it
+    as one operator, except with `tp_group` (a break in the graph).
+
     Raises:
         ValueError: shapes that do not fit together, or `kept` with a cut vocabulary.
     """
@@ -67,35 +70,36 @@ def linear_logprob(
             f"weight must be [V, {hidden.shape[1]}] for hidden {tuple(hidden.shape)}, "
             f"not {tuple(weight.shape)}"
         )
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     if tp_group is not None and tp_group.size() > 1:
-        return _vocab_parallel(
+        cut: TokenLogprob = _vocab_parallel(
             hidden, weight, labels, bias, temperature, entropy, ignore_index, kept, tp_group
         )
-    if choose(hidden.device) is Path.REFERENCE:
-        return reference.linear_logprob(
-            hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
-            ignore_index=ignore_index, kept=kept,
-        )  # fmt: skip
+        return cut
     if kept is not None and kept.cu.shape != (labels.numel() + 1,):
         raise ValueError(
             f"kept.cu must be one longer than the {labels.numel()} labels, "
             f"not {tuple(kept.cu.shape)}"
         )
+    if choose(hidden.device) is Path.REFERENCE:
+        with without_autocast(hidden):
+            return reference.linear_logprob(
+                hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
+                ignore_index=ignore_index, kept=kept,
+            )  # fmt: skip
     marked = torch.where(labels == ignore_index, -1, labels.long())
-    logprob, spread = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
-        bias,
-        marked,
-        *split_temperature(temperature),
-        entropy,
-        keep_logits_bytes,
-        None if kept is None else kept.ids,
-        None if kept is None else kept.cu,
+    ids, cu = (None, None) if kept is None else (kept.ids, kept.cu)
+    needed = hidden.requires_grad or weight.requires_grad
+    needed = needed or (bias is not None and bias.requires_grad)
+    room = keep_logits_bytes if needed and torch.is_grad_enabled() else 0
+    keep_rows = _rows_within(room, hidden, weight.shape[0], kept is not None)
+    logprob, spread, _, _ = linear_logprob_op(
+        hidden, weight, bias, marked, *split_temperature(temperature), entropy, keep_rows, ids, cu
     )
     return TokenLogprob(logprob, spread if entropy else None)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _vocab_parallel(
     hidden: Tensor,
     weight: Tensor,
@@ -115,9 +119,10 @@ def _vocab_parallel(
             "one of the two out"
         )
     marked = torch.where(labels == ignore_index, -1, labels.long())
-    logprob, spread = VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, marked, *split_temperature(temperature), group
-    )
+    with without_autocast(hidden):
+        logprob, spread = VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, marked, *split_temperature(temperature), group
+        )
     return TokenLogprob(logprob, spread if entropy else None)
 
 
@@ -160,86 +165,178 @@ def _drop_(logits: Tensor, ids: Tensor | None, cu: Tensor | None, rows: slice) -
     return logits.masked_fill_(dropped, -torch.inf)
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperature: float,
-        temperatures: Tensor | None,
-        entropy: bool,
-        keep_logits_bytes: int,
-        kept_ids: Tensor | None,
-        kept_cu: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.temperature, ctx.entropy = temperature, entropy
-        dtype = accumulation_dtype(hidden)
-        triton = choose(hidden.device) is Path.TRITON and kept_ids is None
-        if triton and dtype == torch.float32:
-            from rlhfuse.kernels import triton_linear  # triton is optional
+def _by_triton(hidden: Tensor, replayed: bool) -> bool:
+    narrow = accumulation_dtype(hidden) == torch.float32
+    return narrow and not replayed and choose(hidden.device) is Path.TRITON
 
-            out = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
-            ctx.save_for_backward(
-                hidden, weight, bias, labels, temperatures, out, kept_ids, kept_cu
-            )
-            return out[0].clone(), out[1].clone()
-        wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
-        given = Temperatures(temperature, temperatures)
-        kept: list[Tensor] = []
-        room = keep_logits_bytes if any(ctx.needs_input_grad[:3]) else 0
+
+def _rows_within(room: int, hidden: Tensor, vocab: int, replayed: bool) -> int:
+    """How many rows of logits, in whole chunks, the forward pass leaves for the backward pass."""
+    if room <= 0 or _by_triton(hidden, replayed):
+        return 0
+    row = vocab * accumulation_dtype(hidden).itemsize
+    ends = [rows.stop for rows in chunks(hidden.shape[0], vocab) if rows.stop * row <= room]
+    return ends[-1] if ends else 0
+
+
+@torch.library.custom_op("rlhfuse::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    entropy: bool,
+    keep_rows: int,
+    kept_ids: Tensor | None,
+    kept_cu: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logprob [T], entropy [T]; (Triton) largest logit and sum [2, T]; log-probabilities
+    [keep_rows, V] for the backward pass."""
+    dtype, given = accumulation_dtype(hidden), Temperatures(temperature, temperatures)
+    kept = hidden.new_empty(keep_rows, weight.shape[0], dtype=dtype)
+    if _by_triton(hidden, kept_ids is not None):
+        from rlhfuse.kernels import triton_linear  # triton is optional
+
+        folded = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
+        return folded[0].clone(), folded[1].clone(), folded[2:].clone(), kept
+    out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
+    wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with without_autocast(hidden):
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
             logits = _drop_(logits, kept_ids, kept_cu, rows)
-            chosen = log_softmax_labels(logits, labels[rows], rows, given, logits)
-            fold = fold_rows_(logits, chosen, labels[rows], entropy=entropy)
+            block = kept[rows] if rows.stop <= keep_rows else logits
+            chosen = log_softmax_labels(logits, labels[rows], rows, given, block)
+            fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
             out[0, rows], out[1, rows] = fold.logprob, fold.entropy
-            room -= logits.numel() * logits.element_size()
-            if room >= 0:
-                kept.append(logits)
-        ctx.save_for_backward(
-            hidden, weight, bias, labels, temperatures, out, kept_ids, kept_cu, *kept
-        )
-        return out[0].clone(), out[1].clone()
+    return out[0].clone(), out[1].clone(), out.new_zeros(2, 0), kept
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, labels, temperatures, out, ids, cu, *kept = ctx.saved_tensors
-        dtype, given = out.dtype, Temperatures(ctx.temperature, temperatures)
-        wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        by_hidden = torch.empty_like(hidden, dtype=dtype)
-        by_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
-        by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
-        for index, rows in enumerate(chunks(hidden.shape[0], weight.shape[0])):
-            if index < len(kept):
+
+@linear_logprob_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    entropy: bool,
+    keep_rows: int,
+    kept_ids: Tensor | None,
+    kept_cu: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, rows = accumulation_dtype(hidden), hidden.shape[0]
+    saved = rows if _by_triton(hidden, kept_ids is not None) else 0
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(2, saved, dtype=dtype),
+        hidden.new_empty(keep_rows, weight.shape[0], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("rlhfuse::linear_logprob_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    spread: Tensor,
+    saved: Tensor,
+    kept: Tensor,
+    kept_ids: Tensor | None,
+    kept_cu: Tensor | None,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by hidden, weight (empty unless `with_weight`) and bias (empty without one)."""
+    dtype, vocab = spread.dtype, weight.shape[0]
+    by_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
+    by_weight = spread.new_zeros(vocab if with_weight else 0, weight.shape[1])
+    by_bias = spread.new_zeros(0 if bias is None else vocab)
+    if _by_triton(hidden, kept_ids is not None):
+        from rlhfuse.kernels import triton_linear  # triton is optional
+
+        with without_autocast(hidden):
+            triton_linear.backward(
+                hidden, weight, bias, labels, temperature, temperatures, spread, saved,
+                grad_logprob, grad_entropy, by_hidden, by_weight if with_weight else None,
+                None if bias is None else by_bias,
+            )  # fmt: skip
+        return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)
+    given = Temperatures(temperature, temperatures)
+    wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with without_autocast(hidden):
+        for rows in chunks(hidden.shape[0], vocab):
+            if rows.stop <= len(kept):
                 # Out of place: a second backward pass through a retained graph needs it again.
-                block, by_logits = kept[index], torch.empty_like(kept[index])
+                block, by_logits = kept[rows], torch.empty_like(kept[rows])
             else:
                 logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-                block = by_logits = _drop_(logits, ids, cu, rows)
+                block = by_logits = _drop_(logits, kept_ids, kept_cu, rows)
                 log_softmax_rows(block, rows, given, block)
+            by_entropy = None if grad_entropy is None else grad_entropy[rows]
             row_gradient(
-                block,
-                labels[rows],
-                out[1, rows],
-                grad_logprob[rows],
-                grad_entropy[rows] if ctx.entropy else None,
-                rows,
-                given,
+                block, labels[rows], spread[rows], grad_logprob[rows], by_entropy, rows, given,
                 out=by_logits,
-            )
+            )  # fmt: skip
             by_hidden[rows] = head_logits(by_logits, wide.T, None)
-            if by_weight is not None:
+            if with_weight:
                 by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
-            if by_bias is not None:
+            if bias is not None:
                 by_bias += by_logits.sum(0)
-        return (
-            by_hidden.to(hidden.dtype),
-            None if by_weight is None else by_weight.to(weight.dtype),
-            None if by_bias is None or bias is None else by_bias.to(bias.dtype),
-            *(None,) * 7,
-        )
+    return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)
+
+
+def _like(gradient: Tensor, of: Tensor | None) -> Tensor:
+    return gradient if of is None else gradient.to(of.dtype)
+
+
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    spread: Tensor,
+    saved: Tensor,
+    kept: Tensor,
+    kept_ids: Tensor | None,
+    kept_cu: Tensor | None,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape[0] if with_weight else 0, weight.shape[1]),
+        spread.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, ctx.temperature, temperatures, ctx.entropy, _, ids, cu = inputs
+    _, spread, saved, kept = output
+    ctx.save_for_backward(hidden, weight, bias, labels, temperatures, spread, saved, kept, ids, cu)
+
+
+def _autograd_backward(
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Tensor
+) -> tuple[Any, ...]:
+    hidden, weight, bias, labels, temperatures, spread, saved, kept, ids, cu = ctx.saved_tensors
+    by_hidden, by_weight, by_bias = _backward(
+        hidden, weight, bias, labels, ctx.temperature, temperatures, spread, saved, kept, ids, cu,
+        grad_logprob, grad_entropy if ctx.entropy else None, ctx.needs_input_grad[1],
+    )  # fmt: skip
+    weight_gradient = by_weight if ctx.needs_input_grad[1] else None
+    return (by_hidden, weight_gradient, None if bias is None else by_bias, *(None,) * 7)
+
+
+linear_logprob_op.register_autograd(_autograd_backward, setup_context=_setup_context)

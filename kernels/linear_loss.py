@@ -9,16 +9,19 @@ the policy's coefficient in place of cross-entropy's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.linear_logprob import chunks, head_logits, linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
+from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from rlhfuse.kernels.rows import Temperatures, fold_rows_, log_softmax_labels, row_gradient
+from rlhfuse.kernels.rows import Formed, Temperatures, fold_rows_, log_softmax_labels, row_gradient
 
 # The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
 # log-probabilities and entropies.
@@ -34,6 +37,7 @@ class LinearLoss:
     entropy: Tensor | None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -57,6 +61,7 @@ def linear_loss(
             log-probabilities and entropies (zeros unless `entropy`).
     """
     check_rows(hidden, labels, temperature)
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     needed = hidden.requires_grad or weight.requires_grad
     needed = needed or (bias is not None and bias.requires_grad)
     if not (needed and torch.is_grad_enabled()):
@@ -87,6 +92,41 @@ def _loss_slopes(
     return loss.detach(), slopes[0], slopes[1]
 
 
+def _form(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    given: Temperatures,
+    entropy: bool,
+    token_loss: TokenLoss,
+) -> Formed:
+    dtype = accumulation_dtype(hidden)
+    wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
+    by_hidden = torch.empty_like(hidden, dtype=dtype)
+    by_weight = torch.zeros_like(wide)
+    by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
+    total = out.new_zeros(())
+    for rows in chunks(hidden.shape[0], weight.shape[0]):
+        own = hidden[rows].to(dtype)
+        block = head_logits(own, wide, wide_bias)
+        chosen = log_softmax_labels(block, labels[rows], rows, given, block)
+        fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
+        loss, by_logprob, by_entropy = _loss_slopes(token_loss, rows, fold.logprob, fold.entropy)
+        by_logits = row_gradient(
+            block, labels[rows], fold.entropy, by_logprob, by_entropy if entropy else None, rows,
+            given, out=block,
+        )  # fmt: skip
+        by_hidden[rows] = head_logits(by_logits, wide.T, None)
+        by_weight.addmm_(by_logits.T, own)
+        if by_bias is not None:
+            by_bias += by_logits.sum(0)
+        out[0, rows], out[1, rows] = fold.logprob, fold.entropy
+        total += loss
+    return Formed(total, out[0], out[1], by_hidden, by_weight, by_bias)
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,45 +140,26 @@ class _LinearLoss(torch.autograd.Function):
         entropy: bool,
         token_loss: TokenLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = accumulation_dtype(hidden)
-        wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
-        by_hidden = torch.empty_like(hidden, dtype=dtype)
-        by_weight = torch.zeros_like(wide)
-        by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
-        total, given = out.new_zeros(()), Temperatures(temperature, temperatures)
-        for rows in chunks(hidden.shape[0], weight.shape[0]):
-            own = hidden[rows].to(dtype)
-            block = head_logits(own, wide, wide_bias)
-            chosen = log_softmax_labels(block, labels[rows], rows, given, block)
-            fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
-            loss, by_logprob, by_entropy = _loss_slopes(
-                token_loss, rows, fold.logprob, fold.entropy
-            )
-            by_logits = row_gradient(
-                block,
-                labels[rows],
-                fold.entropy,
-                by_logprob,
-                by_entropy if entropy else None,
-                rows,
-                given,
-                out=block,
-            )
-            by_hidden[rows] = head_logits(by_logits, wide.T, None)
-            by_weight.addmm_(by_logits.T, own)
-            if by_bias is not None:
-                by_bias += by_logits.sum(0)
-            out[0, rows], out[1, rows] = fold.logprob, fold.entropy
-            total += loss
+        narrow = accumulation_dtype(hidden) == torch.float32
+        with without_autocast(hidden):
+            if narrow and choose(hidden.device) is Path.TRITON:
+                from rlhfuse.kernels import triton_loss  # triton is optional
+
+                formed = triton_loss.form(
+                    hidden, weight, bias, labels, temperature, temperatures, entropy,
+                    partial(_loss_slopes, token_loss),
+                )  # fmt: skip
+            else:
+                given = Temperatures(temperature, temperatures)
+                formed = _form(hidden, weight, bias, labels, given, entropy, token_loss)
         ctx.gradients = (
-            by_hidden.to(hidden.dtype),
-            by_weight.to(weight.dtype),
-            None if by_bias is None or bias is None else by_bias.to(bias.dtype),
+            formed.by_hidden.to(hidden.dtype),
+            formed.by_weight.to(weight.dtype),
+            None if formed.by_bias is None or bias is None else formed.by_bias.to(bias.dtype),
         )
-        logprob, spread = out[0].clone(), out[1].clone()
+        logprob, spread = formed.logprob.clone(), formed.entropy.clone()
         ctx.mark_non_differentiable(logprob, spread)
-        return total, logprob, spread
+        return formed.loss, logprob, spread
 
     @staticmethod
     @once_differentiable

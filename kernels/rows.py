@@ -48,6 +48,19 @@ class RowFold:
     entropy: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """A loss formed with its gradients: logprob and entropy [T], and gradients not narrower than
+    float32 (that by hidden may be in hidden's own type)."""
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    by_hidden: Tensor
+    by_weight: Tensor
+    by_bias: Tensor | None
+
+
 def log_softmax_rows(logits: Tensor, rows: slice, temperatures: Temperatures, out: Tensor) -> None:
     """log softmax(logits / temperature) of these rows, [R, V], written to contiguous `out`.
 

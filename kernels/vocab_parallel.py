@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhfuse.kernels.linear_logprob import chunks, head_logits
+from rlhfuse.kernels.precision import without_autocast
 from rlhfuse.kernels.reference import accumulation_dtype
 from rlhfuse.kernels.rows import FLOOR, Temperatures, slopes
 
@@ -72,24 +73,25 @@ class VocabParallelLogprob(torch.autograd.Function):
         by_weight = torch.zeros_like(wide)
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
         log_total = total.log()
-        for rows in chunks(hidden.shape[0], weight.shape[0]):
-            logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-            log_probs = given.divide_(logits.sub_(top[rows, None]), rows)
-            log_probs.sub_(log_total[rows, None]).clamp_(min=FLOOR)
-            by_logprob = slopes(labels[rows], grad_logprob[rows], rows, given, dtype)
-            by_entropy = slopes(labels[rows], grad_entropy[rows], rows, given, dtype)
-            weights = log_probs.exp()
-            level = by_logprob + by_entropy * entropy[rows]
-            by_logits = log_probs.mul_(-by_entropy[:, None]).sub_(level[:, None]).mul_(weights)
-            by_logits.masked_fill_((labels[rows] < 0)[:, None], 0.0)
-            mine = own[rows] >= 0
-            by_logits.scatter_add_(
-                1, own[rows].clamp_min(0)[:, None], torch.where(mine, by_logprob, 0.0)[:, None]
-            )
-            by_hidden[rows] = head_logits(by_logits, wide.T, None)
-            by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
-            if by_bias is not None:
-                by_bias += by_logits.sum(0)
+        with without_autocast(hidden):
+            for rows in chunks(hidden.shape[0], weight.shape[0]):
+                logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+                log_probs = given.divide_(logits.sub_(top[rows, None]), rows)
+                log_probs.sub_(log_total[rows, None]).clamp_(min=FLOOR)
+                by_logprob = slopes(labels[rows], grad_logprob[rows], rows, given, dtype)
+                by_entropy = slopes(labels[rows], grad_entropy[rows], rows, given, dtype)
+                weights = log_probs.exp()
+                level = by_logprob + by_entropy * entropy[rows]
+                by_logits = log_probs.mul_(-by_entropy[:, None]).sub_(level[:, None]).mul_(weights)
+                by_logits.masked_fill_((labels[rows] < 0)[:, None], 0.0)
+                mine = own[rows] >= 0
+                by_logits.scatter_add_(
+                    1, own[rows].clamp_min(0)[:, None], torch.where(mine, by_logprob, 0.0)[:, None]
+                )
+                by_hidden[rows] = head_logits(by_logits, wide.T, None)
+                by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
+                if by_bias is not None:
+                    by_bias += by_logits.sum(0)
         dist.all_reduce(by_hidden, group=ctx.group)
         return (
             by_hidden.to(hidden.dtype),

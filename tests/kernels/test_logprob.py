@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhfuse.kernels import reference
-from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
+from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
 
 
@@ -263,3 +264,69 @@ def test_the_operator_passes_opcheck_and_torch_compile(per_token: bool) -> None:
     (plain,) = torch.autograd.grad(loss(logits), logits)
     (traced,) = torch.autograd.grad(compiled(logits), logits)
     assert torch.equal(plain, traced)
+
+
+@pytest.mark.parametrize("keep_rows", [0, 16])
+def test_the_linear_operator_passes_opcheck_and_torch_compile(keep_rows: int) -> None:
+    rng = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 8, generator=rng).requires_grad_() for n in (16, 21))
+    bias = torch.randn(21, generator=rng).requires_grad_()
+    labels = torch.randint(-1, 21, (16,), generator=rng)
+    arguments = (hidden, weight, bias, labels, 0.7, None, True, keep_rows, None, None)
+    torch.library.opcheck(linear_logprob_op, arguments)
+
+    def loss(rows: Tensor, head: Tensor) -> Tensor:
+        out = linear_logprob(rows * 2, head, labels.clamp_min(0), bias=bias, entropy=True)
+        assert out.entropy is not None
+        return (out.logprob + out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    plain = torch.autograd.grad(loss(hidden, weight), [hidden, weight, bias])
+    traced = torch.autograd.grad(compiled(hidden, weight), [hidden, weight, bias])
+    for one, other in zip(plain, traced, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_autocast_narrows_the_factors_and_never_the_logits() -> None:
+    rng = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 64, generator=rng).requires_grad_() for n in (30, 500))
+    labels = torch.randint(0, 500, (30,), generator=rng)
+    wide = [part.detach().bfloat16().double().requires_grad_() for part in (hidden, weight)]
+    truth = reference.linear_logprob(wide[0], wide[1], labels, temperature=0.7)
+    true_grads = torch.autograd.grad(truth.logprob.sum(), wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_logprob(hidden, weight, labels, temperature=0.7)
+        fused = linear_loss(hidden, weight, labels, lambda _, logp, __: logp.sum(), temperature=0.7)
+        rows = token_logprob(hidden, labels % 64)
+        # Also the backward passes run in here: a product of theirs must not be narrowed either.
+        grads = torch.autograd.grad(found.logprob.sum(), [hidden, weight])
+        fused_grads = torch.autograd.grad(fused.loss, [hidden, weight])
+    assert found.logprob.dtype == rows.logprob.dtype == torch.float32
+    assert relative(found.logprob, truth.logprob.detach()) < 1e-6
+    assert relative(fused.logprob, truth.logprob.detach()) < 1e-6
+    for ours, true in zip([*grads, *fused_grads], [*true_grads] * 2, strict=True):
+        assert ours.dtype == torch.float32
+        assert relative(ours, true) < 4e-3
+
+
+def test_deterministic_mode_changes_no_bit() -> None:
+    rng = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 24, generator=rng).requires_grad_() for n in (40, 300))
+    labels = torch.randint(0, 300, (40,), generator=rng)
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = linear_logprob(hidden, weight, labels, entropy=True)
+        rows = token_logprob(hidden @ weight.T, labels, entropy=True)
+        assert out.entropy is not None
+        assert rows.entropy is not None
+        loss = (out.logprob + out.entropy + rows.logprob * rows.entropy).sum()
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    plain = gradients()
+    torch.use_deterministic_algorithms(True)  # it also fills every fresh tensor with NaN
+    try:
+        again = gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)

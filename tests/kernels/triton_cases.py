@@ -4,12 +4,16 @@
 when it is first imported.
 """
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from rlhfuse.kernels import reference
+from rlhfuse.kernels import reference, triton_linear
 from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.logprob import token_logprob
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,15 +23,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 
 
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Deterministic mode: torch fills every fresh tensor with NaN, so that unwritten results are
+    seen, and refuses whatever does not give the same bits every time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def relative(found: Tensor, truth: Tensor) -> float:
     assert not found.isnan().any()
     return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
-
-
-def poison() -> None:
-    """Leave NaN where the next allocations will lie, so that unwritten results are seen."""
-    filled = [torch.full((size,), torch.nan, device=DEVICE) for size in (64, 512, 4096, 70_000)]
-    del filled
 
 
 CASES = [
@@ -73,7 +81,6 @@ def test_token_logprob_equals_float64(
 
     leaf = logits.to(DEVICE).requires_grad_()
     rows = leaf * 1
-    poison()
     found = token_logprob(
         rows,
         labels.to(DEVICE),
@@ -82,7 +89,6 @@ def test_token_logprob_equals_float64(
         inplace_backward=inplace,
     )
     assert found.entropy is not None
-    poison()
     (found.logprob * grads[0].to(DEVICE) + found.entropy * grads[1].to(DEVICE)).sum().backward()
     assert relative(found.logprob, truth.logprob.detach()) < 1e-6
     assert relative(found.entropy, truth.entropy.detach()) < 1e-6 or vocab == 1
@@ -124,7 +130,6 @@ def test_linear_logprob_equals_float64(
         (truth.logprob * grads[0] + truth.entropy * grads[1]).sum(), wide
     )
     near = [tensor.to(DEVICE).requires_grad_() for tensor in (hidden, weight, bias)]
-    poison()
     found = linear_logprob(
         near[0],
         near[1],
@@ -142,3 +147,53 @@ def test_linear_logprob_equals_float64(
     assert relative(found.entropy, truth.entropy.detach()) < 2e-6 or vocab == 1
     for ours, true in zip(near_grads, true_grads, strict=True):
         assert relative(ours, true) < (5e-6 if dtype == torch.float32 else 4e-3) or vocab == 1
+
+
+def test_slabs_and_chunks_of_the_backward_pass_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_linear, "_SLAB", 64)
+    monkeypatch.setattr(triton_linear, "_CHUNK_TOKENS", 32)
+    test_linear_logprob_equals_float64(45, 40, 150, torch.float32, True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "entropy", "per_token"), [(torch.float32, True, True), (HALF, False, False)]
+)
+def test_linear_loss_equals_float64(dtype: torch.dtype, entropy: bool, per_token: bool) -> None:
+    num_tokens, hidden_size, vocab = 133, 16, 1030  # two chunks, five slabs
+    rng = torch.Generator().manual_seed(8)
+    hidden = torch.randn(num_tokens, hidden_size, generator=rng).to(dtype)
+    weight = (torch.randn(vocab, hidden_size, generator=rng) * 0.5).to(dtype)
+    bias = (torch.randn(vocab, generator=rng) - 20).to(dtype)
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    labels[:1], labels[1:2] = vocab - 1, -100
+    temperature = torch.rand(num_tokens, generator=rng) + 0.5 if per_token else 0.7
+    factors = torch.randn(2, num_tokens, generator=rng)
+    wide = [tensor.double().requires_grad_() for tensor in (hidden, weight, bias)]
+    out = reference.linear_logprob(
+        wide[0], wide[1], labels, bias=wide[2], temperature=temperature, entropy=True
+    )
+    assert out.entropy is not None
+    true_loss = (out.logprob.exp() * factors[0]).sum()
+    true_loss = true_loss + (out.entropy * factors[1]).sum() * float(entropy)
+    true_grads = torch.autograd.grad(true_loss, wide)
+    near = [tensor.to(DEVICE).requires_grad_() for tensor in (hidden, weight, bias)]
+    on_device = factors.to(DEVICE)
+
+    def token_loss(rows: slice, logprob: Tensor, spread: Tensor) -> Tensor:
+        loss = (logprob.exp() * on_device[0, rows]).sum()
+        return loss + (spread * on_device[1, rows]).sum() if entropy else loss
+
+    found = linear_loss(
+        near[0],
+        near[1],
+        labels.to(DEVICE),
+        token_loss,
+        bias=near[2],
+        temperature=temperature.to(DEVICE) if isinstance(temperature, Tensor) else temperature,
+        entropy=entropy,
+    )
+    grads = torch.autograd.grad(found.loss, near)
+    assert relative(found.logprob, out.logprob.detach()) < 1e-6
+    assert relative(found.loss, true_loss.detach()) < 1e-5
+    for ours, true in zip(grads, true_grads, strict=True):
+        assert relative(ours, true) < (1e-5 if dtype == torch.float32 else 4e-3)

@@ -1,5 +1,7 @@
 """Triton's GAE, moments, whitening and value loss: see `triton_cases.py`, run the same way."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
-def poison() -> None:
-    """Leave NaN where the next allocations will lie, so that unwritten results are seen."""
-    filled = [torch.full((size,), torch.nan, device=DEVICE) for size in (64, 512, 4096, 70_000)]
-    del filled
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Deterministic mode: torch fills every fresh tensor with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def batch(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,7 +54,6 @@ def test_gae_and_moments_equal_float64(
     )
     on_device = None if final is None else final.to(DEVICE)
     cu_device = cu_seqlens.to(DEVICE)
-    poison()
     found = gae(
         rewards.to(DEVICE), values.to(DEVICE), cu_device, gamma=gamma, lam=lam, bootstrap=on_device
     )
@@ -83,7 +86,6 @@ def test_shaped_rewards_and_whitening_equal_the_steps_apart(estimator: str) -> N
         scores.to(DEVICE), logprobs.to(DEVICE), ref_logprobs.to(DEVICE), 0.3, estimator
     )
     on_device = values.to(DEVICE), cu_seqlens.to(DEVICE)
-    poison()
     found = whitened_gae(shaping, *on_device, gamma=0.99, lam=0.97)
     assert relative(found.rewards, rewards) < 1e-6
     assert relative(found.returns, truth.returns) < 1e-6
@@ -100,7 +102,6 @@ def test_whitening_equals_float64(count: int, shift_mean: bool) -> None:
     mask = torch.rand(count, generator=rng) < 0.6
     mask[0] = True
     cu_seqlens = torch.tensor([0, 0, count], device=DEVICE)
-    poison()
     found = whiten_batch(values.to(DEVICE), cu_seqlens, shift_mean=shift_mean)
     truth = reference.whiten(values.double(), shift_mean=shift_mean)
     # A float32 mean of a block is off by some 1e-7 of it; whitened, that is 100 times as much.
@@ -125,9 +126,7 @@ def test_value_terms_equal_float64(clip: float | None, count: int, dtype: torch.
     truth = reference.value_terms(wide, old.double(), returns.double(), clip=clip)
     (true_grad,) = torch.autograd.grad((truth.loss * above).sum(), wide)
     near = values.to(DEVICE).requires_grad_()
-    poison()
     found = value_terms(near, old.to(DEVICE), returns.to(DEVICE), clip=clip)
-    poison()
     (grad,) = torch.autograd.grad((found.loss * above.to(DEVICE)).sum(), near)
     assert relative(found.loss, truth.loss.detach()) < 1e-6
     assert torch.equal(found.clipped.cpu(), truth.clipped)
