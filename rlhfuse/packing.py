@@ -43,13 +43,18 @@ def minibatches(
 
 
 def microbatches(
-    samples: Sequence[tuple[int, int]], *, num_microbatches: int = 0, token_budget: int = 0
+    samples: Sequence[tuple[int, int]],
+    *,
+    num_microbatches: int = 0,
+    token_budget: int = 0,
+    padded: bool = False,
 ) -> tuple[SampleIds, ...]:
     """Cut (sample id, tokens) pairs into micro-batches of even token counts.
 
     Either their number is given, or the most tokens in one: then as few as fit (a sample longer
-    than the budget goes alone). Ids ascend within each; small micro-batches stand at both ends,
-    where a pipeline fills and drains, large ones in the middle.
+    than the budget goes alone; `padded`: each sample counts as the longest beside it). Ids ascend
+    within each; small micro-batches stand at both ends, where a pipeline fills and drains, large
+    ones in the middle.
 
     Raises:
         ValueError: not exactly one of the two given, fewer samples than micro-batches, an id
@@ -73,7 +78,7 @@ def microbatches(
     else:
         number = min(len(samples), -(-sum(lengths.values()) // token_budget))
         parts = balanced(samples, number)
-        while number < len(samples) and not _fits(parts, lengths, token_budget):
+        while number < len(samples) and not _fits(parts, lengths, token_budget, padded=padded):
             number += 1
             parts = balanced(samples, number)
     by_size = sorted(parts, key=lambda part: (sum(lengths[s] for s in part), part))
@@ -104,8 +109,14 @@ def balanced(samples: Sequence[tuple[int, int]], num_parts: int) -> tuple[Sample
     return tuple(ids for _, ids in heap[0][2])
 
 
-def _fits(parts: Sequence[SampleIds], lengths: dict[int, int], token_budget: int) -> bool:
-    return all(len(part) <= 1 or sum(lengths[s] for s in part) <= token_budget for part in parts)
+def _fits(
+    parts: Sequence[SampleIds], lengths: dict[int, int], token_budget: int, *, padded: bool
+) -> bool:
+    def rows(part: SampleIds) -> int:
+        sizes = [lengths[s] for s in part]
+        return max(sizes) * len(sizes) if padded else sum(sizes)
+
+    return all(len(part) <= 1 or rows(part) <= token_budget for part in parts)
 
 
 def _check_distinct(ids: Sequence[int]) -> None:

@@ -295,7 +295,11 @@ def _microbatches(
         # A replica may have got few long samples.
         count = min(model.num_microbatches, len(members))
         return packing.microbatches(members, num_microbatches=count)
-    return packing.microbatches(members, token_budget=model.ppo_max_token_len_per_gpu)
+    return packing.microbatches(
+        members,
+        token_budget=model.ppo_max_token_len_per_gpu,
+        padded=not model.use_remove_padding,
+    )
 
 
 def _model(config: Config, role: str) -> TrainedModelConfig:

@@ -81,3 +81,11 @@ def test_mistakes_are_named() -> None:
         minibatches([(0, 0), (1, 1), (2, 2)], prompts_per_minibatch=2)
     with pytest.raises(ValueError, match="distinct"):
         microbatches([(7, 5), (7, 6)], num_microbatches=1)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=24), st.integers(1, 800))
+def test_padded_microbatches_keep_to_the_budget(sizes: list[int], budget: int) -> None:
+    samples = list(enumerate(sizes))
+    cut = microbatches(samples, token_budget=budget, padded=True)
+    assert sorted(i for ids in cut for i in ids) == list(range(len(sizes)))
+    assert all(len(ids) == 1 or len(ids) * max(sizes[i] for i in ids) <= budget for ids in cut)

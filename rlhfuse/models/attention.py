@@ -60,9 +60,13 @@ class PackedAttention:
     all samples. Rows behind the last sample (dummy rows) come out as zeros.
     """
 
-    def __init__(self, lengths: tuple[int, ...], cu_seqlens: torch.Tensor) -> None:
+    def __init__(
+        self, lengths: tuple[int, ...], cu_seqlens: torch.Tensor, *, rectangular: bool = False
+    ) -> None:
+        """`rectangular`: all lengths are equal, and one call may take the samples together."""
         self._lengths = lengths
         self._cu_seqlens = cu_seqlens
+        self._rectangular = rectangular
 
     def __call__(
         self,
@@ -72,6 +76,8 @@ class PackedAttention:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
+        if self._rectangular:
+            return self._together(query, key, value, scaling)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, scaling)
         return self._per_sample(query, key, value, scaling)
@@ -91,6 +97,20 @@ class PackedAttention:
         if dummy_rows:
             outputs.append(torch.zeros_like(parts[0][-1]).transpose(1, 2))
         return torch.cat(outputs, dim=1)
+
+    def _together(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        samples, length = len(self._lengths), self._lengths[0]
+        q, k, v = (
+            rows[0, :, : samples * length].unflatten(1, (samples, length)).transpose(0, 1)
+            for rows in (query, key, value)
+        )
+        output = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        rows = output.transpose(1, 2).flatten(0, 1)
+        return functional.pad(rows, (0, 0, 0, 0, 0, query.shape[2] - samples * length))[None]
 
     def _varlen(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float

@@ -19,13 +19,15 @@ class PackedBatch:
 
     token_ids: int64 [num_rows]. position_ids: int64 [num_rows], from 0 in every sample.
     lengths: tokens of each sample. cu_seqlens: int32 [N + 1], where each sample starts and ends.
-    The dummy rows travel between pipeline stages and are dropped by the last one.
+    The dummy rows travel between pipeline stages and are dropped by the last one. `rectangular`:
+    a padded batch, all lengths are that of the longest sample; attention takes them together.
     """
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
+    rectangular: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -48,11 +50,24 @@ def padded_rows(num_tokens: int) -> int:
     return max(1, -(-num_tokens // ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def pack(samples: Sequence[npt.NDArray[np.int32]], device: torch.device | str) -> PackedBatch:
-    """Pack token arrays in the order given. Raises ValueError for none, or for an empty one."""
+def laid_out(lengths: Sequence[int], *, padded: bool) -> tuple[int, ...]:
+    """Rows of each sample: its tokens, or those of the longest one in a padded batch."""
+    return (max(lengths, default=0),) * len(lengths) if padded else tuple(lengths)
+
+
+def pack(
+    samples: Sequence[npt.NDArray[np.int32]], device: torch.device | str, *, padded: bool = False
+) -> PackedBatch:
+    """Pack token arrays in the order given; `padded`: each filled up with token 0, behind what a
+    causal model reads, to the length of the longest. Raises ValueError for none, or for an empty
+    one."""
+    if not samples or min(map(len, samples)) == 0:
+        found = tuple(map(len, samples))
+        raise ValueError(f"packed batch: every sample needs at least one token, got {found}")
+    if padded:
+        longest = max(map(len, samples))
+        samples = [np.pad(tokens, (0, longest - len(tokens))) for tokens in samples]
     lengths = tuple(len(tokens) for tokens in samples)
-    if not lengths or min(lengths) == 0:
-        raise ValueError(f"packed batch: every sample needs at least one token, got {lengths}")
     num_tokens = sum(lengths)
     token_ids = np.zeros(padded_rows(num_tokens), dtype=np.int64)
     token_ids[:num_tokens] = np.concatenate(samples)
@@ -64,4 +79,5 @@ def pack(samples: Sequence[npt.NDArray[np.int32]], device: torch.device | str) -
         position_ids=torch.from_numpy(position_ids).to(device),
         lengths=lengths,
         cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
+        rectangular=padded,
     )

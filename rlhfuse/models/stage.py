@@ -89,7 +89,7 @@ class ModelStage(nn.Module):
         Returns hidden states [num_rows, H]; on the last stage those after the final norm, without
         the dummy rows: [num_tokens, H]."""
         hidden = self.embed(inputs) if self.first else inputs
-        attend = PackedAttention(batch.lengths, batch.cu_seqlens)
+        attend = PackedAttention(batch.lengths, batch.cu_seqlens, rectangular=batch.rectangular)
         hidden = self.transform(hidden, batch.position_ids, attend)
         return hidden[: batch.num_tokens] if self.last else hidden
 

@@ -61,10 +61,15 @@ class MicroBatch:
 
 
 def make_microbatch(
-    samples: Sequence[SampleData], data: LossData | None, device: torch.device
+    samples: Sequence[SampleData],
+    data: LossData | None,
+    device: torch.device,
+    *,
+    padded: bool = False,
 ) -> MicroBatch:
-    """Pack `samples`; with `data` (ranks that hold the loss) also what the loss reads."""
-    packed = pack([np.concatenate([s.prompt, s.response]) for s in samples], device)
+    """Pack (or pad) `samples`; with `data` (ranks that hold the loss) also what the loss reads."""
+    tokens = [np.concatenate([s.prompt, s.response]) for s in samples]
+    packed = pack(tokens, device, padded=padded)
     offsets = np.cumsum([0, *packed.lengths[:-1]])
     rows = [
         np.arange(offset + len(s.prompt) - 1, offset + len(s.prompt) + len(s.response) - 1)

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from rlhfuse.algorithms.tally import Tally, merge
 from rlhfuse.config import Config
 from rlhfuse.models.loading import load_config
-from rlhfuse.models.packed import padded_rows
+from rlhfuse.models.packed import laid_out, padded_rows
 from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
 from rlhfuse.schedules.ir import Op, Task
 from rlhfuse.schedules.timing import check_channels
@@ -243,6 +243,7 @@ class RankTrainer:
     ) -> None:
         for pipeline, pp_stage in self._present(plan):
             mine = data if self._is_last(pipeline, pp_stage) else None
+            padded = self._padded(pipeline)
             whole = [
                 by_id[i]
                 for name in replicas(plan.microbatches, role_of(pipeline))
@@ -252,7 +253,7 @@ class RankTrainer:
             self._backend.begin(
                 (pipeline, pp_stage),
                 [
-                    make_microbatch([by_id[i] for i in ids], mine, self._device)
+                    make_microbatch([by_id[i] for i in ids], mine, self._device, padded=padded)
                     for ids in plan.microbatches[pipeline]
                 ],
                 num_tokens=sum(len(sample.response) for sample in whole),
@@ -260,12 +261,18 @@ class RankTrainer:
             )
         self._references.begin(plan, by_id)
         self._shapes: dict[str, list[Shape]] = {
-            name: [
-                (padded_rows(sum(_num_tokens(by_id[i]) for i in ids)), self._hidden[role_of(name)])
-                for ids in microbatches
-            ]
+            name: [self._shape(name, [_num_tokens(by_id[i]) for i in ids]) for ids in microbatches]
             for name, microbatches in (*plan.microbatches.items(), *plan.forward.items())
         }
+
+    def _shape(self, pipeline: str, lengths: Sequence[int]) -> Shape:
+        """Of the messages of a micro-batch of samples of these lengths."""
+        rows = sum(laid_out(lengths, padded=self._padded(pipeline)))
+        return padded_rows(rows), self._hidden[role_of(pipeline)]
+
+    def _padded(self, pipeline: str) -> bool:
+        role = role_of(pipeline)
+        return role != "reference" and not model_config(self._config, role).use_remove_padding
 
     def _run_rounds(self, plan: MiniBatchPlan, spans: list[Span], progress: UpdateProgress) -> None:
         left = {key: len(plan.microbatches[key[0]]) for key in self._present(plan)}

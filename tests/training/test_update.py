@@ -214,6 +214,23 @@ def test_gradients_do_not_depend_on_the_cut_into_microbatches(
         assert torch.allclose(moments[1][name], whole, rtol=1e-4, atol=2e-5 * largest), name
 
 
+def test_padded_batches_give_the_gradients_of_packed_ones(models: Models, tmp_path: Path) -> None:
+    config = make_config(models)
+    padded = msgspec.structs.replace(
+        config,
+        actor=msgspec.structs.replace(config.actor, use_remove_padding=False),
+        critic=msgspec.structs.replace(config.critic, use_remove_padding=False),
+    )
+    metrics = [one_update(c, 2, tmp_path / str(i)) for i, c in enumerate((config, padded))]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5, abs=1e-7)
+    for role in ("actor", "critic"):
+        packed = first_moments(tmp_path / "0", role)
+        found = first_moments(tmp_path / "1", role)
+        for name, expected in packed.items():
+            largest = float(expected.abs().max())
+            assert torch.allclose(found[name], expected, rtol=1e-4, atol=2e-5 * largest), name
+
+
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
 def test_critic_free_algorithms_train_the_actor_alone(
     estimator: Literal["grpo", "rloo", "reinforce_plus_plus"], models: Models
