@@ -206,6 +206,7 @@ def _start_fleet(
     warm = threading.Thread(target=warm_up, name="warm-up", daemon=True)
     warm.start()
     fleet.start(worker_specs(run, state, hub, cluster, meeting))
+    progress.note(f"training on {fleet.detail(fleet.training[0])}")
     warm.join()
     return fleet, meeting
 

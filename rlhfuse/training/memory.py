@@ -1,6 +1,7 @@
 """Out of memory: which tensors a rank holds, and what to change."""
 
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -49,6 +50,16 @@ def in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def take_peak(device: torch.device) -> int:
+    """The most bytes that tensors have taken since the last call; on a CPU, that the process has
+    ever taken."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def logits_bytes(stage: ModelStage, chunk_rows: int) -> int:

@@ -1,7 +1,6 @@
 """AdamW on one stage's parameters, with float32 masters where the parameters are narrower."""
 
 import importlib.util
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import nn
 from rlhfuse.config import OptimConfig
 from rlhfuse.training.gradients import GradientSums
 
-logger = logging.getLogger(__name__)
+APEX, TORCH = "apex FusedAdam", "torch AdamW, fused"
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -157,17 +156,21 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().float())
 
 
+def choice(device: torch.device) -> str:
+    """Which AdamW runs on `device`: apex's, which takes all tensors in one kernel, where it is
+    installed on a GPU; else torch's fused one."""
+    apex = device.type == "cuda" and importlib.util.find_spec("amp_C") is not None
+    return APEX if apex else TORCH
+
+
 def _make_adam(groups: list[dict[str, object]], config: OptimConfig) -> torch.optim.Optimizer:
     parameters = groups[0]["params"]
     assert isinstance(parameters, list)
-    on_cuda = parameters[0].is_cuda
-    if on_cuda and importlib.util.find_spec("amp_C") is not None:
+    if choice(parameters[0].device) == APEX:
         from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
 
-        logger.info("optimizer: apex FusedAdam")
         apex: torch.optim.Optimizer = FusedAdam(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True
         )
         return apex
-    logger.info("optimizer: torch AdamW, fused")
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -16,6 +16,8 @@ from rlhfuse import messages as m
 from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
+from rlhfuse.training.memory import GIB, take_peak
+from rlhfuse.training.optimizer import choice
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
 from rlhfuse.training.snapshot import AsideWriter
 from rlhfuse.training.update import RankTrainer
@@ -25,6 +27,7 @@ from rlhfuse.workers.common import device_of, dtype_of, give_back, meet_on, run_
 
 logger = logging.getLogger(__name__)
 
+PEAK_METRIC = "perf/max_memory_allocated_gb"
 _IDLE_POLL_S = 1.0
 _BUSY_POLL_S = 0.02  # while a checkpoint is being written
 
@@ -85,7 +88,7 @@ class TrainingWorker:
                 protocol=m.PROTOCOL_VERSION,
                 endpoint=self._server.endpoint,
                 pid=os.getpid(),
-                detail=str(device),
+                detail=f"{device}, {dtype_of(spec.config.placement, device)}, {choice(device)}",
             )
         )
 
@@ -155,7 +158,7 @@ class TrainingWorker:
                 step=command.step,
                 means=dict(seen.means),
                 sums=dict(seen.sums),
-                maxima=dict(seen.maxima),
+                maxima={**seen.maxima, PEAK_METRIC: take_peak(self._device) / GIB},
             )
         )
 
