@@ -29,7 +29,7 @@ def vocab_parallel_logprob(
         whole = token_logprob(rows, chosen, temperature=temperature).logprob
         return whole.reshape(labels.shape)
     found: torch.Tensor = _VocabParallel.apply(  # type: ignore[no-untyped-call]
-        rows / temperature, chosen, tp_group
+        rows, chosen, tp_group, temperature
     )
     return found.reshape(labels.shape)
 
@@ -37,7 +37,11 @@ def vocab_parallel_logprob(
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
+        ctx: Any,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        group: dist.ProcessGroup,
+        temperature: float,
     ) -> torch.Tensor:
         first = group.rank() * rows.shape[-1]
         here = (labels >= first) & (labels < first + rows.shape[-1])
@@ -45,7 +49,8 @@ class _VocabParallel(torch.autograd.Function):
         shifted = rows.float()
         top = shifted.amax(-1)
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        shifted = shifted - top[:, None]
+        # After the maximum and in float32: half-precision logits over a temperature would round.
+        shifted = (shifted - top[:, None]).div_(temperature)
         chosen = shifted.gather(-1, index[:, None])[:, 0].masked_fill(~here, 0.0)
         shifted.exp_()
         sums = torch.stack([shifted.sum(-1), chosen])
@@ -53,13 +58,14 @@ class _VocabParallel(torch.autograd.Function):
         total, chosen = sums.unbind()
         shifted.div_(total[:, None])
         ctx.save_for_backward(shifted, here, index)
-        ctx.dtype = rows.dtype
+        ctx.dtype, ctx.temperature = rows.dtype, temperature
         return chosen - total.log()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         probabilities, here, index = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
         by_row = probabilities * -gradient[:, None]
         mine = (gradient * here).to(by_row.dtype)
         by_row.scatter_add_(-1, index[:, None], mine[:, None])
-        return by_row.to(ctx.dtype), None, None
+        return by_row.to(ctx.dtype), None, None, None

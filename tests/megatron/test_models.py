@@ -141,9 +141,14 @@ def logprobs(rank: int) -> list[tuple[float, float]]:
     rows = token_logprob(full.reshape(-1, VOCAB), labels.reshape(-1)).logprob.reshape(3, 7)
     value, gradient = run(full, rows)
     kernel = value, gradient.chunk(2, -1)[rank]
-    for other in (theirs, kernel):
+    cool = run(part, vocab_parallel_logprob(part, labels, group, temperature=0.7))
+    rows = token_logprob(full.reshape(-1, VOCAB), labels.reshape(-1), temperature=0.7).logprob
+    cool_value, cool_gradient = run(full, rows.reshape(3, 7))
+    pairs = [(ours, theirs), (ours, kernel)]
+    pairs.append((cool, (cool_value, cool_gradient.chunk(2, -1)[rank])))
+    for one, other in pairs:
         value_gap, gradient_gap = (
-            float((a - b).abs().max()) for a, b in zip(ours, other, strict=True)
+            float((a - b).abs().max()) for a, b in zip(one, other, strict=True)
         )
         found.append((value_gap, gradient_gap))
     return found
