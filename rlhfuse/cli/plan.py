@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 @click.option("--nodes", type=int, help="Short for plan.num_nodes=...")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a self-contained page.")
 @click.option("--perfetto", type=click.Path(dir_okay=False), help="Write the fused timeline.")
+@click.option(
+    "--costs",
+    type=click.Path(dir_okay=False),
+    help="Training costs of one mini-batch, as `rlhfuse profile --costs` writes them.",
+)
 @click.option("--no-what-if", is_flag=True, help="Skip other cluster sizes, limits, batches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def plan(
@@ -29,6 +34,7 @@ def plan(
     nodes: int | None,
     html: str | None,
     perfetto: str | None,
+    costs: str | None,
     no_what_if: bool,
     as_json: bool,
 ) -> None:
@@ -39,13 +45,15 @@ def plan(
     # Imported late: `rlhfuse --help` must not wait for numba.
     from rlhfuse.config_file import load
     from rlhfuse.planner.plan import make_plan
+    from rlhfuse.schedules.problem_file import read_problem
     from rlhfuse.timeline import save_chrome
 
     short = [f"plan.hardware={hardware}"] if hardware else []
     short += [f"plan.num_nodes={nodes}"] if nodes is not None else []
     with user_errors(), stdout_kept_clean(as_json):
         loaded = load(config, [*overrides, *short])
-        made = make_plan(loaded, _recorded(loaded), compare=not no_what_if)
+        measured = read_problem(costs) if costs is not None else None
+        made = make_plan(loaded, _recorded(loaded), compare=not no_what_if, measured=measured)
         if html is not None:
             _write_page(Path(html), made, Path(config).name)
         if perfetto is not None:

@@ -126,7 +126,7 @@ def assumptions(found: Evaluated) -> list[str]:
     device, efficiency = found.cluster.device, found.cluster.device.efficiency
     network = device.network_bandwidth * 8 / 1e9
     return [
-        f"nothing was measured: {device.source}",
+        f"{'' if 'measured' in device.source else 'nothing was measured: '}{device.source}",
         f"parts of peaks reached: training {efficiency.train:.0%}, inference "
         f"{efficiency.infer:.0%}, memory {efficiency.memory:.0%}, links {efficiency.link:.0%}, "
         f"network {efficiency.network:.0%} of {network:.0f} Gb/s a device",

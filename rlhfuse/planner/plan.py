@@ -9,11 +9,12 @@ from rlhfuse.hardware import Cluster, device
 from rlhfuse.planner import rollout as ro
 from rlhfuse.planner.advice import assumptions, limits, recommendation, warnings, worthwhile
 from rlhfuse.planner.evaluate import Evaluated, evaluate, memory_of, sliced
+from rlhfuse.planner.measured_rate import with_measured_training
 from rlhfuse.planner.step import Round, bubbles, joined
 from rlhfuse.planner.summary import Memory, Pair, Plan, PlanSummary, stage_pairs
 from rlhfuse.planner.what_if import helpful, what_if
 from rlhfuse.planner.workload import workload_of
-from rlhfuse.schedules.ir import Schedule
+from rlhfuse.schedules.ir import Problem, Schedule
 from rlhfuse.schedules.timing import makespan, simulate
 from rlhfuse.timeline import Timeline
 
@@ -21,8 +22,15 @@ MOST_LANES = 64
 MOST_SHOWN = 2048  # samples of the slice whose timeline is kept
 
 
-def make_plan(config: Config, recorded: Sequence[int] = (), *, compare: bool = True) -> Plan:
-    """The whole plan. `recorded`: response lengths to draw from; `compare`: with a what-if table.
+def make_plan(
+    config: Config,
+    recorded: Sequence[int] = (),
+    *,
+    compare: bool = True,
+    measured: Problem | None = None,
+) -> Plan:
+    """The whole plan. `recorded`: response lengths to draw from; `compare`: with a what-if table;
+    `measured`: training costs of one mini-batch on such devices.
 
     Raises:
         ValueError: a user's mistake, or a model that fits in no layout.
@@ -31,6 +39,8 @@ def make_plan(config: Config, recorded: Sequence[int] = (), *, compare: bool = T
     check_for_plan(config)
     cluster = cluster_of(config)
     workload = workload_of(config, recorded)
+    if measured is not None:
+        cluster = with_measured_training(config, workload, cluster, measured)
     found = evaluate(config, workload, cluster)
     serial, fused = timelines(found)
     weights, optimizer, activations, kv, total = memory_of(found)
