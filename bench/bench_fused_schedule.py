@@ -197,7 +197,7 @@ def random_problems(
 ) -> None:
     """Random problems, seeds 0 to count - 1: gap to the bound, and against plain schedules."""
     lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
-    rows: list[Row] = [json.loads(line) for line in lines]
+    rows: list[Row] = [row for row in map(json.loads, lines) if row["seed"] < count]
     done = {(row["seed"], row["split"], row["budget_s"]) for row in rows}
     for seed in range(count):
         wanted = [b for b in budget_s if b <= 1.0 or long_count is None or seed < long_count]
