@@ -119,6 +119,24 @@ def joined(results: list[tuple[list[Gradients], list[Span]]], run: int, pipeline
     return {pipeline: [g for key in sorted(found) if key.startswith(pipeline) for g in found[key]]}
 
 
+def test_any_profile_of_a_run_is_labelled_by_task() -> None:
+    """PyTorch's profiler sees each task once, with the computation inside it."""
+
+    def run(rank: int) -> list[tuple[str, int]]:
+        if rank:
+            run_on(rank, [fused_by_hand()])
+            return []
+        with torch.autograd.profiler.profile() as profile:
+            run_on(rank, [fused_by_hand()])
+        found = profile.function_events or ()
+        return [(e.name, len(e.cpu_children)) for e in found if e.name.startswith("PP:")]
+
+    labelled = run_ranks(2, run)[0]
+    row = fused_by_hand().rows[0]
+    assert sorted(name for name, _ in labelled) == sorted(f"PP:{task}" for task in row)
+    assert all(inside for _, inside in labelled)
+
+
 def test_two_ranks_any_schedule_gives_the_gradients_of_a_plain_loop() -> None:
     schedules = [one_f_one_b(problem(2)), fused_by_hand(), gpipe(problem(2))]
     for schedule in schedules:
