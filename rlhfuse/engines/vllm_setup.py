@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import warnings
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,15 @@ def prepare() -> str:
             version,
             ", ".join(TESTED_VERSIONS),
         )
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        # It also speaks before it has set up its own logging, and its dispatcher of what is old.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return version
+
+
+def reachable_at(address: str) -> None:
+    """Where other instances read this one's blocks (NIXL); the user's own choice stands."""
+    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", address)

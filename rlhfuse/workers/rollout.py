@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhfuse import messages as m
 from rlhfuse import scoring
+from rlhfuse.engines import vllm_setup
 from rlhfuse.engines.base import Output, Request, SamplingParams
 from rlhfuse.payloads import ROLLOUT, Departed, FloatArray, PayloadStore, fetch_departed
 from rlhfuse.placement import WorkerSpec
@@ -45,6 +46,7 @@ class RolloutWorker:
         self._device = device_of(spec.config.placement, spec.seat.local_index)
         dtype = dtype_of(spec.config.placement, self._device)
         self._models = load_models(spec.config, self._device, dtype)
+        vllm_setup.reachable_at(spec.seat.node.address)
         self._engine = make_engine(spec.config, self._models["actor"])
         self._store = PayloadStore()
         self._server = PeerServer(self._store.answer, spec.keys, spec.seat.node.address)
