@@ -6,9 +6,10 @@
 #
 # On real machines: `ray start --head --node-ip-address=ADDRESS --port=6379` on the first, `ray start
 # --address=ADDRESS:6379 --node-ip-address=ITS_OWN` on the others, the same code and a shared run
-# folder on all, and on the first `rlhfuse train CONFIG placement.ray_address=ADDRESS:6379`.
+# folder and RAY_AUTH_TOKEN on all, and on the first
+# `rlhfuse train CONFIG placement.ray_address=ADDRESS:6379`.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 
 head=rlhfuse-head other=rlhfuse-other net=10.213.77
 ray_files=$(mktemp -d)
@@ -32,6 +33,8 @@ ip -n $other addr add $net.2/24 dev cable
 ip -n $head link set cable up
 ip -n $other link set cable up
 
+# Ray nodes and drivers know each other by a token, the same on all machines.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 common=(--num-cpus=1 --object-store-memory=80000000 --disable-usage-stats)
 ip netns exec $head ray start --head --node-ip-address=$net.1 --port=6379 \

@@ -35,6 +35,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     idle_fraction: float | None
     measured_speedup: float | None
     rebuilding_gain: float | None
+    exactness_share: float | None  # of generation; None: near ties were not decided
     report: str
 
     def text(self) -> str:
@@ -51,6 +52,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(
                 "  schedules rebuilt for measured costs: predicted "
                 f"{self.rebuilding_gain:.3f} times as fast as those for the first guess"
+            )
+        if self.exactness_share is not None:
+            lines.append(
+                f"  deciding near ties: {self.exactness_share:.1%} of generation "
+                "(rollout.exactness: token)"
             )
         if self.idle_fraction is not None:
             lines.append(f"  devices idle, median over fused steps: {self.idle_fraction:.0%}")
@@ -98,6 +104,7 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
     steps = [h.metrics for h in history]
     # An audited step is serial: it says nothing of how idle the run's devices are.
     idle = [m["perf/idle_fraction"] for m in steps if "fusion/measured_speedup" not in m]
+    decided = [m["rollout/exactness_share"] for m in steps if m["rollout/near_ties"]]
     speedups = [m["fusion/measured_speedup"] for m in steps if "fusion/measured_speedup" in m]
     gains = [m["fusion/rebuilding_gain"] for m in steps if "fusion/rebuilding_gain" in m]
     return Summary(
@@ -112,6 +119,7 @@ def train_run(run: Resolved, *, resume: bool) -> Summary:
         idle_fraction=statistics.median(idle) if idle else None,
         measured_speedup=statistics.median(speedups) if speedups else None,
         rebuilding_gain=statistics.median(gains) if gains else None,
+        exactness_share=statistics.median(decided) if decided else None,
         report=report,
     )
 

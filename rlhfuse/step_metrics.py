@@ -59,6 +59,7 @@ def step_metrics(
         "fusion/predicted_serial_update_s": plan.serial_s,
     }
     metrics.update(length_metrics(config, rollout.records))
+    metrics.update(exactness_metrics(timeline))
     metrics.update(score_metrics(rollout.records))
     # All devices, from the step's start to its end: what nobody recorded is the controller's.
     lanes = [f"rank{rank}" for rank in range(config.placement.num_devices)]
@@ -68,6 +69,19 @@ def step_metrics(
         span.duration_s for span in timeline.spans if span.kind in (Kind.F, Kind.B, Kind.I, Kind.W)
     )
     return metrics
+
+
+def exactness_metrics(timeline: Timeline) -> dict[str, float]:
+    """What canonical near ties cost: how many there were, and their share of generation."""
+    spans = [span for span in timeline.spans if span.kind is Kind.GENERATE]
+    near_ties, exact_s = (
+        sum(float(span.args.get(name, 0)) for span in spans) for name in ("near_ties", "exact_s")
+    )
+    generated_s = sum(span.duration_s for span in spans)
+    return {
+        "rollout/near_ties": near_ties,
+        "rollout/exactness_share": exact_s / generated_s if generated_s else 0.0,
+    }
 
 
 def length_metrics(config: Config, records: Sequence[Record]) -> dict[str, float]:

@@ -65,8 +65,23 @@ class Running:
     cache: bytes = b""
 
 
+@dataclass(slots=True)
+class Counts:
+    """What an engine's draws have come to: tokens, near ties among them, those that the batch's
+    own logits had wrong, and the seconds that deciding near ties has taken."""
+
+    tokens: int = 0
+    near_ties: int = 0
+    redrawn: int = 0
+    exact_s: float = 0.0
+
+
 class Engine(Protocol):
     """A generation replica: continuous batching over one model."""
+
+    @property
+    def counts(self) -> Counts:
+        """Since the engine was made."""
 
     @property
     def policy_version(self) -> int:

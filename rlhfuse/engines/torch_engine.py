@@ -7,6 +7,7 @@ for; it runs on CUDA as it is.
 
 import logging
 import math
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from rlhfuse.engines.base import Output, Request, Running, TokenIds
+from rlhfuse.engines.base import Counts, Output, Request, Running, TokenIds
 from rlhfuse.engines.cache_attention import DecodeAttention, PrefillAttention
 from rlhfuse.engines.canonical import decide
 from rlhfuse.engines.kv_cache import CacheShape, KVCache
@@ -102,12 +103,18 @@ class TorchEngine:
         )
         self._waiting: deque[_Sequence] = deque()
         self._rows: list[_Sequence] = []
+        self._counts = Counts()
         self._params: RowParams | None = None  # of self._rows; None when they have changed
 
     @property
     def policy_version(self) -> int:
         """Version of the weights in use; -1 before the first `load_weights`."""
         return self._version
+
+    @property
+    def counts(self) -> Counts:
+        """Since the engine was made."""
+        return self._counts
 
     @property
     def num_running(self) -> int:
@@ -285,16 +292,11 @@ class TorchEngine:
         positions = torch.tensor([sequence.length for sequence in rows], device=self._device)
         drawn = draw(logits, positions, self._params)
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        if self._exact:
-            for row in drawn.near_ties.nonzero()[:, 0].tolist():
-                tokens[row], logprobs[row] = decide(
-                    self._model,
-                    rows[row].prefix,
-                    logits[row],
-                    seed=rows[row].request.seed,
-                    params=params[row],
-                    response_tokens=response_tokens[row],
-                )
+        self._counts.tokens += len(rows)
+        for row in drawn.near_ties.nonzero()[:, 0].tolist() if self._exact else ():
+            decided = self._decide(rows[row], logits[row])
+            self._counts.redrawn += decided[0] != tokens[row]
+            tokens[row], logprobs[row] = decided
         for sequence, logprob in zip(rows, logprobs, strict=True):
             if not math.isfinite(logprob):
                 raise RuntimeError(
@@ -302,6 +304,20 @@ class TorchEngine:
                     f"{sequence.length}; the weights (version {self._version}) are broken"
                 )
         return [_advance(*drawn) for drawn in zip(rows, tokens, logprobs, strict=True)]
+
+    def _decide(self, sequence: _Sequence, seen: torch.Tensor) -> tuple[int, float]:
+        start_s = time.perf_counter()
+        decided = decide(
+            self._model,
+            sequence.prefix,
+            seen,
+            seed=sequence.request.seed,
+            params=sequence.request.params,
+            response_tokens=sequence.response_tokens,
+        )
+        self._counts.near_ties += 1
+        self._counts.exact_s += time.perf_counter() - start_s
+        return decided
 
     def _remove(self, sample_ids: set[int]) -> None:
         self._waiting = deque(s for s in self._waiting if s.request.sample_id not in sample_ids)

@@ -11,6 +11,7 @@ GPU has not been tried: there was none.
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,11 @@ import torch
 
 from rlhfuse.config import VllmConfig
 from rlhfuse.engines import vllm_cache, vllm_setup
-from rlhfuse.engines.base import Output, Request, Running, SamplingParams
+from rlhfuse.engines.base import Counts, Output, Request, Running, SamplingParams
 from rlhfuse.engines.canonical import canonical_logits, decide
 from rlhfuse.engines.sampling import NEAR_TIE
 from rlhfuse.engines.vllm_cache import HAND_OVER
-from rlhfuse.engines.vllm_sample import Counts, VllmSample, exactness, finish_reason
+from rlhfuse.engines.vllm_sample import VllmSample, exactness, finish_reason
 from rlhfuse.engines.vllm_sampling import Drawn, KeyedSample, mixed_seed
 from rlhfuse.models.stage import ModelStage
 
@@ -96,7 +97,7 @@ class VllmEngine:
         self._early: list[Output] = []  # of steps that an export had to take
         self._submitted = 0
         self._asleep = False
-        self.counts = Counts()
+        self._counts = Counts()
         if policy_version >= 0:
             self._install(policy_version)
 
@@ -104,6 +105,11 @@ class VllmEngine:
     def policy_version(self) -> int:
         """Version of the weights in use; -1 before the first `load_weights`."""
         return self._version
+
+    @property
+    def counts(self) -> Counts:
+        """Since the engine was made."""
+        return self._counts
 
     @property
     def num_running(self) -> int:
@@ -206,12 +212,12 @@ class VllmEngine:
             token, logprob = self._decide(sample, drawn) if drawn.near_tie else drawn[:2]
             right = token == drawn.token
             tokens, logprobs = [token], [logprob]
-            self.counts.redrawn += not right
+            self._counts.redrawn += not right
         self._check_finite(sample, sum(logprobs))
         sample.cache = b""
         sample.tokens += tokens
         sample.logprobs += logprobs
-        self.counts.tokens += len(tokens)
+        self._counts.tokens += len(tokens)
         reason = finish_reason(sample)
         if reason:
             del self._samples[sample_id]
@@ -230,8 +236,9 @@ class VllmEngine:
 
     def _decide(self, sample: VllmSample, drawn: Drawn) -> tuple[int, float]:
         assert drawn.seen is not None
-        self.counts.near_ties += 1
-        return decide(
+        self._counts.near_ties += 1
+        start_s = time.perf_counter()
+        decided = decide(
             self._model,
             sample.prefix,
             drawn.seen,
@@ -239,6 +246,8 @@ class VllmEngine:
             params=sample.request.params,
             response_tokens=len(sample.tokens),
         )
+        self._counts.exact_s += time.perf_counter() - start_s
+        return decided
 
     def _withdraw(self, sample: VllmSample, *, running: bool) -> tuple[list[int], int]:
         """The request that vLLM runs for a sample is over; the sample may go on. Returns its

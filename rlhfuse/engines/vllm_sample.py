@@ -28,15 +28,6 @@ class VllmSample:
         return len(self.request.prompt) + len(self.tokens)
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the draws came to: tokens, near ties among them, and those that vLLM had wrong."""
-
-    tokens: int = 0
-    near_ties: int = 0
-    redrawn: int = 0
-
-
 def exactness(exact: bool | None, dtype: torch.dtype, options: VllmConfig) -> bool:
     """Whether near ties are decided canonically; None asks for it where it is possible. Raises
     ValueError where it is asked for and not possible."""

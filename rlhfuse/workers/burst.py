@@ -4,6 +4,8 @@ in apart from it."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from rlhfuse.timeline import Kind, Span
 
 _MEMORY = 0.2  # weight of the newest step in the mean that a step with newcomers is compared with
@@ -59,6 +61,7 @@ class StepMeter:
         self._burst = Burst()
         self._newcomers: dict[int, Newcomer] = {}
         self._plain_s = 0.0  # seconds per step without newcomers, lately
+        self._near_ties, self._exact_s = 0, 0.0  # of steps that are in no closed burst
 
     @property
     def steps(self) -> int:
@@ -72,6 +75,7 @@ class StepMeter:
     def clear(self) -> None:
         """Nothing runs, and what was measured is of no more use."""
         self._burst = Burst()
+        self._near_ties, self._exact_s = 0, 0.0
         self._newcomers.clear()
 
     def close(self) -> list[Span]:
@@ -79,7 +83,17 @@ class StepMeter:
         if not self._burst.steps:
             return []
         burst, self._burst = self._burst, Burst()
-        return [burst.span(self._lane)]
+        span = burst.span(self._lane)
+        if self._near_ties:
+            exact = {"near_ties": self._near_ties, "exact_s": round(self._exact_s, 6)}
+            span = msgspec.structs.replace(span, args={**span.args, **exact})
+            self._near_ties, self._exact_s = 0, 0.0
+        return [span]
+
+    def decided(self, near_ties: int, exact_s: float) -> None:
+        """Near ties that the coming `add`'s step decided, and the seconds that took."""
+        self._near_ties += near_ties
+        self._exact_s += exact_s
 
     def add(self, start_s: float, end_s: float, contexts: Mapping[int, int]) -> list[Span]:
         """A step from which the samples in `contexts` gained a token; their tokens in all. Returns

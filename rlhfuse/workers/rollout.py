@@ -280,8 +280,11 @@ class RolloutWorker:
 
     def _step(self) -> None:
         start_s = time.monotonic()
+        counts = self._engine.counts
+        near_ties, exact_s = counts.near_ties, counts.exact_s
         outputs = self._engine.step()
         end_s = time.monotonic()
+        self._meter.decided(counts.near_ties - near_ties, counts.exact_s - exact_s)
         finished = self._absorb(outputs)
         contexts = {
             o.sample_id: self._contexts[o.sample_id] + self._lengths[o.sample_id] for o in outputs

@@ -66,3 +66,17 @@ def test_what_newcomers_cost_is_told_from_decoding() -> None:
     meter.enters(3, Newcomer(5, cached=True))
     meter.clear()
     assert not meter.add(50.0, 50.0 + DECODE_S, {3: 9})
+
+
+def test_near_ties_are_told_with_the_burst_that_they_were_in() -> None:
+    meter = StepMeter("rank0")
+    meter.enters(1, Newcomer(9, cached=False))
+    meter.decided(1, 0.25)  # in a step that was all prefill: told with the next burst
+    meter.add(0.0, 1.0, {1: 10})
+    for step in range(3):
+        meter.decided(step, 0.5 * step)
+        meter.add(1.0 + step, 2.0 + step, {1: 11 + step})
+    (span,) = meter.close()
+    assert (span.args["near_ties"], span.args["exact_s"]) == (4, 1.75)
+    meter.add(5.0, 6.0, {1: 14})
+    assert "near_ties" not in meter.close()[0].args
