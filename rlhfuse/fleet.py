@@ -27,7 +27,17 @@ _POLL_S = 0.25
 _QUIET_S = 5.0  # then a wait says what it waits for
 _END_LIMIT_S = 5.0
 # Another process may do better after these: somebody else died, or a device or a network failed.
-_TRANSIENT = ("PeerLost", "DistBackendError", "DistNetworkError", "AcceleratorError", "TCPStore")
+_TRANSIENT = (
+    "PeerLost",
+    "DistBackendError",
+    "DistNetworkError",
+    "AcceleratorError",
+    "TCPStore",
+    # gloo's own words, where nobody has put others in their place
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
 EventT = TypeVar("EventT", bound=m.Message)
 
 

@@ -6,9 +6,10 @@ kept until it is complete, and a channel has at most one open send: a second one
 `rlhfuse.schedules.timing` proves by the same rule that a schedule cannot lock up.
 """
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -110,7 +111,8 @@ class Channels:
         expected = self._shapes[way.pipeline][message.microbatch]
         assert tuple(tensor.shape) == tuple(expected), f"{message}: {tensor.shape} {expected}"
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, way.target, group=self._groups[way.pipeline, way.flow])
+        with _peer(f"beginning to send {message}"):  # gloo notices here, too, that it is gone
+            work = dist.isend(tensor, way.target, group=self._groups[way.pipeline, way.flow])
         assert work is not None, "this rank is not part of the pipeline's group"
         self._sending[way] = (work, tensor)
 
@@ -146,7 +148,8 @@ class Channels:
         way = message.channel
         shape = self._shapes[way.pipeline][message.microbatch]
         buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
-        work = dist.irecv(buffer, way.source, group=self._groups[way.pipeline, way.flow])
+        with _peer(f"getting ready for {message}"):
+            work = dist.irecv(buffer, way.source, group=self._groups[way.pipeline, way.flow])
         assert work is not None, "this rank is not part of the pipeline's group"
         receiving.posted = (message, buffer, work)
 
@@ -169,7 +172,14 @@ class Channels:
 
 
 def _wait(work: dist.Work, what: str) -> None:
-    try:
+    with _peer(what):
         work.wait()
+
+
+@contextlib.contextmanager
+def _peer(what: str) -> Iterator[None]:
+    """Failures of the backend are the peer's."""
+    try:
+        yield
     except RuntimeError as error:
         raise PeerLost(f"{what}: {error}") from error
