@@ -3,6 +3,7 @@
     python -m bench.bench_megatron pair --ranks 2 --microbatches 2 4 8
     python -m bench.bench_megatron pair --ranks 4 --microbatches 4 --device-ms 10
     python -m bench.bench_megatron overhead
+    python -m bench.bench_megatron all
 
 `pair`: an actor and a critic (value head, reversed pipeline), both real GPTModels under Megatron's
 DDP, one thread per rank. Every round runs every variant once, so that all see the same machine;
@@ -10,6 +11,10 @@ medians of seconds per forward-backward of both models. `--device-ms`: for more 
 tiny models whose tasks also sleep, as a host does while its device computes (forward and input
 gradient so many milliseconds each, weight gradients as many together).
 `overhead`: microseconds per task beyond Megatron's, with models that compute almost nothing.
+`all`: two ranks that compute, four that sleep, and the overhead, in under five minutes; writes
+megatron_2_ranks, megatron_4_ranks and megatron_overhead.
+*Fused, memory as interleaved*: holds at most what Megatron's interleaved schedule holds at its peak
+(activations of one model at a time), both models together.
 """
 
 import argparse
@@ -28,12 +33,14 @@ from megatron.core.tensor_parallel import layers
 from bench.record import print_table, spread, write_result
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.context import ModelContext
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.dropin import Scheduler
 from rlhfuse.megatron.fused import FusedScheduler
 from rlhfuse.megatron.measure import measured_costs
-from rlhfuse.megatron.orders import Costs
+from rlhfuse.megatron.orders import Costs, Shape, default_order, problem_for
 from rlhfuse.megatron.values import make_value_model
-from tests.megatron.tiny import Setting, Trained, init_parallel, on_cpu
+from rlhfuse.schedules.checks import peak_memory
+from tests.megatron.tiny import Setting, Trained, init_parallel
 from tests.training.ranks import run_ranks
 
 Calls = Mapping[str, dict[str, Any]]
@@ -126,9 +133,14 @@ def costs_of(pair: Pair) -> dict[str, Costs]:
     return costs
 
 
-def variants(pair: Pair) -> dict[str, tuple[Pair, Variant]]:
-    costs = costs_of(pair)
+def interleaved_peak(ranks: int, m: int) -> float:
+    """Most activations that a rank holds under interleaved 1F1B with two chunks; 1 is that of one
+    micro-batch on a stage of the model that is not cut into chunks."""
+    shape = Shape(tuple(range(ranks)), 2, m, False)
+    return max(peak_memory(default_order(problem_for({"": shape}, {"": Costs(activation=0.5)}))))
 
+
+def variants(pair: Pair, costs: Mapping[str, Costs]) -> dict[str, tuple[Pair, Variant]]:
     def each(schedule: str) -> Variant:
         return partial(
             pair.serial,
@@ -157,11 +169,15 @@ def measure(ranks: int, m: int, rounds: int, device_ms: float, rank: int) -> lis
             # 2 layers a stage, 4 linear layers each
             _sleep_for_weights(device_ms * 1e-3 / 8)
         pair = Pair(*settings(ranks, m, device_ms), device_ms * 1e-3)
-        runs = variants(pair)
+        costs = costs_of(pair)
+        runs = variants(pair, costs)
         if m % ranks == 0:
             chunked = Pair(*settings(ranks, m, device_ms, chunks=2), device_ms * 1e-3 / 2)
             own = dict.fromkeys(chunked.models, stock.stock_func(ranks, 2, None))
             runs["Megatron interleaved"] = (chunked, partial(chunked.serial, own))
+            capped = FusedScheduler("fuse-split", costs, memory_cap=interleaved_peak(ranks, m))
+            together = partial(capped, contexts=pair.contexts)
+            runs["fused with W, memory as interleaved"] = (pair, together)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds + 1):
             for name, (models, run) in runs.items():
@@ -221,26 +237,42 @@ def overhead(rounds: int, rank: int) -> list[Row]:
     ]
 
 
+def pairs(ranks: int, counts: Sequence[int], rounds: int, device_ms: float) -> list[Row]:
+    rows: list[Row] = []
+    for m in counts:
+        job = partial(measure, ranks, m, rounds, device_ms)
+        rows += run_ranks(ranks, job, timeout_s=120, limit_s=500)[0]
+    return rows
+
+
+def overheads(rounds: int) -> list[Row]:
+    return run_ranks(2, partial(overhead, rounds), limit_s=300)[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["pair", "overhead"])
+    parser.add_argument("what", choices=["pair", "overhead", "all"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device-ms", type=float, default=0.0)
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     asked = parser.parse_args(arguments)
-    rows: list[Row] = []
-    if asked.what == "overhead":
-        rows = run_ranks(2, partial(overhead, asked.rounds), limit_s=300)[0]
+    found: dict[str, list[Row]] = {}
+    if asked.what == "all":
+        found["megatron_2_ranks"] = pairs(2, [2, 4], asked.rounds, 0.0)
+        found["megatron_4_ranks"] = pairs(4, [4], asked.rounds, 20.0)
+        found["megatron_overhead"] = overheads(asked.rounds)
+    elif asked.what == "overhead":
+        found[asked.save or ""] = overheads(asked.rounds)
     else:
-        for m in asked.microbatches:
-            job = partial(measure, asked.ranks, m, asked.rounds, asked.device_ms)
-            rows += run_ranks(asked.ranks, job, timeout_s=120, limit_s=500)[0]
-    print_table(rows)
-    print(json.dumps(rows))
-    if asked.save:
-        write_result(asked.save, rows)
+        counts = asked.microbatches
+        found[asked.save or ""] = pairs(asked.ranks, counts, asked.rounds, asked.device_ms)
+    for name, rows in found.items():
+        print_table(rows)
+        print(json.dumps(rows))
+        if name:
+            write_result(name, rows)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ class TrainedModelConfig(Section, frozen=True):
 class ActorConfig(TrainedModelConfig, frozen=True):
     """The policy and its loss."""
 
+    # Who trains it and the critic: our own stages, or Megatron-core's models (installed apart).
+    backend: Literal["torch", "megatron"] = "torch"
     clip_ratio: PositiveFloat = 0.2
     clip_ratio_low: PositiveFloat | None = None
     clip_ratio_high: PositiveFloat | None = None
@@ -225,6 +227,7 @@ class PlacementConfig(Section, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     actor_pp: NonNegative = 0  # pipeline stages; 0: all devices, else the rest are replicas (dp)
     critic_pp: NonNegative = 0
+    tp: Positive = 1  # tensor-parallel devices of a training pipeline's stage (backend megatron)
     shard_optimizer: bool = True  # over data-parallel replicas (ZeRO stage 1)
     ray_address: str = ""  # empty: a private local cluster
 

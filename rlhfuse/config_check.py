@@ -141,7 +141,8 @@ def _sampling(config: Config) -> Iterator[str]:
 
 
 def _devices(config: Config) -> Iterator[str]:
-    devices = config.placement.num_devices
+    devices = config.placement.num_devices // config.placement.tp
+    over = f" / placement.tp {config.placement.tp}" if config.placement.tp > 1 else ""
     for name, stages in (
         ("actor_pp", config.placement.actor_pp),
         ("critic_pp", config.placement.critic_pp),
@@ -149,13 +150,34 @@ def _devices(config: Config) -> Iterator[str]:
         if stages and devices % stages:
             yield (
                 f"placement.{name}: {stages} pipeline stages do not divide "
-                f"placement.num_devices {devices}, choose one of {_divisors(devices)}, or 0 for all"
+                f"placement.num_devices {config.placement.num_devices}{over}, choose one of "
+                f"{_divisors(devices)}, or 0 for all"
             )
     if config.fusion.intra_stage == "on" and not config.uses_critic:
         name = config.algorithm.adv_estimator
         yield (
             f"fusion.intra_stage: on needs a critic to fuse the actor with, and there is none with "
             f"adv_estimator {name}; use auto"
+        )
+
+
+def _backend(config: Config) -> Iterator[str]:
+    tp = config.placement.tp
+    if config.actor.backend == "torch":
+        if tp > 1:
+            yield (
+                f"placement.tp: {tp} tensor-parallel devices need actor.backend: megatron; set it "
+                "to 1"
+            )
+        return
+    for role, model in _trained(config):
+        if model.lora_rank:
+            yield f"{role}.lora_rank: adapters are not possible with actor.backend: megatron, use 0"
+    devices = config.placement.num_devices
+    if devices % tp:
+        yield (
+            f"placement.tp: {tp} tensor-parallel devices do not divide placement.num_devices "
+            f"{devices}, choose one of {_divisors(devices)}"
         )
 
 
@@ -190,7 +212,7 @@ def _fusion(config: Config) -> Iterator[str]:
         yield f"fusion.reference: on, but {reason}; set it to auto"
 
 
-_RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _data, _fusion)
+_RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _backend, _data, _fusion)
 
 
 def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:
@@ -200,7 +222,8 @@ def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:
 
 def data_parallel(config: Config, role: str) -> int:
     """Data-parallel replicas of a trained role (1 where the stages do not divide the devices)."""
-    devices, place = config.placement.num_devices, config.placement
+    place = config.placement
+    devices = max(1, place.num_devices // place.tp)
     stages = (place.actor_pp if role == "actor" else place.critic_pp) or devices
     return max(1, devices // stages)
 
@@ -212,6 +235,7 @@ def why_reference_stays(config: Config) -> str:
     actor, devices = config.actor, config.placement.num_devices
     reasons = {
         "there is no reference": not config.uses_reference,
+        "actor.backend is megatron": config.actor.backend == "megatron",
         "the critic is fused with the actor": config.uses_critic,
         "rewards, and so all advantages, depend on it (algorithm.use_kl_in_reward)": (
             config.reference_in_rewards
@@ -263,6 +287,8 @@ def _missing(config: Config) -> Iterator[str]:
 
 
 def _not_installed(config: Config) -> Iterator[str]:
+    if config.actor.backend == "megatron" and find_spec("megatron") is None:
+        yield "actor.backend: megatron needs the package megatron-core, or use torch"
     for role, model in _trained(config):
         if model.lora_rank and find_spec("peft") is None:
             yield f"{role}.lora_rank: needs the package peft (pip install peft), or 0"

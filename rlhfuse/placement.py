@@ -16,7 +16,11 @@ from rlhfuse.config import Config
 
 class StagePlacement(msgspec.Struct, frozen=True):
     """One training pipeline: `ranks[s]` runs pp_stage s, which holds the decoder layers
-    from ``layers[s][0]`` up to, not including, ``layers[s][1]``."""
+    from ``layers[s][0]`` up to, not including, ``layers[s][1]``.
+
+    A rank here is a row of the schedule: one device or, with tensor parallelism, `placement.tp`
+    devices with neighbouring numbers that do the same tasks together.
+    """
 
     ranks: tuple[int, ...]
     layers: tuple[tuple[int, int], ...]
@@ -139,6 +143,11 @@ def reference_ranks(actor: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
     }
 
 
+def num_rows(config: Config) -> int:
+    """Rows of the training schedules: devices, or groups of tensor-parallel ones."""
+    return config.placement.num_devices // config.placement.tp
+
+
 def pipeline_ranks(config: Config) -> dict[str, tuple[int, ...]]:
     """Ranks of each pipeline's stages. Replica k of a role of p stages fills ranks k p and up: the
     actor's forwards, the critic's in reverse, so that one fills the other's bubbles (RLHFuse,
@@ -147,7 +156,7 @@ def pipeline_ranks(config: Config) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: the stages of a role do not divide the devices.
     """
-    devices = config.placement.num_devices
+    devices = num_rows(config)
     sizes = {"actor": config.placement.actor_pp or devices}
     if config.uses_critic:
         sizes["critic"] = config.placement.critic_pp or devices
@@ -156,7 +165,7 @@ def pipeline_ranks(config: Config) -> dict[str, tuple[int, ...]]:
         if devices % size:
             raise ValueError(
                 f"placement.{role}_pp={size}: does not divide {devices} devices "
-                "(placement.num_devices)"
+                "(placement.num_devices / placement.tp)"
             )
         for replica in range(devices // size):
             block = tuple(range(replica * size, (replica + 1) * size))

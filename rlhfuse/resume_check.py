@@ -16,6 +16,7 @@ _REFUSED = {
     "critic.init_seed": _MODEL,
     "reference.path": "rewards are measured against that model",
     "algorithm.adv_estimator": "it decides which models are trained",
+    "actor.backend": "the checkpoint is in the other one's format",
     "placement.dtype": "the checkpoint has numbers of that type",
     "data.train_batch_size": _ARITHMETIC,
     "rollout.n": _ARITHMETIC,
@@ -32,6 +33,7 @@ _STAGES = frozenset(
         "placement.num_devices",
         "placement.actor_pp",
         "placement.critic_pp",
+        "placement.tp",
         "placement.shard_optimizer",
     }
 )

@@ -19,6 +19,7 @@ from rlhfuse.batches import training_records
 from rlhfuse.cost import CostModel
 from rlhfuse.fleet import TrainingLost
 from rlhfuse.learned_cost import LearnedCost
+from rlhfuse.placement import num_rows
 from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
 from rlhfuse.rollout.records import Record, RolloutResult
@@ -305,7 +306,11 @@ class Trainer:
         if self.config.uses_critic:
             trained["critic"] = tokens * self.config.critic.ppo_epochs
         trained["reference"] = sum(lengths[i] for i in plan.forward_samples)
-        self.costs = measured_costs(timeline.spans, trained, self.costs)
+        tp = self.config.placement.tp
+        # Tensor-parallel ranks do the same tasks: one of them is enough.
+        rows = {f"rank{row * tp}" for row in range(num_rows(self.config))}
+        spans = [span for span in timeline.spans if span.lane in rows]
+        self.costs = measured_costs(spans, trained, self.costs)
         self.learned.learn(timeline)
 
     def audit(self, metrics: dict[str, float], fusions: Fusions) -> dict[str, float]:

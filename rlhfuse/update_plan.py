@@ -16,6 +16,7 @@ from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.messages import MiniBatch, SampleIds
 from rlhfuse.placement import (
     StagePlacement,
+    num_rows,
     pipeline_name,
     replica_of,
     replicas,
@@ -120,7 +121,7 @@ def plan_update(
         mine = {name: ids for part in parts if part is not None for name, ids in part.items()}
         forward = _forward(config, cut["actor"], number) if reference else {}
         both = {**mine, **forward}
-        problem = make_problem(both, tokens, placed, costs, config.placement.num_devices)
+        problem = make_problem(both, tokens, placed, costs, num_rows(config))
         present = roles_of(both)
         serial = tuple(one_f_one_b(_only(problem, replicas(both, role))) for role in present)
         rounds = serial

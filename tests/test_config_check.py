@@ -35,6 +35,9 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
     [
         (["actor.path="], "actor.path", "is empty"),
         (["critic.path="], "critic.path", "critic.path=r"),
+        (["placement.tp=2"], "placement.tp", "need actor.backend: megatron"),
+        (["actor.backend=megatron", "placement.tp=3"], "placement.tp", "choose one of 1, 2"),
+        (["actor.backend=megatron", "critic.lora_rank=4"], "critic.lora_rank", "use 0"),
         (["reward.path="], "reward", "no source of scores"),
         (["reward.url=http://x"], "reward", "reward.path and reward.url exclude each other"),
         (["reward.path=", "reward.url=x"], "reward.url", "http://"),

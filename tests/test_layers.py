@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "importers",
     ),
     ("kernels", "algorithms"),
-    ("data", "models", "engines", "scoring", "training", "profiler.record"),
+    ("data", "models", "engines", "scoring", "training", "megatron", "profiler.record"),
     (
         "quickstart",
         "wire",
@@ -80,7 +80,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "recovery",
         "trainer",
         "launch",
-        "megatron",
         "integrations",
         "cli",
     ),

@@ -10,6 +10,7 @@ are trained together: `fused_forward_backward`. The names below are all that use
 
 from rlhfuse.megatron.api import fused_forward_backward, get_forward_backward_func
 from rlhfuse.megatron.context import ModelContext
+from rlhfuse.megatron.critic import Critic, build_reversed_critic
 from rlhfuse.megatron.dropin import Scheduler
 from rlhfuse.megatron.fused import FusedScheduler
 from rlhfuse.megatron.install import install, installed, uninstall
@@ -18,9 +19,11 @@ from rlhfuse.megatron.support import explain
 
 __all__ = [
     "Costs",
+    "Critic",
     "FusedScheduler",
     "ModelContext",
     "Scheduler",
+    "build_reversed_critic",
     "explain",
     "fused_forward_backward",
     "get_forward_backward_func",

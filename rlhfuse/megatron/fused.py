@@ -21,7 +21,7 @@ from rlhfuse.megatron.orders import (
     make_schedule,
     problem_for,
 )
-from rlhfuse.megatron.support import fall_back_reasons
+from rlhfuse.megatron.support import fall_back_reasons, refusals
 from rlhfuse.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class FusedScheduler:
             contexts: the global state of models that were built in their own.
 
         Raises:
-            ValueError: the schedule does not fit the models.
+            ValueError: the schedule does not fit the models, or they cannot run together.
             StepFailed: a task failed on some rank.
         """
         contexts = contexts or {}
@@ -81,6 +81,9 @@ class FusedScheduler:
             name: Model(call, _groups(call, contexts.get(name)), contexts.get(name))
             for name, call in parsed.items()
         }
+        refused = refusals({name: model.call.config for name, model in models.items()})
+        if refused:
+            raise ValueError(f"models cannot be fused: {'; '.join(refused)}")
         reasons = self._reasons(models, split=False)
         if len(models) > 1 and not reasons:
             placed, layout = self._place(models)

@@ -1,6 +1,6 @@
 """What runs on our schedules, what is left to Megatron's, and what is refused; and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -74,12 +74,49 @@ _NOT_WITH_SPLIT = (
 )
 
 
-def explain(config: Any, *, split_weight: bool = False) -> tuple[Support, ...]:
+def explain(
+    config: Any, *, split_weight: bool = False, fused_with: Any = None
+) -> tuple[Support, ...]:
     """What becomes of every setting of `config` that concerns schedules. Print its lines.
 
-    `split_weight`: for schedules with I and W, such as zero-bubble.
+    `split_weight`: for schedules with I and W, such as zero-bubble. `fused_with`: the other model's
+    config, for `fused_forward_backward`.
     """
-    return tuple(_rows(config, split_weight))
+    together = () if fused_with is None else tuple(_together(config, fused_with))
+    return (*_rows(config, split_weight), *together)
+
+
+def refusals(configs: Mapping[str, Any]) -> list[str]:
+    """Why these models cannot run in one call, on any schedule; empty if they can."""
+    (first, config), *others = configs.items()
+    return [
+        f"{first} and {name}: {row.setting}={row.value}: {row.reason}"
+        for name, other in others
+        for row in _together(config, other)
+        if row.verdict is Verdict.REFUSED
+    ]
+
+
+def _together(one: Any, other: Any) -> Iterator[Support]:
+    """What two models in one call must not share, and what they must."""
+    if one is other:
+        yield Support(
+            "config",
+            "shared",
+            Verdict.REFUSED,
+            "no_sync_func and the other hooks in it belong to one model: the other's gradients "
+            "would not be reduced; give each model a config of its own (copy.copy before its DDP)",
+        )
+    for name in ("tensor_model_parallel_size", "context_parallel_size"):
+        sizes = getattr(one, name, 1), getattr(other, name, 1)
+        if sizes[0] != sizes[1]:
+            yield Support(
+                name,
+                f"{sizes[0]}, {sizes[1]}",
+                Verdict.REFUSED,
+                "ranks that compute a layer of one model together would run different rows of the "
+                "schedule, and could wait for each other for ever; use one size for both",
+            )
 
 
 def fall_back_reasons(call: Call, *, split_weight: bool) -> list[str]:
@@ -104,6 +141,9 @@ _NOT_OURS = (Verdict.FALLS_BACK, Verdict.REFUSED)
 
 
 def _rows(config: Any, split: bool) -> Iterator[Support]:
+    if getattr(config, "pipeline_model_parallel_size", 1) > 1 and config.pipeline_dtype is None:
+        reason = "the type of messages is not known; set it, Megatron's own schedule needs it too"
+        yield _row(config, "pipeline_dtype", Verdict.REFUSED, reason)
     for name, reason in _FALLS_BACK:
         if getattr(config, name, False):
             yield _row(config, name, Verdict.FALLS_BACK, reason)

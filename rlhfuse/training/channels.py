@@ -49,15 +49,18 @@ class Channels:
         device: torch.device,
         dtype: torch.dtype,
         timeout: timedelta,
+        tp: int = 1,
     ) -> None:
         """Make the process groups and use every link once. Collective: all ranks call it alike.
 
         Args:
-            pipelines: the ranks of each pipeline's stages, in stage order.
+            pipelines: the rows of each pipeline's stages, in stage order. Row r is rank r; with
+                tensor parallelism ranks ``r tp`` and up, each with channels to its like.
             dtype: of all messages.
             timeout: longest wait for one message.
         """
-        self._rank = rank
+        self._row, self._column = divmod(rank, tp)
+        self._tp = tp
         self._device = device
         self._dtype = dtype
         self._groups: dict[tuple[str, Flow], dist.ProcessGroup] = {}
@@ -67,9 +70,11 @@ class Channels:
         self._shapes: Shapes = {}
         for name in sorted(pipelines):
             for flow in Flow:
-                group = dist.new_group(sorted(set(pipelines[name])), timeout=timeout)
-                if rank in pipelines[name]:
-                    self._groups[name, flow] = group
+                for column in range(tp):
+                    ranks = sorted(row * tp + column for row in set(pipelines[name]))
+                    group = dist.new_group(ranks, timeout=timeout)
+                    if rank in ranks:
+                        self._groups[name, flow] = group
         self._warm_up(pipelines)
 
     def open(self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes) -> None:
@@ -112,7 +117,9 @@ class Channels:
         assert tuple(tensor.shape) == tuple(expected), f"{message}: {tensor.shape} {expected}"
         tensor = tensor.contiguous()
         with _peer(f"beginning to send {message}"):  # gloo notices here, too, that it is gone
-            work = dist.isend(tensor, way.target, group=self._groups[way.pipeline, way.flow])
+            work = dist.isend(
+                tensor, self._peer(way.target), group=self._groups[way.pipeline, way.flow]
+            )
         assert work is not None, "this rank is not part of the pipeline's group"
         self._sending[way] = (work, tensor)
 
@@ -149,9 +156,15 @@ class Channels:
         shape = self._shapes[way.pipeline][message.microbatch]
         buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
         with _peer(f"getting ready for {message}"):
-            work = dist.irecv(buffer, way.source, group=self._groups[way.pipeline, way.flow])
+            work = dist.irecv(
+                buffer, self._peer(way.source), group=self._groups[way.pipeline, way.flow]
+            )
         assert work is not None, "this rank is not part of the pipeline's group"
         receiving.posted = (message, buffer, work)
+
+    def _peer(self, row: int) -> int:
+        """The rank of `row` that this one speaks with."""
+        return row * self._tp + self._column
 
     def _warm_up(self, pipelines: Mapping[str, Sequence[int]]) -> None:
         """One message over every link, in one order on all ranks (NCCL connects at first use)."""
@@ -165,10 +178,10 @@ class Channels:
                     (Flow.ACTIVATION, below, above),
                     (Flow.GRADIENT, above, below),
                 ):
-                    if self._rank == source:
-                        dist.send(token, target, group=self._groups[name, flow])
-                    elif self._rank == target:
-                        dist.recv(token, source, group=self._groups[name, flow])
+                    if self._row == source:
+                        dist.send(token, self._peer(target), group=self._groups[name, flow])
+                    elif self._row == target:
+                        dist.recv(token, self._peer(source), group=self._groups[name, flow])
 
 
 def _wait(work: dist.Work, what: str) -> None:

@@ -60,10 +60,13 @@ class Executor:
         clock: Clock,
         store: Store,
         explain: Callable[[Exception], str] = lambda error: f"{type(error).__name__}: {error}",
+        tp: int = 1,
     ) -> None:
         """`runners`: by (pipeline, pp_stage), those of this rank. `store`: where a rank that fails
-        leaves word for the others. `explain`: says what went wrong, in one line."""
+        leaves word for the others. `explain`: says what went wrong, in one line. `tp`: ranks that
+        share a row of schedules."""
         self._rank = rank
+        self._row = rank // tp
         self._channels = channels
         self._runners = runners
         self._clock = clock
@@ -85,7 +88,7 @@ class Executor:
             StepFailed: a task failed, or a peer did. The channels are closed: nothing more can be
                 run.
         """
-        plan = plan_row(schedule, self._rank)
+        plan = plan_row(schedule, self._row)
         self._round += 1
         measured: list[_Measured] = []
         self._clock.start()
@@ -151,7 +154,7 @@ class Executor:
             else:
                 kind = Kind.WAIT
                 way = item.message.channel
-                incoming = way.target == self._rank
+                incoming = way.target == self._row
                 args["peer"] = f"rank{way.source if incoming else way.target}"
                 args["what"] = f"{'receive' if incoming else 'send'} {way.flow.value}"
             yield Span(lane, start, end, kind, str(item.task), args)
@@ -163,7 +166,7 @@ class Executor:
         word = f"rank {self._rank} failed {place}: {self._explain(error)}"
         first = publish_failure(self._store, word)
         self._channels.close()
-        surroundings = "" if at is None else "\n" + schedule.marked(self._rank, at.index)
+        surroundings = "" if at is None else "\n" + schedule.marked(self._row, at.index)
         if first != word:
             link = "" if at is None or at.receives is None else f" ({at.receives})"
             word = f"rank {self._rank} stopped {place}{link}, because {first}"

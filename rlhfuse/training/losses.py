@@ -1,8 +1,10 @@
 """The loss of each role on the last hidden states of a micro-batch."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from rlhfuse.algorithms.losses import (
     Loss,
@@ -14,7 +16,6 @@ from rlhfuse.algorithms.losses import (
 )
 from rlhfuse.config import Config
 from rlhfuse.kernels.linear_logprob import linear_logprob
-from rlhfuse.models.stage import ModelStage
 from rlhfuse.training.batch import (
     ADVANTAGES,
     OLD,
@@ -29,10 +30,26 @@ LossFunction = Callable[[MicroBatch, torch.Tensor], Loss]
 """(micro-batch, last hidden states [num_tokens, H]) -> its share of the mini-batch's loss."""
 
 
+class LossHead(Protocol):
+    """What stands on the last hidden states; see `rlhfuse.models.stage.ModelStage`."""
+
+    def lm_head_weight(self) -> torch.Tensor:
+        """[V, H]; of tensor-parallel ranks: this rank's rows."""
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, H] -> float32 [rows]."""
+
+
 def actor_loss(
-    config: Config, stage: ModelStage, *, num_tokens: int, num_samples: int
+    config: Config,
+    stage: LossHead,
+    *,
+    num_tokens: int,
+    num_samples: int,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LossFunction:
-    """PPO's policy loss; the counts are the whole mini-batch's."""
+    """PPO's policy loss; the counts are the whole mini-batch's. `tp_group`: of the ranks that
+    share the vocabulary."""
     settings = policy_settings(config)
     divisor = normalizer(settings.aggregation, num_tokens=num_tokens, num_samples=num_samples)
 
@@ -43,6 +60,7 @@ def actor_loss(
             batch.labels,
             temperature=config.rollout.temperature,
             entropy=True,
+            tp_group=tp_group,
         )
         inputs = PolicyInputs(
             logprobs=tokens.logprob,
@@ -59,7 +77,7 @@ def actor_loss(
 
 
 def critic_loss(
-    config: Config, stage: ModelStage, *, num_tokens: int, num_samples: int
+    config: Config, stage: LossHead, *, num_tokens: int, num_samples: int
 ) -> LossFunction:
     """PPO's value loss; the counts are the whole mini-batch's."""
     aggregation = config.critic.loss_agg_mode

@@ -76,6 +76,7 @@ class RankTrainer:
         """
         self._config = config
         self._rank = rank
+        self._row, self._column = divmod(rank, config.placement.tp)
         self._lane = f"rank{rank}"
         self._pipelines = dict(pipelines)
         self._device = device
@@ -101,7 +102,7 @@ class RankTrainer:
             (name, s)
             for name, place in sorted(pipelines.items())
             for s, home in enumerate(place.ranks)
-            if home == rank
+            if home == self._row
         ]
         self._channels = Channels(
             rank,
@@ -109,6 +110,7 @@ class RankTrainer:
             device=device,
             dtype=dtype,
             timeout=timeout,
+            tp=config.placement.tp,
         )
         self._executor = Executor(
             rank,
@@ -117,6 +119,7 @@ class RankTrainer:
             clock_of(device),
             self._store,
             self._explain,
+            tp=config.placement.tp,
         )
 
     def update(
@@ -206,7 +209,7 @@ class RankTrainer:
             place = self._pipelines[role]
             Snapshot(self._export_parts(role, "", shared)).write(folder)
             dist.barrier(self._control)
-            if place.ranks[0] == self._rank:
+            if place.ranks[0] == self._row and self._column == 0:
                 source = model_config(self._config, role).path
                 checkpoint.complete_export(folder, source)
             dist.barrier(self._control)
@@ -217,7 +220,7 @@ class RankTrainer:
         return [
             checkpoint.export_part(folder, tensors, stage, len(ranks), keep)
             for stage, home in enumerate(ranks)
-            if home == self._rank
+            if home == self._row and self._column == 0
         ]
 
     def close(self) -> None:
@@ -230,7 +233,7 @@ class RankTrainer:
 
     def _knows_batch(self) -> bool:
         """One rank reports the metrics of the whole batch: the first actor's last."""
-        return self._pipelines["actor"].ranks[-1] == self._rank
+        return self._pipelines["actor"].ranks[-1] == self._row and self._column == 0
 
     def _loss_data(
         self, samples: Sequence[SampleData], kl_coef: float, later: Collection[int]
@@ -311,6 +314,7 @@ class RankTrainer:
         self._stop_on_non_finite(step, index, numbers)
         progress.minibatch_done({role: both.loss for role, both in numbers.items()})
         lasts = {role_of(name) for name, s in self._present(plan) if self._is_last(name, s)}
+        lasts = lasts if self._column == 0 else set()  # tensor-parallel ranks know the same
         tallies = []
         with self._span(spans, Kind.OPTIMIZER, "optimizer step"):
             for role in dict.fromkeys(role_of(name) for name, _ in self._present(plan)):

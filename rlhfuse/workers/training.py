@@ -13,13 +13,16 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from rlhfuse import messages as m
+from rlhfuse.config import Config
 from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
+from rlhfuse.training.backend import MakeBackend
 from rlhfuse.training.memory import GIB, take_peak
 from rlhfuse.training.optimizer import choice
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
 from rlhfuse.training.snapshot import AsideWriter
+from rlhfuse.training.torch_backend import TorchBackend
 from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Outbox
@@ -62,7 +65,8 @@ class TrainingWorker:
             ("actor", "critic") if "critic" in spec.pipelines else ("actor",)
         )
         # Only ranks with a loss need the per-token numbers.
-        self._needs_data = any(p.ranks[-1] == spec.index for p in spec.pipelines.values())
+        row = spec.index // spec.config.placement.tp
+        self._needs_data = any(p.ranks[-1] == row for p in spec.pipelines.values())
         self._trainer = RankTrainer(
             spec.config,
             rank=spec.index,
@@ -72,6 +76,7 @@ class TrainingWorker:
             device=device,
             dtype=dtype_of(spec.config.placement, device),
             total_steps=spec.total_optimizer_steps,
+            make_backend=_backend(spec.config),
         )
         self._outbox = Outbox()
         self._server = PeerServer(
@@ -217,6 +222,15 @@ class TrainingWorker:
                     arrays[f"{sample.sample_id}/{name}"] = values
         np.savez(path, allow_pickle=False, **arrays)
         logger.error("the batch of step %d is kept in %s", step, path)
+
+
+def _backend(config: Config) -> MakeBackend:
+    """Whose models are trained. Megatron-core is imported only where it is asked for."""
+    if config.actor.backend == "torch":
+        return TorchBackend
+    from rlhfuse.megatron.backend import MegatronBackend
+
+    return MegatronBackend
 
 
 def fetch_all(

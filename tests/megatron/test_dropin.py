@@ -6,9 +6,10 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.orders import Choice
 from tests.megatron.laws import compare
-from tests.megatron.tiny import Setting, on_cpu
+from tests.megatron.tiny import Setting
 from tests.training.ranks import run_ranks
 
 Found = dict[str, dict[str, tuple[list[str], int]]]

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.examples import actor_critic
-from tests.megatron.tiny import on_cpu
 from tests.training.ranks import run_ranks
 
 

@@ -15,11 +15,12 @@ from megatron.core import parallel_state
 
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.context import ModelContext
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.fused import FusedScheduler
 from rlhfuse.megatron.orders import Choice
 from rlhfuse.megatron.values import make_value_model
 from tests.megatron.laws import History, differences
-from tests.megatron.tiny import Setting, Trained, init_parallel, on_cpu
+from tests.megatron.tiny import Setting, Trained, init_parallel
 from tests.training.ranks import run_ranks
 
 Found = dict[str, dict[str, tuple[list[str], int]]]

@@ -15,13 +15,14 @@ from megatron.core.pipeline_parallel import schedules
 
 import rlhfuse.megatron
 from rlhfuse.megatron import Scheduler, install, installed, stock, uninstall
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.model_run import ModelRun
 from rlhfuse.schedules.formats import schedule_to_json
 from rlhfuse.schedules.ir import Pipeline, Problem
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.training.executor import StepFailed
 from tests.megatron.laws import Tensors, differences, train
-from tests.megatron.tiny import Setting, Trained, init_parallel, on_cpu
+from tests.megatron.tiny import Setting, Trained, init_parallel
 from tests.training.ranks import run_ranks
 
 

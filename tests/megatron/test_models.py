@@ -19,10 +19,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 from rlhfuse.algorithms.losses import PolicyInputs, PolicyLossSettings, policy_loss, value_loss
 from rlhfuse.kernels.logprob import token_logprob
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.hf_weights import hf_tensors, load_hf
 from rlhfuse.megatron.logprobs import vocab_parallel_logprob
 from rlhfuse.megatron.losses import PpoBatch, actor_loss_func, critic_loss_func
-from tests.megatron.tiny import on_cpu
 from tests.training.ranks import run_ranks
 
 VOCAB = 64

@@ -16,12 +16,13 @@ from megatron.core import parallel_state, pipeline_parallel
 from rlhfuse.integrations import verl
 from rlhfuse.integrations.slime import train_actor_critic
 from rlhfuse.megatron import ModelContext, explain
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.fused import FusedScheduler
-from rlhfuse.megatron.support import Verdict
+from rlhfuse.megatron.support import Verdict, refusals
 from rlhfuse.megatron.together import LoopStopped, run_together
 from rlhfuse.megatron.values import make_value_model
 from tests.megatron.laws import History, differences
-from tests.megatron.tiny import Setting, Trained, config_for, init_parallel, on_cpu
+from tests.megatron.tiny import Setting, Trained, config_for, init_parallel
 from tests.training.ranks import run_ranks
 
 ACTOR = Setting(num_microbatches=2)
@@ -143,6 +144,20 @@ def test_explain_tells_what_becomes_of_each_setting() -> None:
     rows = {row.setting: str(row) for row in explain(config)}
     assert "falls back" in rows["overlap_moe_expert_parallel_comm"]
     assert "falls back" in rows["cuda_graph_impl"]
+
+
+def test_models_that_cannot_run_together_are_refused() -> None:
+    one, alike, wide = (config_for(Setting(tp=tp)) for tp in (1, 1, 2))
+    assert all(row.verdict is not Verdict.REFUSED for row in explain(one, fused_with=alike))
+    for other, setting in ((one, "config"), (wide, "tensor_model_parallel_size")):
+        refused = [
+            row.setting for row in explain(one, fused_with=other) if row.verdict is Verdict.REFUSED
+        ]
+        assert refused == [setting]
+        (line,) = refusals({"actor": one, "critic": other})
+        assert line.startswith(f"actor and critic: {setting}=")
+    one.pipeline_dtype = None
+    assert "pipeline_dtype" in {r.setting for r in explain(one) if r.verdict is Verdict.REFUSED}
 
 
 def test_state_outside_a_context_is_untouched() -> None:

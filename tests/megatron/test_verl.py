@@ -20,10 +20,11 @@ from verl.workers.engine.megatron import transformer_impl
 
 from rlhfuse.integrations.verl import update_actor_critic
 from rlhfuse.megatron import ModelContext, install, uninstall
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.fused import FusedScheduler
 from rlhfuse.megatron.values import make_value_model
 from tests.megatron.laws import Tensors, same
-from tests.megatron.tiny import Setting, Trained, forward_step, init_parallel, on_cpu
+from tests.megatron.tiny import Setting, Trained, forward_step, init_parallel
 from tests.training.ranks import run_ranks
 
 ACTOR = Setting(num_microbatches=2)

@@ -1,8 +1,6 @@
 """Megatron on a CPU, and tiny GPT models on it: shared by the tests and the benchmark."""
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,54 +12,10 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.tensor_parallel import random as tp_random
 from megatron.core.timers import Timers
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.overrides import TorchFunctionMode
 
 VOCAB = 64
-
-
-class CpuForCuda(TorchFunctionMode):
-    """Megatron asks for ``device="cuda"`` in places: on this machine that is the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        kwargs.pop("pin_memory", None)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.Float", "torch.cuda.Float")
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-def norm_of_a_part(plain: Any) -> Any:
-    """Megatron's local norm refuses sequence parallelism, though rows are independent."""
-
-    def make(cls: Any, config: Any, *sizes: Any, **named: Any) -> Any:
-        whole = copy.copy(config)
-        whole.sequence_parallel = False
-        norm = plain(cls, whole, *sizes, **named)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    return make
-
-
-@contextlib.contextmanager
-def on_cpu() -> Iterator[None]:
-    """Within, in this process, what Megatron hard-codes for CUDA happens on the CPU."""
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_: None
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    WrappedTorchNorm.__new__ = norm_of_a_part(WrappedTorchNorm.__new__)
-    moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine is missing
-    tp_random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
-    with CpuForCuda():
-        yield
 
 
 @dataclass(frozen=True)

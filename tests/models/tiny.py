@@ -17,13 +17,15 @@ from rlhfuse.models.stage import Head, ModelConfig
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-def tiny_config(family: str, *, tied: bool = False, layers: int = 4) -> ModelConfig:
+def tiny_config(
+    family: str, *, tied: bool = False, layers: int = 4, width: int = 101
+) -> ModelConfig:
     """Odd sizes on purpose: the MLP's width is no multiple of a vector."""
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
     config: ModelConfig = kind(
         vocab_size=211,
         hidden_size=48,
-        intermediate_size=101,
+        intermediate_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -37,11 +39,17 @@ def tiny_config(family: str, *, tied: bool = False, layers: int = 4) -> ModelCon
 
 
 def save_tiny(
-    path: Path, family: str, *, head: Head = Head.LM, tied: bool = False, seed: int = 0
+    path: Path,
+    family: str,
+    *,
+    head: Head = Head.LM,
+    tied: bool = False,
+    seed: int = 0,
+    width: int = 101,
 ) -> PreTrainedModel:
     """Write a model folder by transformers' own means and return the model."""
     torch.manual_seed(seed)
-    config = tiny_config(family, tied=tied)
+    config = tiny_config(family, tied=tied, width=width)
     model: PreTrainedModel
     if head is Head.LM:
         model = AutoModelForCausalLM.from_config(config)

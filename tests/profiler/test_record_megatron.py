@@ -9,10 +9,11 @@ pytest.importorskip("megatron.core")
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.profiler.record import record
-from tests.megatron.tiny import Setting, Trained, init_parallel, on_cpu
+from tests.megatron.tiny import Setting, Trained, init_parallel
 from tests.training.ranks import run_ranks
 
 

@@ -42,10 +42,10 @@ class Models:
     critic: Path
 
 
-def save_models(folder: Path, *, tied: bool = False) -> Models:
+def save_models(folder: Path, *, tied: bool = False, width: int = 101) -> Models:
     models = Models(folder / "actor", folder / "critic")
-    save_tiny(models.actor, "llama", tied=tied, seed=1)
-    save_tiny(models.critic, "qwen3", head=Head.SCALAR, seed=2)
+    save_tiny(models.actor, "llama", tied=tied, seed=1, width=width)
+    save_tiny(models.critic, "qwen3", head=Head.SCALAR, seed=2, width=width)
     return models
 
 
