@@ -147,7 +147,7 @@ class MegatronBackend:
 
     def parts(self, keep: Keep) -> list[Part]:
         """Written together by all ranks, over the default group: an update uses others."""
-        found = []
+        found: list[Part] = []
         for role in self._models:
             with self._turn(role) as model:
                 found.append(partial(self._write, role, state_of(model, keep)))

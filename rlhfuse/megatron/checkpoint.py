@@ -33,7 +33,7 @@ def save_state(state: Mapping[str, Any], folder: Path) -> None:
     dist.barrier()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     try:
-        with _writing_here():
+        with writing_here():
             dist_checkpointing.save(dict(state), str(path), strategy)
     except (CheckpointingException, RuntimeError) as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
@@ -73,7 +73,7 @@ def load_model(folder: Path, model: TrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _writing_here() -> Iterator[None]:
+def writing_here() -> Iterator[None]:
     """Within, this process writes, which waits for it anyway. Megatron would fork writers, which
     our workers may not have, and start a process to hold their answers, and leave it behind."""
     writer: Any = filesystem_async.FileSystemWriterAsync

@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 
 from rlhfuse.megatron import ModelContext, build_reversed_critic
+from rlhfuse.megatron.checkpoint import writing_here
 from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.critic import load_weights
 from tests.megatron.tiny import VOCAB, Setting, config_for, init_parallel, layer_spec
@@ -49,7 +50,8 @@ def build(folder: Path, rank: int) -> tuple[list[int], dict[str, bool], bool]:
                 folder.mkdir()
             dist.barrier()
             state = {"model": actor.sharded_state_dict()}
-            dist_checkpointing.save(state, str(folder))
+            with writing_here():
+                dist_checkpointing.save(state, str(folder))
         critic = build_reversed_critic(
             config,
             partial(provider, 7),
