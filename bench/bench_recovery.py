@@ -89,6 +89,7 @@ def run_step(session: Session, start: Path, fault: Fault | None) -> Measured:
     trainer.sync_weights()
     told = Told()
     session.fleet._note = told.note
+    session.fleet._roster._note = told.note
     session.progress.note = told.note  # type: ignore[method-assign]
     began_s = time.monotonic()
     with sabotage(session, [fault] if fault else []) as saboteur:
