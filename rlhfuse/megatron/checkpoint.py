@@ -41,7 +41,7 @@ def save_state(state: Mapping[str, Any], folder: Path) -> None:
 
 def state_of(model: TrainedModel, keep: Keep) -> dict[str, Any]:
     """What to write of a model: what `keep` returns for each tensor. Collective."""
-    state = _state(model, loading=False)
+    state = _state(model, loading=False, stepped=model.steps > 0)
     _keep_all(state, keep)
     return state
 
@@ -64,12 +64,17 @@ def load_model(folder: Path, model: TrainedModel) -> None:
     if not path.is_dir():
         raise ValueError(f"checkpoint {folder.parent}: holds no Megatron {folder.name}")
     try:
-        state: Any = dist_checkpointing.load(_state(model, loading=True), str(path))
+        steps: int = dist_checkpointing.load_common_state_dict(str(path))["steps"]
+        wanted = _state(model, loading=True, stepped=steps > 0)
+        state: Any = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"checkpoint {path}: does not fit or is damaged: {error}") from error
     model.gpt.load_state_dict(state["model"])
-    model.optimizer.load_state_dict(state["optimizer"])
-    model.steps = state["steps"]
+    if steps:
+        model.optimizer.load_state_dict(state["optimizer"])
+    else:
+        model.forget_moments()
+    model.steps = steps
 
 
 @contextlib.contextmanager
@@ -106,10 +111,10 @@ def _write(transforms: Any, *rest: Any) -> None:
     answers.put(found)
 
 
-def _state(model: TrainedModel, *, loading: bool) -> dict[str, Any]:
+def _state(model: TrainedModel, *, loading: bool, stepped: bool) -> dict[str, Any]:
+    """`stepped`: not before the first update, when there are no moments yet."""
     weights = model.gpt.sharded_state_dict()
-    return {
-        "model": weights,
-        "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=loading),
-        "steps": model.steps,
-    }
+    state = {"model": weights, "steps": model.steps}
+    if stepped:
+        state["optimizer"] = model.optimizer.sharded_state_dict(weights, is_loading=loading)
+    return state

@@ -141,6 +141,12 @@ class TrainedModel:
         self.steps += 1
         self._zero()
 
+    def forget_moments(self) -> None:
+        """The optimizer is as before its first step, at the weights as they are now."""
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            optimizer.optimizer.state.clear()
+        self.optimizer.reload_model_params()
+
     def clear(self) -> None:
         """Give up the mini-batch."""
         if self._run is not None:
