@@ -276,7 +276,7 @@ def _fit_migrations(spans: list[Span], cost: CostModel, basis: dict[str, str]) -
     lines = [_line(found, share) for found in parts.values()]
     seconds, predicted = (np.concatenate([line[i] for line in lines]) for i in (2, 3))
     _note(basis, "migrate", seconds, predicted)
-    call_s, token_s = (sum(line[i] for line in lines) for i in (0, 1))
+    call_s, token_s = sum(line[0] for line in lines), sum(line[1] for line in lines)
     return replace(cost, migrate_call_s=call_s, migrate_token_s=token_s)
 
 
