@@ -16,7 +16,7 @@ from rlhfuse.rollout.snapshot import Books, Tail, snapshot
 from rlhfuse.sample import Sample, SampleState
 
 LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
-NOT_BEFORE_S = 0.08  # a weighing costs the controller about a millisecond
+NOT_BEFORE_S = 0.03  # a weighing costs the controller about a millisecond
 LOOK_AGAIN_S = 0.2  # or this much time must pass, or the same part of the time since the start
 
 

@@ -137,7 +137,7 @@ def test_a_million_spans_are_drawn_fast(browser: Browser, tmp_path: Path) -> Non
           }
           return times.sort((a, b) => a - b)[4]; })()"""
     )
-    assert isinstance(median_ms, float)
+    assert isinstance(median_ms, int | float)
     # About 20 on a quiet core without a graphics card; drawing every span would take minutes.
     assert median_ms < 3000
 
