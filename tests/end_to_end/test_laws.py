@@ -68,13 +68,12 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(assets: Path, tmp_path: Pa
     # 40 prompts in batches of 16: the third step crosses the end of an epoch.
     whole = _with_steps(tiny_config(assets, tmp_path / "whole", num_devices=2), 4)
     train_run(resolve(whole), resume=False)
-    for stop in (1, 3):
-        base = tiny_config(assets, tmp_path / f"stopped_{stop}", num_devices=2)
+    stopped = tiny_config(assets, tmp_path / "stopped", num_devices=2)
+    for steps in (1, 3, 4):
         # The learning rate follows the whole run: only the stop comes earlier.
-        train_run(resolve(_with_steps(base, stop)), resume=False)
-        train_run(resolve(_with_steps(base, 4)), resume=True)
-        for step in range(1, 5):
-            assert _digests(base, step) == _digests(whole, step)
+        train_run(resolve(_with_steps(stopped, steps)), resume=steps > 1)
+    for step in range(1, 5):
+        assert _digests(stopped, step) == _digests(whole, step)
 
 
 def _with_steps(config: Config, steps: int) -> Config:
