@@ -47,6 +47,15 @@ _Dumper.add_representer(
 )
 
 
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text as a scalar; line ends like NEL survive in double quotes only."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the file `path`, changed by `overrides`, in their order.
 

@@ -1,7 +1,17 @@
-"""vLLM claims what belongs to the whole process (torch's default group, its threads): its engine's
-tests come after all others."""
+"""What holds for all tests.
+
+vLLM claims what belongs to the whole process (torch's default group, its threads): its engine's
+tests come after all others. Property tests draw the same examples each time, so that a change is
+judged by what it changed; HYPOTHESIS_PROFILE=explore draws new ones."""
+
+import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

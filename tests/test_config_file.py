@@ -183,7 +183,9 @@ def test_empty_file_and_empty_sections_mean_the_defaults(file: Path) -> None:
     assert load(file) == Config()
 
 
-TEXTS = st.text(max_size=12) | st.sampled_from(["1e-6", "on", "null", "1_0", "~", "0x1", "1.", ""])
+TEXTS = st.text(max_size=12) | st.sampled_from(
+    ["1e-6", "on", "null", "1_0", "~", "0x1", "1.", "", "\x85", "a\u2028b", "\ufeff", "a\rb"]
+)
 
 
 @settings(max_examples=60, deadline=None)
