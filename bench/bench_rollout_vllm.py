@@ -1,8 +1,10 @@
 """Generation plus inference on two vLLM instances, measured: serial, reward-only overlap (what
-verl, slime and ROLL do), early inference, the paper's policy, ours; beside them the clairvoyant
-policy from the simulator.
+verl, slime and ROLL do), early inference, the paper's policy, ours, and the clairvoyant policy:
+the best that the simulator finds for these very lengths, run live like the others.
 
-    python -m bench.bench_rollout_vllm [--repetitions 5] [--samples 128]
+    python -m bench.bench_rollout_vllm [--repetitions 5] [--samples 128] [--add]
+
+`--add` goes on from the repetitions of earlier calls.
 
 Two CPU workers of one thread each, the quick start's models (4 layers, 256 wide; `rlhfuse
 prepare-quickstart`). Lengths are lognormal, median 64, longest about 900: samples are
@@ -16,7 +18,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
@@ -25,6 +27,7 @@ import msgspec
 import numpy as np
 
 from bench.record import Row, print_table, spread, write_result
+from bench.repetitions import first_free, keep, kept
 from rlhfuse import messages as m
 from rlhfuse.batches import sample_seed
 from rlhfuse.config_file import load
@@ -32,7 +35,7 @@ from rlhfuse.cost import CostModel
 from rlhfuse.learned_cost import LearnedCost
 from rlhfuse.resolve import resolve
 from rlhfuse.rollout.bounds import lower_bound_s
-from rlhfuse.rollout.clairvoyant import clairvoyant
+from rlhfuse.rollout.clairvoyant import Best, KnownLengths, clairvoyant
 from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.rollout.loop import RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
@@ -54,7 +57,7 @@ POLICIES = {
     "paper": (InterStage.ON, Migration.PAPER),
     "ours": (InterStage.ON, Migration.AUTO),
 }
-REFERENCES = ("clairvoyant", "lower bound")
+CLAIRVOYANT, BOUND = "clairvoyant", "lower bound (simulated)"
 TEACHERS = ("early", "ours")  # run once before anything counts: they show what things cost
 CANDIDATES = 3  # samples to choose from, for each that is run
 
@@ -75,27 +78,39 @@ class Bench:
 
     def run(self, name: str, records: Sequence[Record], roles: Sequence[str]) -> float:
         """Seconds until every record is generated and scored by `roles`."""
+        early = ("reward",) if name == "reward-only" else tuple(roles)
+        lengths = LengthModel(self.sampling.max_tokens, self.history)
+        seconds = self.roll(records, early, self.policy(name), lengths)
+        late = [role for role in roles if role not in early]
+        if late:
+            seconds += self.score(records, late)
+        self.learned.learn(Timeline(tuple(self.session.fleet.take_spans())))
+        return seconds
+
+    def run_best(self, records: Sequence[Record], best: Best, lengths: Sequence[int]) -> float:
+        """Seconds of the order that a search with the true lengths has found."""
+        limit = self.sampling.max_tokens
+        known = KnownLengths(limit, lengths) if best.known else LengthModel(limit, self.history)
+        seconds = self.roll(records, ROLES, best.policy, known)
+        self.learned.learn(Timeline(tuple(self.session.fleet.take_spans())))
+        return seconds
+
+    def roll(
+        self,
+        records: Sequence[Record],
+        early: tuple[str, ...],
+        policy: Policy,
+        lengths: LengthModel,
+    ) -> float:
+        """One rollout by the live loop."""
         session, fleet = self.session, self.session.fleet
         fleet.begin_step(1, 0)
-        early = ("reward",) if name == "reward-only" else tuple(roles)
-        limit = self.sampling.max_tokens
-        scheduler = RolloutScheduler(
-            2,
-            early,
-            self.learned.model,
-            self.policy(name),
-            lengths=LengthModel(limit, self.history),
-        )
+        scheduler = RolloutScheduler(2, early, self.learned.model, policy, lengths=lengths)
         loop = RolloutLoop(
             fleet, scheduler, None, session.progress, session.run.decode, timeout_s=120, show=False
         )
         loop.run(records, self.sampling, 0, len(records) * len(early))
-        seconds = loop.result().done_s
-        late = [role for role in roles if role not in early]
-        if late:
-            seconds += self.score(records, late)
-        self.learned.learn(Timeline(tuple(fleet.take_spans())))
-        return seconds
+        return loop.result().done_s
 
     def score(self, records: Sequence[Record], roles: Sequence[str]) -> float:
         """Seconds to score everything, dealt out by length."""
@@ -183,112 +198,108 @@ def choose_stop(bench: Bench) -> tuple[int, ...]:
     return (token,)
 
 
-def measure(bench: Bench, samples: int, repetitions: int) -> None:
+def measure(bench: Bench, samples: int, repetitions: int, earlier: list[Row]) -> None:
     """Results are written after every repetition."""
     stop = choose_stop(bench)
     bench.sampling = msgspec.structs.replace(
         bench.sampling, stop_token_ids=stop, max_tokens=LONGEST
     )
     candidates = make_candidates(bench, CANDIDATES * samples)
-    seconds: dict[str, list[float]] = {name: [] for name in POLICIES}
-    ratios: dict[str, list[float]] = {name: [] for name in POLICIES}
-    simulated: dict[str, list[float]] = {name: [] for name in [*POLICIES, *REFERENCES]}
-    longest = []
-    for repetition in range(-1, repetitions):  # the first teaches the costs
+    name = f"rollout_{bench.session.run.config.rollout.engine}"
+    first = first_free(earlier)
+    rows = list(earlier)
+    for repetition in (-1, *range(first, first + repetitions)):  # the first teaches the costs
         chosen = pick(candidates, samples, repetition + 100)
-        lengths = [len(record.response) // 4 for record in chosen]
-        seen: set[str] = set()
-        names = list(POLICIES if repetition >= 0 else TEACHERS)
-        start = repetition % len(names)
-        took: dict[str, float] = {}
-        for name in names[start:] + names[:start]:
-            records = fresh(chosen)
+        took, simulated = repeat(bench, chosen, repetition)
+        bench.history = [*bench.history, *(len(record.response) // 4 for record in chosen)][-512:]
+        if repetition >= 0:
+            longest = max(len(record.response) // 4 for record in chosen)
+            rows += [
+                {
+                    "repetition": repetition,
+                    "policy": policy,
+                    "seconds": took.get(policy, 0.0),
+                    "simulated_seconds": simulated.get(policy, 0.0),
+                    "samples": samples,
+                    "longest": longest,
+                }
+                for policy in (*POLICIES, CLAIRVOYANT, BOUND)
+            ]
+            keep(name, rows)
+            table = list(summary(rows))
+            write_result(name, table)
+            print_table(table)
+
+
+def repeat(
+    bench: Bench, chosen: Sequence[Record], repetition: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each policy on the same samples, in turn; and simulated, at the costs so far."""
+    lengths = [len(record.response) // 4 for record in chosen]
+    teaches = repetition < 0
+    best, simulated = simulations(bench, chosen, lengths)
+    names = list(TEACHERS if teaches else (*POLICIES, CLAIRVOYANT))
+    start = repetition % len(names)
+    took: dict[str, float] = {}
+    seen: set[str] = set()
+    for name in names[start:] + names[:start]:
+        records = fresh(chosen)
+        if name == CLAIRVOYANT:
+            took[name] = bench.run_best(records, best, lengths)
+        else:
             took[name] = bench.run(name, records, ROLES)
-            text = b"".join(bytes(record.response) for record in records)
-            seen.add(hashlib.sha256(text).hexdigest())
-        assert len(seen) == 1, "a policy changed the samples"
-        bench.history = [*bench.history, *lengths][-512:]
-        if repetition < 0:
-            continue
-        longest.append(max(lengths))
-        for name in names:
-            seconds[name].append(took[name])
-            ratios[name].append(took["serial"] / took[name])
-        for name, end_s in simulations(bench, chosen, lengths).items():
-            simulated[name].append(end_s)
-        rows = _rows(seconds, ratios, simulated, samples, int(np.median(longest)))
-        write_result(f"rollout_{bench.session.run.config.rollout.engine}", rows)
-        print_table(rows)
+        text = b"".join(bytes(record.response) for record in records)
+        seen.add(hashlib.sha256(text).hexdigest())
+    assert len(seen) == 1, "a policy changed the samples"
+    if not teaches:
+        print(f"clairvoyant: {best.how}")
+    return took, simulated
 
 
-def simulations(bench: Bench, chosen: Sequence[Record], lengths: Sequence[int]) -> dict[str, float]:
-    """The same samples in the simulator, at the costs measured so far, and its references. A
-    reward-only overlap it does not know."""
+def simulations(
+    bench: Bench, chosen: Sequence[Record], lengths: Sequence[int]
+) -> tuple[Best, dict[str, float]]:
+    """The best order that the simulator knows for these samples, and how long it and the others
+    take there. A reward-only overlap it does not know."""
     prompts = [len(record.prompt) for record in chosen]
-    ends = {"reward-only": 0.0}
+    cost, ours = bench.learned.model, bench.policy("ours")
+    ends = {}
     for name in ("serial", "early", "paper", "ours"):
-        _, stats = simulate(
-            bench.learned.model,
-            bench.policy(name),
-            lengths,
-            prompts,
-            2,
-            ROLES,
-            history=bench.history,
-        )
+        policy = bench.policy(name)
+        _, stats = simulate(cost, policy, lengths, prompts, 2, ROLES, history=bench.history)
         ends[name] = stats.end_s
-    ours = bench.policy("ours")
-    best = clairvoyant(
-        bench.learned.model, ours, lengths, prompts, 2, ROLES, history=bench.history, second=False
-    )
-    ends["clairvoyant"] = best.end_s
-    ends["lower bound"] = lower_bound_s(bench.learned.model, ours, lengths, prompts, 2, ROLES)
-    return ends
+    best = clairvoyant(cost, ours, lengths, prompts, 2, ROLES, history=bench.history, second=False)
+    ends[CLAIRVOYANT] = best.end_s
+    ends[BOUND] = lower_bound_s(cost, ours, lengths, prompts, 2, ROLES)
+    return best, ends
 
 
-def _rows(
-    seconds: dict[str, list[float]],
-    ratios: dict[str, list[float]],
-    simulated: dict[str, list[float]],
-    samples: int,
-    longest: int,
-) -> list[Row]:
-    rows: list[Row] = []
-    for name in POLICIES:
-        middle, least, most = spread(seconds[name])
-        ratio, low, high = spread(ratios[name])
-        rows.append(
-            {
-                "policy": name,
-                "seconds": middle,
-                "least": least,
-                "most": most,
-                "speedup": ratio,
-                "speedup_least": low,
-                "speedup_most": high,
-                "simulated_seconds": spread(simulated[name])[0],
-                "samples": samples,
-                "longest": longest,
-                "repetitions": len(ratios[name]),
-            }
-        )
-    for name in REFERENCES:  # simulated only: no measured seconds
-        middle = spread(simulated[name])[0]
-        best = spread([s / t for s, t in zip(simulated["serial"], simulated[name], strict=True)])
-        rows.append(
-            {
-                **dict.fromkeys(rows[0], 0),
-                "policy": f"{name} (simulated)",
-                "speedup": best[0],
-                "speedup_least": best[1],
-                "speedup_most": best[2],
-                "simulated_seconds": middle,
-                "samples": samples,
-                "longest": longest,
-                "repetitions": len(simulated[name]),
-            }
-        )
-    return rows
+def summary(rows: Sequence[Row]) -> Iterator[Row]:
+    """Medians over the repetitions, of times and of ratios within a repetition."""
+
+    def column(policy: str, key: str) -> list[float]:
+        return [float(row[key]) for row in rows if row["policy"] == policy]
+
+    for policy in (*POLICIES, CLAIRVOYANT, BOUND):
+        key = "simulated_seconds" if policy == BOUND else "seconds"
+        times = column(policy, key)
+        middle, least, most = spread(times)
+        faster = spread([a / b for a, b in zip(column("serial", key), times, strict=True)])
+        best = column(CLAIRVOYANT, key)
+        yield {
+            "policy": policy,
+            "seconds": middle,
+            "least": least,
+            "most": most,
+            "speedup": faster[0],
+            "speedup_least": faster[1],
+            "speedup_most": faster[2],
+            "over_clairvoyant": spread([a / b for a, b in zip(times, best, strict=True)])[0],
+            "simulated_seconds": spread(column(policy, "simulated_seconds"))[0],
+            "samples": int(rows[0]["samples"]),
+            "longest": int(spread(column(policy, "longest"))[0]),
+            "repetitions": len(times),
+        }
 
 
 def main() -> None:
@@ -296,6 +307,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--engine", choices=["vllm", "torch"], default="vllm")
+    parser.add_argument("--add", action="store_true", help="to the repetitions kept so far")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
@@ -309,7 +321,8 @@ def main() -> None:
         with open_session(run, resume=False) as session:
             Trainer(session).sync_weights()
             sampling = training_sampling(run.config, run.stop_token_ids)
-            measure(Bench(session, sampling), asked.samples, asked.repetitions)
+            earlier = kept(f"rollout_{asked.engine}") if asked.add else []
+            measure(Bench(session, sampling), asked.samples, asked.repetitions, earlier)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,14 @@ class KnownLengths(LengthModel):
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best that was found. `how`: the order of moves, or the rule."""
+    """The best that was found. `how`: the order of moves, or the rule. `policy`, with a dispatch
+    that is `known` to know the lengths or not, does it again (also live)."""
 
     end_s: float
     how: str
     tried: int
+    policy: Policy
+    known: bool
 
 
 def clairvoyant(
@@ -67,65 +70,69 @@ def clairvoyant(
     blocks = instances // policy.block
     num = len(lengths)
 
-    def run(changed: Policy, *, known: bool = True) -> float:
+    search = _Search(policy)
+
+    def run(changed: Policy, how: str, *, known: bool = True) -> None:
         limit = policy.max_response_tokens
         predictor = KnownLengths(limit, lengths) if known else LengthModel(limit, history)
         _, stats = simulate(
             cost, changed, lengths, prompts, instances, roles, groups=groups,
             predictor=predictor, train=train, reward_s=reward_s, record=False,
         )  # fmt: skip
-        return stats.end_s
+        search.note(Best(stats.end_s, how, 0, changed, known))
 
-    search = _Search()
     on = replace(policy, inter_stage=InterStage.ON)
     never = replace(on, migration=Migration.OFF)
     for known in (True, False):
-        search.note(run(never, known=known), f"no move, {known=}", ())
+        run(never, f"no move, {known=}", known=known)
     for margin in (0.0, 0.01, 0.03):
         ours = replace(on, migration=Migration.AUTO, margin=margin)
-        search.note(run(ours), f"our rule, margin {margin:g}", ())
+        run(ours, f"our rule, margin {margin:g}")
     counts = sorted({max(1, round(num * i / moments)) for i in range(1, moments)}, reverse=True)
     sizes = sorted({s for p in (0.06, 0.15, 0.3, 0.5, 0.75) if (s := round(p * blocks))})
     sizes = sizes or [1]
 
-    def order(*moves: tuple[int, int]) -> float:
-        return run(replace(on, migration=Migration.FORCED, forced=moves))
+    def order(*moves: tuple[int, int]) -> None:
+        how = ", ".join(f"at {count} on {size}" for count, size in moves)
+        run(replace(on, migration=Migration.FORCED, forced=moves), how)
 
-    _first_moves(search, order, counts, [s for s in sizes if s < blocks])
+    _first_moves(order, counts, [s for s in sizes if s < blocks])
     if second and search.moves:
-        _second_moves(search, order, counts, sizes)
-    return Best(search.best_s, search.how, search.tried)
+        _second_moves(search.moves[0], order, counts, sizes)
+    return replace(search.best, tried=search.tried)
 
 
 class _Search:
     """The best so far, and the best order of moves."""
 
-    def __init__(self) -> None:
-        self.best_s, self.how, self.tried = float("inf"), "", 0
+    def __init__(self, policy: Policy) -> None:
+        self.best = Best(float("inf"), "", 0, policy, known=False)
+        self.tried = 0
         self.moves: tuple[tuple[int, int], ...] = ()
         self.moves_s = float("inf")
 
-    def note(self, end_s: float, how: str, moves: tuple[tuple[int, int], ...]) -> None:
+    def note(self, found: Best) -> None:
         self.tried += 1
-        if end_s < self.best_s:
-            self.best_s, self.how = end_s, how
-        if moves and end_s < self.moves_s:
-            self.moves_s, self.moves = end_s, moves
+        if found.end_s < self.best.end_s:
+            self.best = found
+        moves = found.policy.forced
+        if moves and found.end_s < self.moves_s:
+            self.moves_s, self.moves = found.end_s, moves
 
 
-_Order = Callable[..., float]
+_Order = Callable[..., None]
 
 
-def _first_moves(search: _Search, order: _Order, counts: list[int], sizes: list[int]) -> None:
+def _first_moves(order: _Order, counts: list[int], sizes: list[int]) -> None:
     for count in counts:
         for size in sizes:
-            search.note(order((count, size)), f"at {count} on {size}", ((count, size),))
+            order((count, size))
 
 
-def _second_moves(search: _Search, order: _Order, counts: list[int], sizes: list[int]) -> None:
-    first = search.moves[0]
+def _second_moves(
+    first: tuple[int, int], order: _Order, counts: list[int], sizes: list[int]
+) -> None:
     later = [c for c in (*counts, 8, 2) if c < first[0]]
     for count in later[-4:]:
         for size in sorted({1, sizes[0], sizes[len(sizes) // 2], sizes[-1]} - {first[1]}):
-            moves = (first, (count, size))
-            search.note(order(*moves), f"at {first[0]} on {first[1]}, {count} on {size}", moves)
+            order(first, (count, size))
