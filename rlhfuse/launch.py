@@ -59,7 +59,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
                 "(rollout.exactness: token)"
             )
         if self.idle_fraction is not None:
-            lines.append(f"  devices idle, median over fused steps: {self.idle_fraction:.0%}")
+            idle = f"{self.idle_fraction:.0%}, median over fused steps"
+            lines.append(f"  devices idle (nothing computed, nothing moved): {idle}")
         if self.report:
             lines.append(f"  report: {self.report}")
         return "\n".join(lines)

@@ -97,7 +97,7 @@ def _tiles(run: RunFolder) -> str:
         markup.tile(
             "Devices idle",
             f"{median(idle):.0%}" if idle else None,
-            "of device time, median over steps",
+            "of device time: nothing computed, nothing moved; median over steps",
         ),
         markup.tile(
             "Time per step",
