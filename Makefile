@@ -1,11 +1,12 @@
 # make run    set-up and the quick start: PPO with both fusions on two CPU cores
 # make run-vllm   the same with generation by vLLM (an independent rebuild of it for CPUs)
 # make test   set-up, lint, types and all tests, vLLM among them
+# make test-fast   the part of the tests that takes a minute
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run run-vllm test setup setup-dev setup-vllm check assets clean
+.PHONY: run run-vllm test test-fast setup setup-dev setup-vllm check assets clean
 
 $(VENV)/runtime.stamp: requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +45,12 @@ check: setup-dev
 	$(BIN)/mypy
 
 test: check setup-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+
+# What needs neither vLLM nor Ray and takes no two seconds, as one works.
+test-fast: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not ray and not vllm"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -15,5 +15,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the order, but for those."""
-    items.sort(key=lambda item: item.path.name.startswith("test_vllm"))
+    """Mark vLLM's tests; keep the order, but for those."""
+    for item in items:
+        if item.path.name.startswith("test_vllm"):
+            item.add_marker("vllm")
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)

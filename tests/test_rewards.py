@@ -132,6 +132,7 @@ def test_what_a_function_returns_or_does_becomes_one_result_each(
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_hung_call_costs_its_own_sample_only(function: RewardFunctionConfig) -> None:
     before = _children()
     asked = ["hang", "hang in C", "hang with a child", *["right"] * 20]

@@ -51,6 +51,7 @@ def test_a_command_to_an_unknown_worker_fails(hub: Hub) -> None:
         hub.send("rollout-7#0", m.Sleep())
 
 
+@pytest.mark.slow
 def test_a_link_says_that_it_lives_and_what_it_is_at(hub: Hub, link: Link) -> None:
     hub.send("rollout-0#0", m.Sleep())
     while not link.receive(5.0):
@@ -108,6 +109,7 @@ def test_a_peer_answers_refuses_and_times_out() -> None:
     server.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.binary(max_size=64), min_size=1, max_size=3))
 def test_a_peer_server_outlives_garbage(frames: list[bytes]) -> None:
@@ -145,6 +147,7 @@ def test_a_peer_that_dies_is_noticed_at_once() -> None:
     assert time.monotonic() - start_s < 10.0
 
 
+@pytest.mark.slow
 def test_across_machines_only_holders_of_the_key_get_in() -> None:
     keys = make_keys(curve=True)
     server = PeerServer(lambda request: m.Floats(values=()), keys)

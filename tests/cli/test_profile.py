@@ -150,6 +150,7 @@ def test_a_given_critic_is_fused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert predicted[0] < predicted[1]
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     (folder / "timeline").mkdir(parents=True)

@@ -52,6 +52,7 @@ def _workload() -> Workload:
     return workload_of(CONFIG)
 
 
+@pytest.mark.slow
 def test_a_fused_step_is_shorter_and_adds_up() -> None:
     found = predict(CONFIG, _workload(), PIPELINES, TRUE)
     for seconds, timeline in (

@@ -97,6 +97,7 @@ def _peaks_by_hand(schedule: Schedule) -> list[float]:
     return peaks
 
 
+@pytest.mark.slow
 @given(problems(), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_every_policy_is_legal_and_no_better_than_the_bounds(problem: Problem, split: bool) -> None:
@@ -122,6 +123,7 @@ def test_every_policy_is_legal_and_no_better_than_the_bounds(problem: Problem, s
             assert from_torch_csv(to_torch_csv(schedule), asked) == schedule
 
 
+@pytest.mark.slow
 @given(problems(), st.data())
 @settings(max_examples=80, deadline=None)
 def test_a_mutated_schedule_is_caught_and_marked(problem: Problem, data: st.DataObject) -> None:
@@ -194,6 +196,7 @@ def test_same_seed_same_schedule(problem: Problem, split: bool, seed: int) -> No
     assert one == two
 
 
+@pytest.mark.slow
 @given(problems(), st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_robust_search_is_legal_repeatable_and_expects_no_more(

@@ -40,6 +40,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return save_models(tmp_path_factory.mktemp("tied"), tied=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(
     tie: bool, models: Models, tied: Models, tmp_path: Path
@@ -112,6 +113,7 @@ def test_damaged_checkpoints_are_refused(models: Models, tmp_path: Path) -> None
     assert str(path) in run_ranks(1, load)[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_updates_keep_float32_masters_and_resume_to_the_same_bits(
     models: Models, tmp_path: Path
 ) -> None:

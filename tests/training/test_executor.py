@@ -217,6 +217,7 @@ def test_a_rank_that_raises_ends_all_ranks_at_once_and_all_name_the_task() -> No
             assert message.startswith(f"rank {rank} stopped at ")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_at_the_time_limit() -> None:
     results = run_ranks(4, lambda rank: fail_on(rank, 4.0, 1.5))
     message, seconds = results[1]

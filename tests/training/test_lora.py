@@ -58,6 +58,7 @@ def test_the_first_loss_is_that_of_the_whole_model(models: Models, tmp_path: Pat
     assert adapted["actor/grad_norm"] < plain["actor/grad_norm"]
 
 
+@pytest.mark.slow
 def test_fused_split_and_recomputed_updates_equal_serial_ones(models: Models) -> None:
     problem = make_problem(2, 2)
     config = with_adapters(make_config(models))

@@ -81,6 +81,7 @@ def planned(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_the_update_is_that_of_references_known_beforehand(
     config: Config, num_replicas: int

@@ -115,6 +115,7 @@ def test_an_update_on_replicas_is_the_plain_one(
             ), name
 
 
+@pytest.mark.slow
 def test_neither_fusion_nor_sharding_changes_a_bit(models: Models, tmp_path: Path) -> None:
     config = make_config(models)
     fused = updated(placed(config, 2, 2), True, tmp_path / "fused")

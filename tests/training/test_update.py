@@ -116,6 +116,7 @@ def test_fused_updates_equal_serial_updates_bit_for_bit(num_ranks: int, models: 
     assert len(tasks) == 2 * 2 * 2 * 2 * 2 * num_ranks  # updates, mini-batches, roles, mbs, F and B
 
 
+@pytest.mark.slow
 def test_split_backward_and_recomputation_change_no_bit(models: Models) -> None:
     problem = make_problem(2, 3)
     serial, *_ = two_updates(make_config(models), 2, serial_rounds(problem), 3)
