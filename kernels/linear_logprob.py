@@ -14,13 +14,7 @@ from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import (
-    Temperatures,
-    fold_rows_,
-    log_softmax_labels,
-    log_softmax_rows,
-    row_gradient,
-)
+from rlhfuse.kernels.rows import RowFold, Temperatures, fold_rows, row_gradient
 
 # Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
 # a token's result would depend on how many others are computed with it.
@@ -138,18 +132,23 @@ def chunks(num_rows: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``hidden @ weight.T + bias`` for one chunk, with at least `MIN_ROWS` rows inside."""
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``hidden @ weight.T + bias`` for one chunk, in `out` [R, V], with at least `MIN_ROWS` rows
+    inside."""
     num_rows = hidden.shape[0]
     hidden = hidden.contiguous()  # the strides choose the code path, too
     if num_rows < MIN_ROWS:
         padded = hidden.new_zeros(MIN_ROWS, hidden.shape[1])
         padded[:num_rows] = hidden
-        hidden = padded
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits += bias
-    return logits[:num_rows]
+        out.copy_((padded @ weight.T)[:num_rows])
+    else:
+        torch.mm(hidden, weight.T, out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def chunk_room(like: Tensor, num_rows: int, vocab: int) -> Tensor:
+    """Room for the logits of one chunk: fresh memory costs as much as a pass over it."""
+    return like.new_empty(min(num_rows, chunk_rows(vocab)), vocab)
 
 
 def _drop_(logits: Tensor, ids: Tensor | None, cu: Tensor | None, rows: slice) -> Tensor:
@@ -192,8 +191,8 @@ def linear_logprob_op(
     kept_ids: Tensor | None,
     kept_cu: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logprob [T], entropy [T]; (Triton) largest logit and sum [2, T]; log-probabilities
-    [keep_rows, V] for the backward pass."""
+    """Logprob [T], entropy [T]; what was taken off each row and its sum of exponentials [2, T], and
+    logits [keep_rows, V], for the backward pass."""
     dtype, given = accumulation_dtype(hidden), Temperatures(temperature, temperatures)
     kept = hidden.new_empty(keep_rows, weight.shape[0], dtype=dtype)
     if _by_triton(hidden, kept_ids is not None):
@@ -201,17 +200,17 @@ def linear_logprob_op(
 
         folded = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
         return folded[0].clone(), folded[1].clone(), folded[2:].clone(), kept
-    out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
+    out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    room = chunk_room(out, hidden.shape[0] - keep_rows, weight.shape[0])
     with without_autocast(hidden):
         for rows in chunks(hidden.shape[0], weight.shape[0]):
-            logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+            block = kept[rows] if rows.stop <= keep_rows else room[: rows.stop - rows.start]
+            logits = head_logits(hidden[rows].to(dtype), wide, wide_bias, block)
             logits = _drop_(logits, kept_ids, kept_cu, rows)
-            block = kept[rows] if rows.stop <= keep_rows else logits
-            chosen = log_softmax_labels(logits, labels[rows], rows, given, block)
-            fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
-            out[0, rows], out[1, rows] = fold.logprob, fold.entropy
-    return out[0].clone(), out[1].clone(), out.new_zeros(2, 0), kept
+            fold = fold_rows(logits, labels[rows], rows, given, entropy=entropy)
+            out[:, rows] = torch.stack([fold.logprob, fold.entropy, fold.shift, fold.total])
+    return out[0].clone(), out[1].clone(), out[2:].clone(), kept
 
 
 @linear_logprob_op.register_fake
@@ -228,11 +227,10 @@ def _(
     kept_cu: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, rows = accumulation_dtype(hidden), hidden.shape[0]
-    saved = rows if _by_triton(hidden, kept_ids is not None) else 0
     return (
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(2, saved, dtype=dtype),
+        hidden.new_empty(2, rows, dtype=dtype),
         hidden.new_empty(keep_rows, weight.shape[0], dtype=dtype),
     )
 
@@ -271,23 +269,23 @@ def _backward(
         return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)
     given = Temperatures(temperature, temperatures)
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    room = chunk_room(by_weight, hidden.shape[0], vocab)
     with without_autocast(hidden):
         for rows in chunks(hidden.shape[0], vocab):
-            if rows.stop <= len(kept):
-                # Out of place: a second backward pass through a retained graph needs it again.
-                block, by_logits = kept[rows], torch.empty_like(kept[rows])
-            else:
-                logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
-                block = by_logits = _drop_(logits, kept_ids, kept_cu, rows)
-                log_softmax_rows(block, rows, given, block)
+            own, block = hidden[rows].to(dtype), room[: rows.stop - rows.start]
+            # Kept ones are left alone: a second pass through a retained graph needs them again.
+            logits = kept[rows] if rows.stop <= len(kept) else None
+            if logits is None:
+                logits = head_logits(own, wide, wide_bias, block)
+                logits = _drop_(logits, kept_ids, kept_cu, rows)
             by_entropy = None if grad_entropy is None else grad_entropy[rows]
-            row_gradient(
-                block, labels[rows], spread[rows], grad_logprob[rows], by_entropy, rows, given,
-                out=by_logits,
-            )  # fmt: skip
-            by_hidden[rows] = head_logits(by_logits, wide.T, None)
+            fold = RowFold(spread[rows], spread[rows], *saved[:, rows].unbind())
+            by_logits = row_gradient(
+                logits, labels[rows], fold, grad_logprob[rows], by_entropy, rows, given, block
+            )
+            head_logits(by_logits, wide.T, None, by_hidden[rows])
             if with_weight:
-                by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
+                by_weight.addmm_(by_logits.T, own)
             if bias is not None:
                 by_bias += by_logits.sum(0)
     return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)

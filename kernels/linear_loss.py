@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhfuse.kernels.dispatch import Path, choose
-from rlhfuse.kernels.linear_logprob import chunks, head_logits, linear_logprob
+from rlhfuse.kernels.linear_logprob import chunk_room, chunks, head_logits, linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
-from rlhfuse.kernels.rows import Formed, Temperatures, fold_rows_, log_softmax_labels, row_gradient
+from rlhfuse.kernels.rows import Formed, Temperatures, fold_rows, row_gradient
 
 # The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
 # log-probabilities and entropies.
@@ -51,8 +51,9 @@ def linear_loss(
 ) -> LinearLoss:
     """`token_loss` of `linear_logprob`, with gradients formed in the forward pass.
 
-    Costs a float32 gradient of the weight and of the hidden states from here to the backward
-    pass. Without gradients to compute it is `linear_logprob` and the loss.
+    Costs a gradient of the weight (where it is trained) and of the hidden states from here to the
+    backward pass. Without gradients to compute, or where RLHFUSE_KERNELS=reference, it is
+    `linear_logprob` and the loss.
 
     Args:
         hidden: [T, H]. weight: [V, H]. labels: [T] or `ignore_index`. temperature: a number, or
@@ -64,7 +65,8 @@ def linear_loss(
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     needed = hidden.requires_grad or weight.requires_grad
     needed = needed or (bias is not None and bias.requires_grad)
-    if not (needed and torch.is_grad_enabled()):
+    formed = needed and torch.is_grad_enabled()
+    if not formed or choose(hidden.device) is Path.REFERENCE:
         out = linear_logprob(
             hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
             ignore_index=ignore_index,
@@ -72,8 +74,8 @@ def linear_loss(
         spread = torch.zeros_like(out.logprob) if out.entropy is None else out.entropy
         total = out.logprob.new_zeros(())
         for rows in chunks(labels.numel(), weight.shape[0]):
-            total += token_loss(rows, out.logprob[rows], spread[rows])
-        return LinearLoss(total, out.logprob, out.entropy)
+            total = total + token_loss(rows, out.logprob[rows], spread[rows])
+        return LinearLoss(total, out.logprob.detach(), spread.detach() if entropy else None)
     marked = torch.where(labels == ignore_index, -1, labels.long())
     loss, logprob, spread = _LinearLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, marked, *split_temperature(temperature), entropy, token_loss
@@ -100,26 +102,28 @@ def _form(
     given: Temperatures,
     entropy: bool,
     token_loss: TokenLoss,
+    with_weight: bool,
 ) -> Formed:
     dtype = accumulation_dtype(hidden)
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
     by_hidden = torch.empty_like(hidden, dtype=dtype)
-    by_weight = torch.zeros_like(wide)
+    by_weight = torch.zeros_like(wide) if with_weight else None
     by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
     total = out.new_zeros(())
+    room = chunk_room(out, hidden.shape[0], weight.shape[0])
     for rows in chunks(hidden.shape[0], weight.shape[0]):
         own = hidden[rows].to(dtype)
-        block = head_logits(own, wide, wide_bias)
-        chosen = log_softmax_labels(block, labels[rows], rows, given, block)
-        fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
+        block = head_logits(own, wide, wide_bias, room[: rows.stop - rows.start])
+        fold = fold_rows(block, labels[rows], rows, given, entropy=entropy)
         loss, by_logprob, by_entropy = _loss_slopes(token_loss, rows, fold.logprob, fold.entropy)
         by_logits = row_gradient(
-            block, labels[rows], fold.entropy, by_logprob, by_entropy if entropy else None, rows,
-            given, out=block,
+            block, labels[rows], fold, by_logprob, by_entropy if entropy else None, rows, given,
+            block,
         )  # fmt: skip
-        by_hidden[rows] = head_logits(by_logits, wide.T, None)
-        by_weight.addmm_(by_logits.T, own)
+        head_logits(by_logits, wide.T, None, by_hidden[rows])
+        if by_weight is not None:
+            by_weight.addmm_(by_logits.T, own)
         if by_bias is not None:
             by_bias += by_logits.sum(0)
         out[0, rows], out[1, rows] = fold.logprob, fold.entropy
@@ -140,21 +144,23 @@ class _LinearLoss(torch.autograd.Function):
         entropy: bool,
         token_loss: TokenLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        narrow = accumulation_dtype(hidden) == torch.float32
+        narrow, with_weight = accumulation_dtype(hidden) == torch.float32, ctx.needs_input_grad[1]
         with without_autocast(hidden):
             if narrow and choose(hidden.device) is Path.TRITON:
                 from rlhfuse.kernels import triton_loss  # triton is optional
 
                 formed = triton_loss.form(
                     hidden, weight, bias, labels, temperature, temperatures, entropy,
-                    partial(_loss_slopes, token_loss),
+                    partial(_loss_slopes, token_loss), with_weight,
                 )  # fmt: skip
             else:
                 given = Temperatures(temperature, temperatures)
-                formed = _form(hidden, weight, bias, labels, given, entropy, token_loss)
+                formed = _form(
+                    hidden, weight, bias, labels, given, entropy, token_loss, with_weight
+                )
         ctx.gradients = (
             formed.by_hidden.to(hidden.dtype),
-            formed.by_weight.to(weight.dtype),
+            None if formed.by_weight is None else formed.by_weight.to(weight.dtype),
             None if formed.by_bias is None or bias is None else formed.by_bias.to(bias.dtype),
         )
         logprob, spread = formed.logprob.clone(), formed.entropy.clone()
@@ -164,5 +170,8 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        scaled = [None if part is None else part * grad.to(part.dtype) for part in ctx.gradients]
-        return (*scaled, *(None,) * 5)
+        found = ctx.gradients
+        # Only a CPU is asked: others wait. A factor of 1 would cost a pass over the weight.
+        if grad.device.type != "cpu" or float(grad) != 1.0:
+            found = [None if part is None else part * grad.to(part.dtype) for part in found]
+        return (*found, *(None,) * 5)

@@ -8,17 +8,7 @@ from torch import Tensor
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
-from rlhfuse.kernels.rows import (
-    Temperatures,
-    fold_rows_,
-    fused_softmax,
-    log_softmax_labels,
-    log_softmax_rows,
-    row_gradient,
-    weighted_gradient_,
-)
-
-_CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32: a chunk stays in cache
+from rlhfuse.kernels.rows import RowFold, Temperatures, fold_rows, row_gradient
 
 
 def token_logprob(
@@ -74,17 +64,6 @@ def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None
     return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
 
 
-def _row_chunks(num_rows: int, vocab: int) -> list[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(vocab, 1))
-    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
-
-
-def _room(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """One room for all chunks: fresh memory costs as much as a pass over it."""
-    most = max((rows.stop - rows.start for rows in _row_chunks(*logits.shape)), default=0)
-    return torch.empty(most, logits.shape[1], dtype=dtype, device=logits.device)
-
-
 @torch.library.custom_op("rlhfuse::token_logprob", mutates_args=())
 def token_logprob_op(
     logits: Tensor,
@@ -94,24 +73,21 @@ def token_logprob_op(
     entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob [T], entropy [T], and (Triton only) maximum and sum [2, T] for its backward pass."""
+    """Logprob [T], entropy [T], and what was taken off each row and its sum of exponentials,
+    [2, T], for the backward pass."""
     dtype = accumulation_dtype(logits)
-    logprob, spread = torch.empty_like(labels, dtype=dtype), torch.empty_like(labels, dtype=dtype)
-    saved = torch.zeros(2, labels.numel(), dtype=dtype, device=logits.device)
     if dtype == torch.float32 and choose(logits.device) is Path.TRITON:
         from rlhfuse.kernels import triton_logprob  # triton is optional
 
+        logprob, spread = (torch.empty_like(labels, dtype=dtype) for _ in range(2))
+        saved = torch.zeros(2, labels.numel(), dtype=dtype, device=logits.device)
         triton_logprob.forward(
             logits, labels, temperature, temperatures, entropy, logprob, spread, saved
         )
         return logprob, spread, saved
-    given, room = Temperatures(temperature, temperatures), _room(logits, saved.dtype)
-    for rows in _row_chunks(*logits.shape):
-        block = room[: rows.stop - rows.start]
-        chosen = log_softmax_labels(logits[rows], labels[rows], rows, given, block)
-        fold = fold_rows_(block, chosen, labels[rows], entropy=entropy)
-        logprob[rows], spread[rows] = fold.logprob, fold.entropy
-    return logprob, spread, saved
+    given = Temperatures(temperature, temperatures)
+    fold = fold_rows(logits, labels, slice(0, labels.numel()), given, entropy=entropy)
+    return fold.logprob.clone(), fold.entropy.clone(), torch.stack([fold.shift, fold.total])
 
 
 @token_logprob_op.register_fake
@@ -185,22 +161,10 @@ def _write_gradient(
             gradient,
         )  # fmt: skip
         return
-    given, room = Temperatures(temperature, temperatures), _room(logits, saved.dtype)
-    for rows in _row_chunks(*logits.shape):
-        own, block = gradient[rows], room[: rows.stop - rows.start]
-        direct = own.dtype == block.dtype and own.is_contiguous()
-        out = own if direct else block
-        if grad_entropy is None and fused_softmax(logits, given, out):
-            torch.softmax(logits[rows], -1, out=out)
-            weighted_gradient_(out, labels[rows], grad_logprob[rows], rows, given)
-        else:
-            log_softmax_rows(logits[rows], rows, given, block)
-            by_entropy = None if grad_entropy is None else grad_entropy[rows]
-            row_gradient(
-                block, labels[rows], spread[rows], grad_logprob[rows], by_entropy, rows, given, out
-            )
-        if not direct:
-            own.copy_(block)
+    row_gradient(
+        logits, labels, RowFold(spread, spread, *saved.unbind()), grad_logprob, grad_entropy,
+        slice(0, labels.numel()), Temperatures(temperature, temperatures), gradient,
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

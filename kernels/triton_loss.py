@@ -28,6 +28,7 @@ def form(
     temperatures: Tensor | None,
     entropy: bool,
     slopes: Slopes,
+    with_weight: bool,
 ) -> Formed:
     """The loss of all tokens with its gradients; labels of -1 are ignored."""
     (num_tokens, size), vocab = hidden.shape, weight.shape[0]
@@ -35,7 +36,8 @@ def form(
     step = max(128, 3 * size // 8 // 128 * 128)
     width = -(-vocab // (_SLABS * 128)) * 128
     out = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
-    by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+    by_hidden = torch.empty_like(hidden)
+    by_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
     by_bias = None if bias is None else out.new_zeros(vocab)
     total = out.new_zeros(())
     height = min(step, num_tokens)
@@ -68,7 +70,8 @@ def form(
                 slab,
             )
             add_product_(gathered, slab, weight[part])
-            add_product_(by_weight[part], slab.t(), own)
+            if by_weight is not None:
+                add_product_(by_weight[part], slab.t(), own)
             if by_bias is not None:
                 by_bias[part] += slab.sum(0, dtype=torch.float32)
         by_hidden[rows] = gathered

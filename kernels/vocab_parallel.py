@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhfuse.kernels.linear_logprob import chunks, head_logits
+from rlhfuse.kernels.linear_logprob import chunk_room, chunks, head_logits
 from rlhfuse.kernels.precision import without_autocast
 from rlhfuse.kernels.reference import accumulation_dtype
 from rlhfuse.kernels.rows import FLOOR, Temperatures, slopes
@@ -44,8 +44,11 @@ class VocabParallelLogprob(torch.autograd.Function):
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         # Largest logit, sum of exponentials, label's logit, first moment.
         parts = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
+        room = chunk_room(parts, hidden.shape[0], weight.shape[0])
         for rows in chunks(hidden.shape[0], weight.shape[0]):
-            logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+            logits = head_logits(
+                hidden[rows].to(dtype), wide, wide_bias, room[: rows.stop - rows.start]
+            )
             parts[:, rows] = _fold_part_(logits, own[rows], rows, given)
         top = parts[0].clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
@@ -72,10 +75,12 @@ class VocabParallelLogprob(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden, dtype=dtype)
         by_weight = torch.zeros_like(wide)
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
-        log_total = total.log()
+        room, log_total = chunk_room(by_hidden, hidden.shape[0], weight.shape[0]), total.log()
         with without_autocast(hidden):
             for rows in chunks(hidden.shape[0], weight.shape[0]):
-                logits = head_logits(hidden[rows].to(dtype), wide, wide_bias)
+                logits = head_logits(
+                    hidden[rows].to(dtype), wide, wide_bias, room[: rows.stop - rows.start]
+                )
                 log_probs = given.divide_(logits.sub_(top[rows, None]), rows)
                 log_probs.sub_(log_total[rows, None]).clamp_(min=FLOOR)
                 by_logprob = slopes(labels[rows], grad_logprob[rows], rows, given, dtype)
@@ -88,7 +93,7 @@ class VocabParallelLogprob(torch.autograd.Function):
                 by_logits.scatter_add_(
                     1, own[rows].clamp_min(0)[:, None], torch.where(mine, by_logprob, 0.0)[:, None]
                 )
-                by_hidden[rows] = head_logits(by_logits, wide.T, None)
+                head_logits(by_logits, wide.T, None, by_hidden[rows])
                 by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
                 if by_bias is not None:
                     by_bias += by_logits.sum(0)

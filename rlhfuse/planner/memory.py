@@ -183,7 +183,8 @@ def _activations(
     num_replicas: int,
 ) -> float:
     """Numbers kept for backward passes by the micro-batches that a stage has begun at one time (at
-    most one for each stage from here on), and the logits of the one at its end."""
+    most one for each stage from here on), and of the one at its end the logits or (from the forward
+    pass on) the gradient of the head."""
     share = workload.tokens_per_minibatch / num_replicas
     budget = model.ppo_max_token_len_per_gpu
     count = model.num_microbatches or max(1, -(-int(share) // budget))
@@ -195,7 +196,7 @@ def _activations(
     if model.gradient_checkpointing:
         numbers += tokens * KEPT_VALUES * shape.hidden_size
     if stage == len(placed.ranks) - 1 and shape is workload.models["actor"]:
-        numbers += tokens * shape.vocab_size
+        numbers += max(tokens, shape.hidden_size) * shape.vocab_size
     return numbers
 
 

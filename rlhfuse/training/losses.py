@@ -1,6 +1,7 @@
 """The loss of each role on the last hidden states of a micro-batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from rlhfuse.algorithms.losses import (
     Loss,
     PolicyInputs,
     PolicyLossSettings,
+    linear_policy_loss,
     normalizer,
     policy_loss,
     value_loss,
@@ -49,28 +51,34 @@ def actor_loss(
     tp_group: dist.ProcessGroup | None = None,
 ) -> LossFunction:
     """PPO's policy loss; the counts are the whole mini-batch's. `tp_group`: of the ranks that
-    share the vocabulary."""
+    share the vocabulary.
+
+    Where a rank has the whole vocabulary the loss is fused with the head: the head's gradients
+    are formed in the forward pass (three products, not four), and a micro-batch between forward
+    and backward holds a gradient of the head's weight in place of logits."""
     settings = policy_settings(config)
     divisor = normalizer(settings.aggregation, num_tokens=num_tokens, num_samples=num_samples)
 
     def loss(batch: MicroBatch, hidden: torch.Tensor) -> Loss:
-        tokens = linear_logprob(
-            hidden[batch.rows],
-            stage.lm_head_weight(),
-            batch.labels,
-            temperature=config.rollout.temperature,
-            entropy=True,
-            tp_group=tp_group,
-        )
         inputs = PolicyInputs(
-            logprobs=tokens.logprob,
+            logprobs=hidden.new_empty(0),
             old_logprobs=batch.columns[OLD],
             advantages=batch.columns[ADVANTAGES],
             cu_seqlens=batch.cu_seqlens,
-            entropy=tokens.entropy,
             ref_logprobs=batch.columns[REFERENCE] if config.actor.use_kl_loss else None,
             weights=batch.columns.get(WEIGHTS),
         )
+        rows, weight, labels = hidden[batch.rows], stage.lm_head_weight(), batch.labels
+        temperature = config.rollout.temperature
+        if tp_group is None or tp_group.size() == 1:
+            return linear_policy_loss(
+                rows, weight, labels, inputs, settings,
+                normalizer=divisor, temperature=temperature, entropy=True,
+            )  # fmt: skip
+        tokens = linear_logprob(
+            rows, weight, labels, temperature=temperature, entropy=True, tp_group=tp_group
+        )
+        inputs = replace(inputs, logprobs=tokens.logprob, entropy=tokens.entropy)
         return policy_loss(inputs, settings, normalizer=divisor)
 
     return loss
