@@ -65,6 +65,7 @@ class Sample:
         assert state in ALLOWED_MOVES[self.state], (
             f"sample {self.id}: {self.state} -> {state} is not an allowed move"
         )
-        assert (instance is not None) == (state in (S.RUNNING,)), f"{state=} {instance=}"
+        assert (instance is not None) is (state is S.RUNNING), f"{state=} {instance=}"
         self.state = state
-        self.instance = instance if state is S.RUNNING else self.instance
+        if instance is not None:
+            self.instance = instance

@@ -66,6 +66,8 @@ def dispatch(
         queue.popleft()
         sample.move(SampleState.RUNNING, instance)
         fleet.place(sample, expected, now_s)
+        if instance == heap[0][2]:
+            heapq.heapreplace(heap, (worker.expected * worker.slowness, worker.load, instance))
         given.setdefault(instance, []).append(sample.id)
     return given
 

@@ -1,6 +1,6 @@
 """One simulated worker: an engine that steps its samples together, and a scorer, one at a time."""
 
-import heapq
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 from math import inf
@@ -21,7 +21,8 @@ class EngineModel:
     at_s: float = 0.0  # `steps` and `context` are of this moment
     context: float = 0.0
     running: dict[int, float] = field(default_factory=dict)  # sample -> due
-    due: list[tuple[float, int]] = field(default_factory=list)  # heap; may hold samples that left
+    # (-due, -sample), ascending: the next to complete is last. May hold samples that left.
+    due: list[tuple[float, int]] = field(default_factory=list)
     calls: deque[tuple[str, tuple[int, ...]]] = field(default_factory=deque)
     role: str = ""  # the model loaded for scoring
     blocked_s: float = 0.0  # the engine stands still until then
@@ -51,13 +52,13 @@ class EngineModel:
         if not batch or now_s <= start_s:
             return False
         elapsed = now_s - start_s
+        first = self.step_s(0.0)
         if self.context_s:
             # Exact: elapsed = base x + context_s (context x + batch x^2 / 2), solved for x.
-            first = self.step_s(0.0)
             square = self.context_s * batch
             steps = 2.0 * elapsed / (first + (first * first + 2.0 * square * elapsed) ** 0.5)
         else:
-            steps = elapsed / self.step_s(0.0)
+            steps = elapsed / first
         self.last = (start_s, steps, batch, self.context + 0.5 * steps * batch)
         self.steps += steps
         self.context += steps * batch
@@ -66,11 +67,11 @@ class EngineModel:
     def next_completion_s(self, now_s: float) -> float | None:
         """When the next sample is complete, if nothing changes; called at `at_s` = `now_s`."""
         due, running = self.due, self.running
-        while due and running.get(due[0][1]) != due[0][0]:
-            heapq.heappop(due)
+        while due and running.get(-due[-1][1]) != -due[-1][0]:
+            due.pop()
         if not due:
             return None
-        steps = due[0][0] - self.steps
+        steps = -due[-1][0] - self.steps
         steps = steps if steps > 0.0 else 0.0
         start_s = now_s if now_s > self.blocked_s else self.blocked_s
         return start_s + steps * self.step_s(steps)
@@ -79,18 +80,18 @@ class EngineModel:
         """Samples that have reached their due; they run no more."""
         completed = []
         due, running = self.due, self.running
-        reached = self.steps + 1e-6
-        while due and due[0][0] <= reached:
-            at, sample_id = heapq.heappop(due)
-            if running.get(sample_id) == at:
-                del running[sample_id]
-                completed.append(sample_id)
+        reached = -(self.steps + 1e-6)
+        while due and due[-1][0] >= reached:
+            at, number = due.pop()
+            if running.get(-number) == -at:
+                del running[-number]
+                completed.append(-number)
         return completed
 
     def add(self, sample_id: int, tokens_to_come: float, held: float) -> None:
         due = self.steps + tokens_to_come
         self.running[sample_id] = due
-        heapq.heappush(self.due, (due, sample_id))
+        insort(self.due, (-due, -sample_id))
         self.context += held
 
     def block(self, now_s: float, seconds: float) -> float:

@@ -5,21 +5,19 @@ it together with its scorers. A worker does one thing at a time: it steps its en
 Times are seconds on the driver's clock and never go backwards.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from rlhfuse.sample import Sample
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, gc=False):
     """A new iteration with these samples, all QUEUED. Only when the one before is done."""
 
     now_s: float
     samples: tuple[Sample, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, gc=False):
     """`lengths`: (sample id, response tokens so far) of samples running on `instance`; not
     necessarily of all: they are stepped together, so that one says how far the others are."""
 
@@ -28,8 +26,7 @@ class Progress:
     lengths: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, gc=False):
     """A response is complete."""
 
     now_s: float
@@ -38,8 +35,7 @@ class Finished:
     response_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
+class Left(msgspec.Struct, frozen=True, gc=False):
     """An exported sample has left its source `instance` and can be added elsewhere."""
 
     now_s: float
@@ -48,8 +44,7 @@ class Left:
     response_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(msgspec.Struct, frozen=True, gc=False):
     """One `Score` command is done."""
 
     now_s: float
@@ -58,16 +53,14 @@ class Scored:
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Rewarded:
+class Rewarded(msgspec.Struct, frozen=True, gc=False):
     """The reward function or service has answered for one sample."""
 
     now_s: float
     sample_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
+class Dropped(msgspec.Struct, frozen=True, gc=False):
     """A sample will not be trained on, for `reason` (its reward timed out, ...)."""
 
     now_s: float
@@ -75,24 +68,21 @@ class Dropped:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceLost:
+class InstanceLost(msgspec.Struct, frozen=True, gc=False):
     """The worker is gone, with its running samples and the scores that it held."""
 
     now_s: float
     instance: int
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceReady:
+class InstanceReady(msgspec.Struct, frozen=True, gc=False):
     """The worker is there (again), empty, with the current weights, awake."""
 
     now_s: float
     instance: int
 
 
-@dataclass(frozen=True, slots=True)
-class ScorerLost:
+class ScorerLost(msgspec.Struct, frozen=True, gc=False):
     """The worker's scoring models are gone, with the scores that it held and was at; its engine
     goes on. It scores nothing until `InstanceReady`."""
 
@@ -100,16 +90,14 @@ class ScorerLost:
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class RewardTimedOut:
+class RewardTimedOut(msgspec.Struct, frozen=True, gc=False):
     """The reward function has not answered in time. Asked again, or dropped: `Policy`."""
 
     now_s: float
     sample_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
+class Trained(msgspec.Struct, frozen=True, gc=False):
     """One `Train` command is done: the gradients are accumulated where it ran."""
 
     now_s: float
@@ -117,8 +105,7 @@ class Trained:
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True, gc=False):
     """Time has passed. Send one every second or so; decisions need no other clock."""
 
     now_s: float
@@ -141,16 +128,14 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Generate:
+class Generate(msgspec.Struct, frozen=True, gc=False):
     """Add these samples to the instance, each with the tokens that it has so far."""
 
     instance: int
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Migrate:
+class Migrate(msgspec.Struct, frozen=True, gc=False):
     """Export at `source`, then add at `destination`; a `Left` event per sample in between.
 
     A sample that finishes first sends `Finished` and no `Left`. Where the destination has been
@@ -163,8 +148,7 @@ class Migrate:
     with_cache: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(msgspec.Struct, frozen=True, gc=False):
     """Run one role's model over the samples, in one call; answered by one `Scored`."""
 
     worker: int
@@ -172,29 +156,25 @@ class Score:
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
+class Sleep(msgspec.Struct, frozen=True, gc=False):
     """Give back the instance's key-value memory: nothing runs there any more."""
 
     instance: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(msgspec.Struct, frozen=True, gc=False):
     """Take the key-value memory again; a `Generate` or `Migrate` to it follows."""
 
     instance: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reward:
+class Reward(msgspec.Struct, frozen=True, gc=False):
     """Ask the reward function or service; answered by `Rewarded` or `Dropped` per sample."""
 
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True, gc=False):
     """All of the group's samples are scored or dropped: group estimators (GRPO, RLOO) can give
     these samples their advantages. Again, after a loss, with what was scored anew."""
 
@@ -202,8 +182,7 @@ class Release:
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Train:
+class Train(msgspec.Struct, frozen=True, gc=False):
     """Forward and backward of a released group on the actor replica that starts at `worker`; the
     batch normaliser and the optimizer step come after the last. Answered by one `Trained`. Only
     where the scheduler was asked to train groups (one optimizer step per batch, no critic)."""
@@ -212,8 +191,7 @@ class Train:
     sample_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Why the tail moved: for logs and reports; nothing to execute."""
 
     text: str

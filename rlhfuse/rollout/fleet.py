@@ -51,11 +51,6 @@ class Worker:
         self.watched_s, self.watched_steps = -1.0, self.steps
 
     @property
-    def context(self) -> float:
-        """Tokens that its samples hold."""
-        return self.held + self.steps * len(self.running)
-
-    @property
     def free(self) -> bool:
         return self.alive and self.can_score and not self.running and not self.inbound
 
@@ -97,7 +92,7 @@ class Fleet:
         batch = len(worker.running)
         base: float = self._table[batch] if batch <= self._top else self._table[-1]
         if self._context_s:
-            base += self._context_s * worker.context
+            base += self._context_s * (worker.held + worker.steps * batch)  # tokens held
         return base
 
     def steps_at(self, worker: Worker, now_s: float) -> float:

@@ -28,7 +28,7 @@ class Inference:
         if not fused:
             self._serial(out, num_open)
             return
-        while len(self.fleet.ready) and (self.board.num_pending or self.groups.pending):
+        while self.fleet.ready.place and (self.board.num_pending or self.groups.pending):
             found = place_call(
                 self._waiting_s(), self.fleet.ready, self.cost.swap_s, self.policy.score_ahead
             )
@@ -40,7 +40,8 @@ class Inference:
         scorers = self.fleet.scorers()
         if self.board.num_pending and scorers:
             for worker, role, ids in spread(self.board, scorers, self.policy.score_token_budget):
-                self._give(worker, role, ids, out)
+                tokens = sum([self.board.tokens[s] for s in ids])
+                self._give(worker, role, ids, tokens, out)
         while self.groups.pending and not num_open:
             able = [self.fleet.ready.any(calls) for calls in range(self.policy.score_ahead)]
             found = next((w for w in able if w is not None), None)
@@ -64,8 +65,8 @@ class Inference:
             self._train(worker, out)
         else:
             slowness = max(1.0, self.fleet.workers[worker].slowness)
-            ids = self.board.take(role, self._call_tokens(role) / slowness)
-            self._give(worker, role, ids, out)
+            ids, tokens = self.board.take(role, self._call_tokens(role) / slowness)
+            self._give(worker, role, ids, tokens, out)
 
     def _call_tokens(self, role: str) -> float:
         """Most tokens for the next call: what is pending is cut so that all scorers can share it
@@ -75,9 +76,11 @@ class Inference:
         least_s = LEAST_CALLS * self.cost.score_call_s
         return min(self.policy.score_token_budget, max(share_s, least_s) / max(rate, 1e-12))
 
-    def _give(self, worker: int, role: str, ids: tuple[int, ...], out: list[ev.Command]) -> None:
+    def _give(
+        self, worker: int, role: str, ids: tuple[int, ...], tokens: int, out: list[ev.Command]
+    ) -> None:
         self._sleep(worker, out)
-        seconds = self.cost.score_s(role, sum(self.board.tokens[s] for s in ids))
+        seconds = self.cost.score_s(role, tokens)
         self.board.give(worker, role, ids)
         self.fleet.call(worker, role, ids, seconds)
         out.append(ev.Score(worker, role, ids))

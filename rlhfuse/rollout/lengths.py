@@ -40,6 +40,7 @@ class LengthModel:
         self._sources: dict[str, tuple[float, float]] = {}  # count and sum of lengths
         self._hinted = (0.0, 0.0)  # sums of hints and of what came of them
         self._finished: dict[int, list[float]] = {}  # group -> scaled lengths of its members
+        self._siblings = True  # whether any group may have more than one member
         self._shape = inf
         self.mean = self._mean()  # of the lengths seen before this iteration
 
@@ -53,6 +54,7 @@ class LengthModel:
         self._present.clear()
         self._present_raw.clear()
         self._finished.clear()
+        self._siblings = len({sample.group for sample in samples}) < len(samples) or not samples
         self.mean = self._mean()
         self._scale = self._scales(samples)
 
@@ -60,8 +62,10 @@ class LengthModel:
         """A response of this iteration is complete with this many tokens."""
         scaled = float(response_tokens)
         if sample is not None:
-            scaled /= self._scale.get(sample.id, 1.0)
-            self._finished.setdefault(sample.group, []).append(scaled)
+            if self._scale:
+                scaled /= self._scale.get(sample.id, 1.0)
+            if self._siblings:
+                self._finished.setdefault(sample.group, []).append(scaled)
             if sample.source:
                 count, total = self._sources.get(sample.source, (0.0, 0.0))
                 self._sources[sample.source] = (count + 1.0, total + response_tokens)

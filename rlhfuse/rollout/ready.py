@@ -21,17 +21,13 @@ class Ready:
         self._workers, self._block = workers, block
         # Free blocks by the calls they have, then by the role loaded; insertion order.
         self._by_calls: list[dict[str, dict[int, None]]] = [{} for _ in range(score_ahead)]
-        self._place: dict[int, tuple[int, str]] = {}
+        self.place: dict[int, tuple[int, str]] = {}  # blocks that can take a call; see `note`
         self._was_free = [False] * len(workers)
         self._num_free = [0] * -(-len(workers) // block)
         self._loaded: dict[str, int] = {}  # role -> free blocks that hold it
         self._holds: dict[int, str] = {}
         for instance in range(len(workers)):
             self.note(instance)
-
-    def __len__(self) -> int:
-        """Blocks that can take a call."""
-        return len(self._place)
 
     def note(self, instance: int) -> None:
         """File the worker's block by what it can take."""
@@ -55,14 +51,14 @@ class Ready:
             self._loaded[leader.last_role] = self._loaded.get(leader.last_role, 0) + 1
         calls = len(leader.calls)
         place = (calls, leader.last_role) if whole and calls < len(self._by_calls) else None
-        before = self._place.get(first)
+        before = self.place.get(first)
         if place != before:
             if before is not None:
                 del self._by_calls[before[0]][before[1]][first]
-                del self._place[first]
+                del self.place[first]
             if place is not None:
                 self._by_calls[place[0]].setdefault(place[1], {})[first] = None
-                self._place[first] = place
+                self.place[first] = place
 
     def num_holding(self, role: str) -> int:
         """Free blocks that have the role's model loaded, busy or not."""
@@ -90,8 +86,8 @@ class Ready:
             whole = all(w.free for w in members)
             calls = len(members[0].calls)
             ready = whole and calls < len(self._by_calls)
-            assert (first in self._place) == ready, f"worker {first}: {ready=}"
-            assert not ready or self._place[first] == (calls, members[0].last_role)
+            assert (first in self.place) == ready, f"worker {first}: {ready=}"
+            assert not ready or self.place[first] == (calls, members[0].last_role)
             assert (first in self._holds) == whole
             assert not whole or self._holds[first] == members[0].last_role
         for role, count in self._loaded.items():

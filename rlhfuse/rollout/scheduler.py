@@ -182,12 +182,12 @@ class RolloutScheduler:
         sample.move(S.FINISHED)
         self._num_generating -= 1
         self.lengths.observe(event.response_tokens, sample)
-        self._board.add(sample.id, sample.total_tokens)
+        missing = self._board.add(sample.id, sample.prompt_tokens + event.response_tokens)
         if self._groups.members:
             self._groups.finished(sample)
         if self._function_reward:
             self._rewards.want(sample.id)
-        elif self._board.complete(sample.id):
+        elif not missing:
             self._settle(sample.id, out)
 
     def _scored(self, event: ev.Scored, out: list[ev.Command]) -> None:
@@ -204,10 +204,12 @@ class RolloutScheduler:
         sample = self._samples.get(sample_id)
         if sample is None or sample.state is not S.FINISHED:
             return
-        if self._board.complete(sample_id) and not self._rewards.outstanding(sample_id):
+        waits = self._function_reward and self._rewards.outstanding(sample_id)
+        if not waits and self._board.complete(sample_id):
             sample.move(S.SCORED)
             self._num_open -= 1
-            self._close(sample, out)
+            if self._groups.members:
+                self._close(sample, out)
 
     def _close(self, sample: Sample, out: list[ev.Command]) -> None:
         if not self._groups.members:
@@ -303,11 +305,13 @@ class RolloutScheduler:
         if self._queue:
             self._dispatch(out)
         elif self._fused and self._num_generating:
-            self._weigh_tail(out)
+            if self._tail_watch.due(self._now_s, self._num_generating):
+                self._weigh_tail(out)
         if self._fused or not self._num_generating:
             if self._rewards.wanted:
                 out.append(ev.Reward(self._rewards.ask()))
-            if self._board.num_pending or self._groups.pending:
+            pending = self._board.num_pending or self._groups.pending
+            if pending and (self._fleet.ready.place or not self._fused):
                 self._inference.advance(out, self._fused, self._num_open)
 
     def _dispatch(self, out: list[ev.Command]) -> None:
@@ -320,11 +324,10 @@ class RolloutScheduler:
             out.append(ev.Generate(instance, tuple(given[instance])))
 
     def _weigh_tail(self, out: list[ev.Command]) -> None:
-        if self._tail_watch.due(self._now_s, self._num_generating):
-            found = self._tail_watch.weigh()
-            if found is not None:
-                tail, move = found
-                out += carry_out(tail, move, self._samples, self._fleet, self.cost)
+        found = self._tail_watch.weigh()
+        if found is not None:
+            tail, move = found
+            out += carry_out(tail, move, self._samples, self._fleet, self.cost)
 
     # --- invariants ------------------------------------------------------------------------
 

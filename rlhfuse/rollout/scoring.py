@@ -40,15 +40,16 @@ class ScoreBoard:
         rate = self.cost.score_token_s
         return sum(rate[role] * tokens for role, tokens in self.pending_tokens.items())
 
-    def add(self, sample_id: int, tokens: int) -> None:
-        """A finished sample: every role that it needs is pending."""
+    def add(self, sample_id: int, tokens: int) -> int:
+        """A finished sample: every role that it needs is pending. Returns how many these are."""
         self.tokens[sample_id] = tokens
-        roles = self.needed(sample_id)
+        roles = self.needed(sample_id) if self.spared else self.roles
         self.missing[sample_id] = len(roles)
         for role in roles:
             self.pending[role].append(sample_id)
             self.pending_tokens[role] += tokens
         self.num_pending += len(roles)
+        return len(roles)
 
     def needed(self, sample_id: int) -> tuple[str, ...]:
         """The roles that score this sample."""
@@ -67,8 +68,9 @@ class ScoreBoard:
                 self.pending_tokens[role] -= self.tokens[sample_id]
                 self.num_pending -= 1
 
-    def take(self, role: str, most_tokens: float) -> tuple[int, ...]:
-        """At least one pending sample, latest (so mostly longest) first; marks nothing as out."""
+    def take(self, role: str, most_tokens: float) -> tuple[tuple[int, ...], int]:
+        """At least one pending sample, latest (so mostly longest) first, and the tokens of all
+        that are taken; marks nothing as out."""
         pending, tokens = self.pending[role], self.tokens
         total = first = 0
         for sample_id in reversed(pending):
@@ -81,7 +83,7 @@ class ScoreBoard:
         del pending[first:]
         self.pending_tokens[role] -= total
         self.num_pending -= len(ids)
-        return tuple(ids)
+        return tuple(ids), total
 
     def give(self, worker: int, role: str, sample_ids: tuple[int, ...]) -> None:
         self.out.setdefault(worker, []).append((role, sample_ids))

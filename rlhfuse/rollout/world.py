@@ -69,6 +69,7 @@ class Simulator:
         self._scheduler, self._cost, self._lengths = scheduler, cost, lengths
         self._samples = samples
         self._prompts = [sample.prompt_tokens for sample in samples]
+        self._totals = [p + n for p, n in zip(self._prompts, lengths, strict=False)]
         slow = tuple(slowdown) or (1.0,) * instances
         self._engines = _engines(cost, scheduler.policy, slow)
         self._block = scheduler.policy.block
@@ -119,8 +120,10 @@ class Simulator:
     # --- what happens ----------------------------------------------------------------------
 
     def _tell(self, event: ev.Event) -> None:
-        for command in self._scheduler.handle(event):
-            self._execute(command)
+        commands = self._scheduler.handle(event)
+        if commands:
+            for command in commands:
+                self._execute(command)
 
     def _deliver(self, kind: int, what: ev.Event | int, number: int) -> None:
         if kind == _CALL:
@@ -185,9 +188,8 @@ class Simulator:
         now_s = self._now_s
         for sample_id in engine.pop_completed():
             self._generated_s = now_s
-            length = self._lengths[sample_id]
-            engine.context -= self._prompts[sample_id] + length
-            self._tell(ev.Finished(now_s, index, sample_id, length))
+            engine.context -= self._totals[sample_id]
+            self._tell(ev.Finished(now_s, index, sample_id, self._lengths[sample_id]))
         self._plan(index)
 
     def _report(self, quiet_s: float) -> None:
@@ -304,8 +306,8 @@ class Simulator:
         if not engine.calls:
             return
         role, sample_ids = engine.calls[0]
-        lengths, prompts = self._lengths, self._prompts
-        tokens = float(sum([prompts[s] + lengths[s] for s in sample_ids]))
+        totals = self._totals
+        tokens = float(sum([totals[s] for s in sample_ids]))
         seconds = self._cost.score_s(role, tokens)
         if engine.role != role:
             seconds += self._cost.swap_s
