@@ -304,9 +304,12 @@ class RolloutScheduler:
     def _advance(self, out: list[ev.Command]) -> None:
         if self._queue:
             self._dispatch(out)
-        elif self._fused and self._num_generating:
-            if self._tail_watch.due(self._now_s, self._num_generating):
-                self._weigh_tail(out)
+        elif (
+            self._fused
+            and self._num_generating
+            and self._tail_watch.due(self._now_s, self._num_generating)
+        ):
+            self._weigh_tail(out)
         if self._fused or not self._num_generating:
             if self._rewards.wanted:
                 out.append(ev.Reward(self._rewards.ask()))
