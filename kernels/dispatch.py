@@ -27,10 +27,10 @@ def choose(device: torch.device) -> Path:
         ValueError: RLHFUSE_KERNELS is none of the three, or asks for a Triton that cannot run.
     """
     asked = os.environ.get("RLHFUSE_KERNELS", "auto")
-    if asked == "reference":
-        return Path.REFERENCE
     if asked == "auto":
         return Path.TRITON if device.type == "cuda" and has_triton() else Path.TORCH
+    if asked == "reference":
+        return Path.REFERENCE
     if asked != "triton":
         raise ValueError(f"RLHFUSE_KERNELS={asked!r} is unknown: use reference, triton or auto")
     if not has_triton():

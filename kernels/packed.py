@@ -25,7 +25,7 @@ def check_packed(cu_seqlens: Tensor, num_tokens: int) -> None:
         return
     bounds = cu_seqlens.numpy()  # a few microseconds, where torch takes twenty
     first, last = int(bounds[0]), int(bounds[-1])
-    if first != 0 or last != num_tokens or bool((bounds[1:] < bounds[:-1]).any()):
+    if first != 0 or last != num_tokens or np.less(bounds[1:], bounds[:-1]).any():
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, "
             f"not from {first} to {last}"

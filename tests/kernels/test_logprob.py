@@ -79,18 +79,63 @@ def test_token_logprob_equals_float64(
     assert torch.equal(alone.logprob, found.logprob)
 
 
-@pytest.mark.parametrize(("vocab", "temperature"), [(4000, 0.7), (32_000, 0.7), (40_000, 1.0)])
-@pytest.mark.parametrize("spread", [3.0, 8.0])
+@pytest.mark.parametrize(("vocab", "temperature"), [(4000, 0.7), (32_000, 0.7), (32_000, 1.0)])
+@pytest.mark.parametrize(("spread", "shift"), [(3.0, 0.0), (8.0, 0.0), (3.0, 20.0), (3.0, -90.0)])
 def test_the_largest_error_is_about_one_rounding(
-    vocab: int, temperature: float, spread: float
+    vocab: int, temperature: float, spread: float, shift: float
 ) -> None:
     rng = torch.Generator().manual_seed(vocab)
-    logits = torch.randn(64, vocab, generator=rng) * spread
+    logits = torch.randn(64, vocab, generator=rng) * spread + shift
     labels = torch.randint(0, vocab, (64,), generator=rng)
     found = token_logprob(logits, labels, temperature=temperature).logprob
     truth = reference.token_logprob(logits.double(), labels, temperature=temperature).logprob
     half_step = (torch.nextafter(found, torch.tensor(torch.inf)) - found).double() / 2
     assert bool(((found.double() - truth).abs() <= half_step + 2.5e-6).all())
+    assert bool((found <= 0.0).all())
+    assert float((found.double() - truth).abs().max()) < 5e-6 or spread > 3.0
+
+
+def test_a_row_does_not_depend_on_its_place_or_on_how_many_threads_there_are() -> None:
+    rng = torch.Generator().manual_seed(7)
+    before = torch.get_num_threads()
+    for vocab in (33, 1003, 40_001):
+        logits = torch.randn(23, vocab, generator=rng) * 3
+        logits[5] -= 200  # its maximum must be taken off, that of its neighbours not
+        labels = torch.randint(0, vocab, (23,), generator=rng)
+        found = []
+        try:
+            for threads, rows in ((1, slice(0, 23)), (2, slice(0, 23)), (2, slice(4, 7)),
+                                  (3, slice(5, 6)), (1, slice(5, 23))):  # fmt: skip
+                torch.set_num_threads(threads)
+                leaf = logits[rows].clone().requires_grad_()
+                out = token_logprob(leaf, labels[rows], temperature=0.9, entropy=True)
+                assert out.entropy is not None
+                (grad,) = torch.autograd.grad((out.logprob + 0.3 * out.entropy).sum(), leaf)
+                found.append((rows, out.logprob.detach(), out.entropy.detach(), grad))
+        finally:
+            torch.set_num_threads(before)
+        for rows, *parts in found[1:]:
+            for part, whole in zip(parts, found[0][1:], strict=True):
+                assert torch.equal(part, whole[rows])
+
+
+def test_gradients_in_bf16_are_no_worse_than_plain_torchs() -> None:
+    rng = torch.Generator().manual_seed(8)
+    logits = (torch.randn(40, 3001, generator=rng) * 3).bfloat16()
+    labels = torch.randint(0, 3001, (40,), generator=rng)
+    above = torch.randn(40, generator=rng)
+    wide, plain, ours = (
+        logits.detach().to(dtype).requires_grad_()
+        for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
+    )
+    for leaf in (wide, plain):
+        chosen = torch.log_softmax(leaf, -1).gather(1, labels[:, None]).squeeze(1)
+        (chosen * above.to(leaf.dtype)).sum().backward()
+    (token_logprob(ours, labels).logprob * above).sum().backward()
+    assert wide.grad is not None
+    assert plain.grad is not None
+    assert ours.grad is not None
+    assert relative(ours.grad, wide.grad) < min(4e-3, relative(plain.grad, wide.grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -55,6 +55,27 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return save_models(tmp_path_factory.mktemp("tied"), tied=True)
 
 
+def test_the_update_is_that_of_the_kernels_definitions(
+    tied: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for kernels in ("auto", "reference"):
+        monkeypatch.setenv("RLHFUSE_KERNELS", kernels)
+        metrics = one_update(make_config(tied), 1, tmp_path / kernels)
+        moments = [first_moments(tmp_path / kernels, role) for role in ("actor", "critic")]
+        found.append((metrics, moments))
+    (fast, fast_moments), (plain, plain_moments) = found
+    for name in (n for n in plain if n.startswith(("actor/", "critic/"))):
+        assert fast[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-6), name
+    for ours, theirs in zip(fast_moments, plain_moments, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, moment in theirs.items():
+            assert float((ours[name] - moment).norm()) <= 1e-5 * float(moment.norm()), name
+    assert any(
+        not torch.equal(fast_moments[0][name], moment) for name, moment in plain_moments[0].items()
+    )  # two computations, not one
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("tie", [False, True])
 def test_losses_and_gradients_are_those_of_a_plain_loop_over_unsplit_models(
