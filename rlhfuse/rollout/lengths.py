@@ -33,6 +33,7 @@ class LengthModel:
     def __init__(self, max_response_tokens: int, history: Iterable[int] = ()) -> None:
         self.max_response_tokens = max_response_tokens
         self._past: deque[float] = deque(history, maxlen=MOST_OBSERVATIONS)  # scaled
+        self._past_column = np.array(self._past, dtype=np.float64)
         self._past_raw: deque[int] = deque((int(n) for n in self._past), maxlen=MOST_OBSERVATIONS)
         self._present: list[float] = []
         self._present_raw: list[int] = []
@@ -50,6 +51,7 @@ class LengthModel:
         """A new iteration with `samples`: what was seen in the one before is history."""
         self._learn_shape()
         self._past.extend(self._present)
+        self._past_column = np.array(self._past, dtype=np.float64)
         self._past_raw.extend(self._present_raw)
         self._present.clear()
         self._present_raw.clear()
@@ -156,7 +158,8 @@ class LengthModel:
         # Finished and running samples of this iteration are thinned alike, or the curve bends.
         stride = -(-(len(running) + len(self._present)) // MOST_OBSERVATIONS) or 1
         censored = np.asarray(running[::stride])
-        complete = np.array([*self._past, *self._present[::stride]], dtype=np.float64)
+        present = np.array(self._present[::stride], dtype=np.float64)
+        complete = np.concatenate([self._past_column, present])
         if not len(complete):
             return np.empty(0), np.empty(0)
         lengths, ended = np.unique(complete, return_counts=True)

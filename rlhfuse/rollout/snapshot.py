@@ -125,8 +125,12 @@ def state_of(
     load_s = np.zeros(blocks)
     np.logical_and.at(usable, np.arange(len(tail.alive)) // policy.block, tail.scores)
     load_s[~tail.loaded[:: policy.block]] = cost.swap_s
-    distinct, group = np.unique(tail.groups, return_inverse=True)
-    known = tail.group_tokens
+    group, group_tokens = np.zeros(len(tail.groups), dtype=np.int64), np.zeros(1)
+    if train:
+        distinct, number = np.unique(tail.groups, return_inverse=True)
+        known = tail.group_tokens
+        group = number.astype(np.int64)
+        group_tokens = np.array([float(known.get(g, 0)) for g in distinct.tolist()])
     return State(
         remaining=np.ascontiguousarray(remaining),  # one layout, or the forecast compiles again
         order=np.argsort(np.ascontiguousarray(remaining), axis=1),
@@ -144,8 +148,8 @@ def state_of(
         score_token_s=float(sum(rates)),
         last_token_s=float(max(rates)),
         backlog_s=float(tail.backlog_s),
-        group=group.astype(np.int64),
-        group_tokens=np.array([float(known.get(g, 0)) for g in distinct.tolist()]),
+        group=group,
+        group_tokens=group_tokens,
         train_token_s=cost.score_token_s[TRAIN] if train else 0.0,
     )
 
