@@ -5,6 +5,7 @@ from rlhfuse.rollout import forecast
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem
 from rlhfuse.schedules.robust import fuse_robust
+from rlhfuse.schedules.searcher import Search
 
 
 def warm_up() -> None:
@@ -16,6 +17,11 @@ def warm_up() -> None:
     )
     for split_weight in (False, True):
         fuse(Problem(2, pipelines), iterations=2, split_weight=split_weight)
+    # So small a problem is solved before the search has begun to anneal: two rounds all the same.
+    search = Search(Problem(2, pipelines), False, 0)
+    search.begin(False, None)
+    for _ in range(2):
+        search.round()
     fuse_robust(Problem(2, pipelines), iterations=1, candidates=1)
 
 
