@@ -1,0 +1,22 @@
+"""Law of set-up: no entry point of the compiled searches is left for a user's first command."""
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import pytest
+
+from rlhfuse.rollout.forecast import end_s
+from rlhfuse.schedules.local import anneal
+from rlhfuse.schedules.search import climbs
+from rlhfuse.warm_up import warm_up
+
+
+class _Compiled(Protocol):
+    @property
+    def signatures(self) -> Sequence[object]: ...
+
+
+@pytest.mark.parametrize("entry", [end_s, climbs, anneal], ids=["forecast", "climbs", "anneal"])
+def test_everything_is_compiled_at_set_up(entry: object) -> None:
+    warm_up()
+    assert cast(_Compiled, entry).signatures
