@@ -16,7 +16,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["temperature"])
+@triton.jit(do_not_specialize=["temperature", "num_rows"])
 def _forward(
     logits_ptr,
     row_stride,
@@ -68,7 +68,7 @@ def _forward(
     tl.store(saved_ptr + num_rows + row, total_sum)
 
 
-@triton.jit(do_not_specialize=["temperature"])
+@triton.jit(do_not_specialize=["temperature", "num_rows"])
 def _backward(
     logits_ptr,
     row_stride,
