@@ -11,7 +11,7 @@ from torch.autograd.profiler import record_function
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhfuse.megatron.call import Call
-from rlhfuse.megatron.channels import FlowGroups, Format, Wires
+from rlhfuse.megatron.channels import FlowGroups
 from rlhfuse.megatron.context import ModelContext, Turns
 from rlhfuse.megatron.groups import Groups
 from rlhfuse.megatron.model_run import ModelRun
@@ -19,6 +19,7 @@ from rlhfuse.megatron.orders import most_in_flight
 from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.clock import Clock, Mark, clock_of
+from rlhfuse.training.exchange import Exchange, Form, Links
 from rlhfuse.training.executor import StepFailed, publish_failure
 from rlhfuse.training.links import RowPlan, Step, plan_row
 
@@ -95,7 +96,7 @@ class Engine:
         turns = _turns(models)
         at: Step | None = None
         try:
-            wires = self._wires(placed, models)
+            exchange = self._exchange(placed, models)
             for name, run in runs.items():
                 turns.to(name)
                 run.begin()
@@ -104,8 +105,8 @@ class Engine:
             for step in placed.plan.steps:
                 at = step
                 turns.to(step.task.pipeline)
-                _run_step(step, runs[step.task.pipeline], wires, recorder)
-            wires.drain()
+                _run_step(step, runs[step.task.pipeline], exchange, recorder)
+            exchange.drain()
             at = None
             return {name: _end(turns, name, run) for name, run in runs.items()}
         except Exception as error:
@@ -120,15 +121,21 @@ class Engine:
         while self._flows:
             self._flows.popitem()[1].close()
 
-    def _wires(self, placed: Placed, models: Mapping[str, Model]) -> Wires:
-        groups, formats = {}, {}
+    def _exchange(self, placed: Placed, models: Mapping[str, Model]) -> Exchange:
+        groups, forms = {}, {}
         for name, model in models.items():
             key = (name, model.groups.pp_ranks, model.call.device, _world())
             if key not in self._flows:
                 self._flows[key] = FlowGroups(model.groups.pp_ranks, model.call.device)
             groups[name] = self._flows[key]
-            formats[name] = _format(model)
-        return Wires(placed.ranks, groups, formats, placed.plan.expected)
+            forms[name] = _form(model)
+        links = Links(
+            next(iter(models.values())).call.device,
+            placed.ranks.__getitem__,
+            lambda way: groups[way.pipeline].of(way.flow),
+            lambda message: forms[message.channel.pipeline],
+        )
+        return Exchange(links, placed.plan.expected)
 
     def _failed(self, placed: Placed, at: Step | None, error: Exception) -> StepFailed:
         """As the training executor: this rank's failure, or its place and the first rank's."""
@@ -157,8 +164,8 @@ def _end(turns: Turns, name: str, run: ModelRun) -> list[Any]:
     return run.end()
 
 
-def _run_step(step: Step, run: ModelRun, wires: Wires, recorder: Recorder | None) -> None:
-    received = None if step.receives is None else wires.receive(step.receives)
+def _run_step(step: Step, run: ModelRun, exchange: Exchange, recorder: Recorder | None) -> None:
+    received = None if step.receives is None else exchange.receive(step.receives)
     start = None if recorder is None else recorder.clock.mark()
     with record_function(f"PP:{step.task}"):
         result = run.compute(step.task, received)
@@ -167,7 +174,7 @@ def _run_step(step: Step, run: ModelRun, wires: Wires, recorder: Recorder | None
     if step.sends is not None:
         if result is None:
             raise ValueError(f"{step.task} made nothing to send: does its output need a gradient?")
-        wires.send(step.sends, result)
+        exchange.send(step.sends, result)
         run.sent(step.task)
 
 
@@ -182,18 +189,22 @@ def _model_run(placed: Placed, name: str, model: Model) -> ModelRun:
     return ModelRun(model.call, model.groups, split=split, in_flight=most_in_flight(row, name))
 
 
-def _format(model: Model) -> Format:
+def _form(model: Model) -> Form:
     """What the model's messages look like, by Megatron's rule."""
     call, config, groups = model.call, model.call.config, model.groups
     if config.pipeline_dtype is None:
         raise ValueError("pipeline_dtype is None in the model's config; set it for pipelines")
     if config.variable_seq_lengths or getattr(config, "mtp_standalone", False):
-        return Format(None, config.pipeline_dtype)
+        return Form(None, config.pipeline_dtype)
     asked = call.decoder_seq_length if call.decoder_seq_length is not None else call.seq_length
     length = asked // groups.cp_size
     if config.sequence_parallel:
         length //= groups.tp_size
-    return Format((length, call.micro_batch_size, config.hidden_size), config.pipeline_dtype)
+    return Form(
+        (length, call.micro_batch_size, config.hidden_size),
+        config.pipeline_dtype,
+        "set variable_seq_lengths in the config if lengths differ",
+    )
 
 
 def _world() -> int:

@@ -1,21 +1,14 @@
-"""Point-to-point messages between pipeline stages over torch.distributed.
+"""The process groups of a set of pipelines, and their messages, schedule after schedule."""
 
-One process group per (pipeline, flow), so that order alone says which message is which: NCCL knows
-no tags. A receive is posted one message ahead on each channel. A send does not block; its buffer is
-kept until it is complete, and a channel has at most one open send: a second one first waits for it.
-`rlhfuse.schedules.timing` proves by the same rule that a schedule cannot lock up.
-"""
-
-import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from rlhfuse.training.exchange import Exchange, Form, Links
 from rlhfuse.training.links import Channel, Flow, Message
 
 logger = logging.getLogger(__name__)
@@ -25,21 +18,8 @@ Shapes = Mapping[str, Sequence[Shape]]
 """Shape of the message of each micro-batch, by pipeline: known to all ranks from the plan."""
 
 
-class PeerLost(RuntimeError):
-    """A message did not come, or could not be sent; the message says which."""
-
-
-@dataclass(slots=True)
-class _Receiving:
-    """A channel's receiving end: what is still to come, what is posted, what has arrived."""
-
-    coming: list[Message]
-    posted: tuple[Message, torch.Tensor, dist.Work] | None = None
-    arrived: dict[Message, torch.Tensor] = field(default_factory=dict)
-
-
 class Channels:
-    """All channels of one rank."""
+    """All channels of one rank: one process group per (pipeline, flow)."""
 
     def __init__(
         self,
@@ -64,10 +44,8 @@ class Channels:
         self._device = device
         self._dtype = dtype
         self._groups: dict[tuple[str, Flow], dist.ProcessGroup] = {}
-        self._receiving: dict[Channel, _Receiving] = {}
-        self._sending: dict[Channel, tuple[dist.Work, torch.Tensor]] = {}
-        self._handed: dict[Message, torch.Tensor] = {}
         self._shapes: Shapes = {}
+        self._exchange: Exchange | None = None
         for name in sorted(pipelines):
             for flow in Flow:
                 for column in range(tp):
@@ -79,67 +57,28 @@ class Channels:
 
     def open(self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes) -> None:
         """Get ready for the messages of one schedule: post the first receive of each channel."""
-        assert not self._receiving, "a schedule is still running"
+        assert self._exchange is None, "a schedule is still running"
         self._shapes = shapes
-        for channel, messages in expected.items():
-            self._receiving[channel] = _Receiving(list(messages))
-            self._post(self._receiving[channel])
+        links = Links(self._device, self._peer, self._group, self._form)
+        self._exchange = Exchange(links, expected)
 
     def receive(self, message: Message) -> torch.Tensor:
-        """The tensor that `message` carries; blocks until it is here (CUDA: queues the wait).
-
-        Raises:
-            PeerLost: the peer is gone, or silent for longer than the time limit.
-        """
-        if message.local:
-            return self._handed.pop(message)
-        receiving = self._receiving[message.channel]
-        # With several stages on a rank, the sender's order need not be the receiver's.
-        while message not in receiving.arrived:
-            assert receiving.posted is not None, f"{message} is not among those to come"
-            first, buffer, work = receiving.posted
-            _wait(work, f"waiting for {first}")
-            receiving.arrived[first] = buffer
-            self._post(receiving)
-        return receiving.arrived.pop(message)
+        """See `Exchange`."""
+        return self._opened.receive(message)
 
     def send(self, message: Message, tensor: torch.Tensor) -> None:
-        """Start to send, once the channel's open send, if any, is complete. `tensor` must not
-        change until this one is."""
-        if message.local:
-            self._handed[message] = tensor
-            return
-        way = message.channel
-        opened = self._sending.pop(way, None)
-        if opened is not None:
-            _wait(opened[0], f"waiting to send {message}")
-        expected = self._shapes[way.pipeline][message.microbatch]
-        assert tuple(tensor.shape) == tuple(expected), f"{message}: {tensor.shape} {expected}"
-        tensor = tensor.contiguous()
-        with _peer(f"beginning to send {message}"):  # gloo notices here, too, that it is gone
-            work = dist.isend(
-                tensor, self._peer(way.target), group=self._groups[way.pipeline, way.flow]
-            )
-        assert work is not None, "this rank is not part of the pipeline's group"
-        self._sending[way] = (work, tensor)
+        """See `Exchange`."""
+        self._opened.send(message, tensor)
 
     def drain(self) -> None:
-        """Wait for the open sends; afterwards nothing of the schedule is left."""
-        while self._sending:
-            channel = next(iter(self._sending))
-            _wait(self._sending.pop(channel)[0], f"waiting for the last send on {channel}")
-        for channel, receiving in self._receiving.items():
-            left = [receiving.posted, *receiving.arrived]
-            assert left == [None], f"{channel}: {left} left over"
-        assert not self._handed, f"handed over and never taken: {list(self._handed)}"
-        self._receiving.clear()
+        """See `Exchange`. Another schedule may follow."""
+        self._opened.drain()
+        self._exchange = None
 
     def close(self) -> None:
         """Leave the groups, also in the middle of a schedule: peers that wait for this rank (and
         peers that wait for them) then fail at once instead of at the time limit."""
-        self._sending.clear()
-        self._receiving.clear()
-        self._handed.clear()
+        self._exchange = None
         while self._groups:
             _, group = self._groups.popitem()
             try:
@@ -147,24 +86,21 @@ class Channels:
             except RuntimeError as error:
                 logger.warning("leaving a process group: %s", error)
 
-    def _post(self, receiving: _Receiving) -> None:
-        receiving.posted = None
-        if not receiving.coming:
-            return
-        message = receiving.coming.pop(0)
-        way = message.channel
-        shape = self._shapes[way.pipeline][message.microbatch]
-        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
-        with _peer(f"getting ready for {message}"):
-            work = dist.irecv(
-                buffer, self._peer(way.source), group=self._groups[way.pipeline, way.flow]
-            )
-        assert work is not None, "this rank is not part of the pipeline's group"
-        receiving.posted = (message, buffer, work)
+    @property
+    def _opened(self) -> Exchange:
+        assert self._exchange is not None, "no schedule is running"
+        return self._exchange
 
     def _peer(self, row: int) -> int:
         """The rank of `row` that this one speaks with."""
         return row * self._tp + self._column
+
+    def _group(self, way: Channel) -> dist.ProcessGroup:
+        return self._groups[way.pipeline, way.flow]
+
+    def _form(self, message: Message) -> Form:
+        shape = self._shapes[message.channel.pipeline][message.microbatch]
+        return Form(tuple(shape), self._dtype)
 
     def _warm_up(self, pipelines: Mapping[str, Sequence[int]]) -> None:
         """One message over every link, in one order on all ranks (NCCL connects at first use)."""
@@ -182,17 +118,3 @@ class Channels:
                         dist.send(token, self._peer(target), group=self._groups[name, flow])
                     elif self._row == target:
                         dist.recv(token, self._peer(source), group=self._groups[name, flow])
-
-
-def _wait(work: dist.Work, what: str) -> None:
-    with _peer(what):
-        work.wait()
-
-
-@contextlib.contextmanager
-def _peer(what: str) -> Iterator[None]:
-    """Failures of the backend are the peer's."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(f"{what}: {error}") from error

@@ -1,0 +1,184 @@
+"""One rank's messages while it runs one schedule: receives posted ahead, sends that do not block.
+
+Order alone says which message is which, so each flow of a pipeline has a process group of its own
+(NCCL knows no tags). A receive is posted one message ahead on each channel; a send's buffer is kept
+until it is complete, and a second one on its channel first waits for it. Where only the sender
+knows a message's shape, a header is posted ahead instead, the body when it is asked for, and two
+sends may be open: a rank then blocks exactly where it does with shapes that are known, so one proof
+(`rlhfuse.schedules.timing.check_channels`) holds for both.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from rlhfuse.training.links import Channel, Message
+
+HEADER = 8
+"""Numbers in a header: the number of dimensions, then each."""
+
+
+class PeerLost(RuntimeError):
+    """A message did not come, or could not be sent; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a message looks like; `shape` None where only its sender knows."""
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    advice: str = ""
+    """What to do where a message has another shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """How one rank reaches the others."""
+
+    device: torch.device
+    peer: Callable[[int], int]
+    """Row of a schedule to the global rank that this one speaks with."""
+    group: Callable[[Channel], dist.ProcessGroup]
+    form: Callable[[Message], Form]
+
+
+@dataclass(slots=True)
+class _Receiving:
+    """A channel's receiving end: what is still to come, what is posted, what has arrived."""
+
+    coming: deque[Message]
+    posted: tuple[Message, torch.Tensor, dist.Work] | None = None
+    arrived: dict[Message, torch.Tensor] = field(default_factory=dict)
+
+
+class Exchange:
+    """All channels of one rank, for one schedule."""
+
+    def __init__(self, links: Links, expected: Mapping[Channel, Iterable[Message]]) -> None:
+        """Posts the first receive of each channel. `expected`: all that comes here."""
+        self._links = links
+        self._receiving = {way: _Receiving(deque(order)) for way, order in expected.items()}
+        self._sending: dict[Channel, deque[list[tuple[dist.Work, torch.Tensor]]]] = {}
+        self._handed: dict[Message, torch.Tensor] = {}
+        for receiving in self._receiving.values():
+            self._post(receiving)
+
+    def receive(self, message: Message) -> torch.Tensor:
+        """The tensor that `message` carries; blocks until it is here (CUDA: queues the wait).
+
+        Raises:
+            PeerLost: the peer is gone, or silent for longer than the time limit.
+        """
+        if message.local:
+            return self._handed.pop(message)
+        receiving = self._receiving[message.channel]
+        # With several stages on a rank, the sender's order need not be the receiver's.
+        while message not in receiving.arrived:
+            assert receiving.posted is not None, f"{message} is not among those to come"
+            first, buffer, work = receiving.posted
+            _wait(work, f"waiting for {first}")
+            receiving.arrived[first] = self._body(first, buffer)
+            self._post(receiving)
+        return receiving.arrived.pop(message)
+
+    def send(self, message: Message, tensor: torch.Tensor) -> None:
+        """Start to send, once few enough sends of the channel are open. `tensor` is kept, and must
+        not change until this one is complete.
+
+        Raises:
+            ValueError: the tensor has another shape than announced.
+            PeerLost: as `receive`.
+        """
+        if message.local:
+            self._handed[message] = tensor
+            return
+        form = self._links.form(message)
+        opened = self._sending.setdefault(message.channel, deque())
+        _settle(opened, 1 if form.shape is None else 0, message)
+        tensor = tensor.detach().contiguous()
+        if form.shape is not None and tuple(tensor.shape) != tuple(form.shape):
+            raise ValueError(
+                f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(form.shape)}"
+                + (f"; {form.advice}" if form.advice else "")
+            )
+        parts = [tensor] if form.shape is not None else [_header(tensor), tensor]
+        opened.append([(self._sent(message, part), part) for part in parts])
+
+    def drain(self) -> None:
+        """Wait for the open sends; afterwards nothing of the schedule is left."""
+        for way, opened in self._sending.items():
+            _settle(opened, 0, way)
+        for way, receiving in self._receiving.items():
+            left = [receiving.posted, *receiving.arrived]
+            assert left == [None], f"{way}: {left} left over"
+        assert not self._handed, f"handed over and never taken: {list(self._handed)}"
+
+    def _post(self, receiving: _Receiving) -> None:
+        receiving.posted = None
+        if not receiving.coming:
+            return
+        message = receiving.coming.popleft()
+        form = self._links.form(message)
+        if form.shape is None:
+            buffer = torch.empty(HEADER, dtype=torch.int64, device=self._links.device)
+        else:
+            buffer = torch.empty(form.shape, dtype=form.dtype, device=self._links.device)
+        receiving.posted = (message, buffer, self._coming(message, buffer))
+
+    def _body(self, message: Message, buffer: torch.Tensor) -> torch.Tensor:
+        """What follows a header; the buffer itself where the shape was known."""
+        form = self._links.form(message)
+        if form.shape is not None:
+            return buffer
+        numbers = buffer.tolist()
+        body = torch.empty(numbers[1 : 1 + numbers[0]], dtype=form.dtype, device=buffer.device)
+        _wait(self._coming(message, body), f"waiting for {message}")
+        return body
+
+    def _sent(self, message: Message, tensor: torch.Tensor) -> dist.Work:
+        way = message.channel
+        with lost_peer(f"beginning to send {message}"):  # gloo notices here, too, that it is gone
+            work = dist.isend(tensor, self._links.peer(way.target), group=self._links.group(way))
+        return _ours(work)
+
+    def _coming(self, message: Message, buffer: torch.Tensor) -> dist.Work:
+        way = message.channel
+        with lost_peer(f"getting ready for {message}"):
+            work = dist.irecv(buffer, self._links.peer(way.source), group=self._links.group(way))
+        return _ours(work)
+
+
+@contextlib.contextmanager
+def lost_peer(what: str) -> Iterator[None]:
+    """Failures of the backend are the peer's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"{what}: {error}") from error
+
+
+def _settle(opened: deque[list[tuple[dist.Work, torch.Tensor]]], most: int, what: object) -> None:
+    while len(opened) > most:
+        for work, _ in opened.popleft():
+            _wait(work, f"waiting to send {what}")
+
+
+def _wait(work: dist.Work, what: str) -> None:
+    with lost_peer(what):
+        work.wait()
+
+
+def _ours(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this rank is not part of the pipeline's group"
+    return work
+
+
+def _header(tensor: torch.Tensor) -> torch.Tensor:
+    numbers = [tensor.dim(), *tensor.shape]
+    numbers += [0] * (HEADER - len(numbers))
+    return torch.tensor(numbers, dtype=torch.int64, device=tensor.device)
