@@ -24,6 +24,10 @@ from rlhfuse.training.snapshot import Keep
 
 FOLDER = "megatron"
 
+# Moments that are sharded over replicas are written as whole tensors, which any sizes can load (the
+# default shards cannot be written any more).
+_WHOLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
 
 def save_state(state: Mapping[str, Any], folder: Path) -> None:
     """Write `state_of` a model into ``FOLDER/`` below `folder`. Collective over the default group,
@@ -65,13 +69,15 @@ def load_model(folder: Path, model: TrainedModel) -> None:
         raise ValueError(f"checkpoint {folder.parent}: holds no Megatron {folder.name}")
     try:
         steps: int = dist_checkpointing.load_common_state_dict(str(path))["steps"]
+        if steps:
+            model.ready_for_moments()
         wanted = _state(model, loading=True, stepped=steps > 0)
         state: Any = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"checkpoint {path}: does not fit or is damaged: {error}") from error
     model.gpt.load_state_dict(state["model"])
     if steps:
-        model.optimizer.load_state_dict(state["optimizer"])
+        model.load_moments(state["optimizer"])
     else:
         model.forget_moments()
     model.steps = steps
@@ -116,5 +122,7 @@ def _state(model: TrainedModel, *, loading: bool, stepped: bool) -> dict[str, An
     weights = model.gpt.sharded_state_dict()
     state = {"model": weights, "steps": model.steps}
     if stepped:
-        state["optimizer"] = model.optimizer.sharded_state_dict(weights, is_loading=loading)
+        state["optimizer"] = model.optimizer.sharded_state_dict(
+            weights, is_loading=loading, metadata=_WHOLE
+        )
     return state

@@ -54,6 +54,7 @@ class TrainedModel:
         self.last = self.pp_stage + 1 == len(placement.ranks)
         self.steps = 0
         self._config = config
+        self._sharded = sharded
         self._device = device
         self._total_steps = total_steps
         self._model_config = model_config(config, self.role)
@@ -143,9 +144,38 @@ class TrainedModel:
 
     def forget_moments(self) -> None:
         """The optimizer is as before its first step, at the weights as they are now."""
-        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            optimizer.optimizer.state.clear()
+        for inner in self._inner():
+            inner.state.clear()
         self.optimizer.reload_model_params()
+
+    def ready_for_moments(self) -> None:
+        """Room for moments. Megatron's distributed optimizer makes it only for optimizers of
+        Transformer Engine and Apex; torch's must seem to have stepped before it can load."""
+        for inner in self._inner() if self._sharded else ():
+            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+                for parameter in (p for group in inner.param_groups for p in group["params"]):
+                    inner.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+    def load_moments(self, state: dict[str, Any]) -> None:
+        """Restore the optimizer."""
+        if not self._sharded:
+            self.optimizer.load_state_dict(state)
+            return
+        moments = state.pop("param_state")
+        self.optimizer.load_state_dict(state)
+        (part,) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        # Megatron looks for torch's step counts among the saved moments, where they are not; and
+        # it gives all parameters one and the same, which Adam would count up for each of them.
+        values = part.optimizer.state.values()
+        steps = [value.pop("step", None) for value in values]
+        part.load_parameter_state_from_fully_reshardable(moments)
+        for value, step in zip(values, steps, strict=True):
+            if step is not None:
+                value["step"] = step.clone()
 
     def clear(self) -> None:
         """Give up the mini-batch."""
@@ -180,6 +210,11 @@ class TrainedModel:
         """See `LossHead`."""
         weight: torch.Tensor = self.gpt.output_layer.weight
         return (hidden.float() * weight.float()).sum(-1)
+
+    def _inner(self) -> list[Any]:
+        """Torch's (or another's) optimizers within Megatron's."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part.optimizer for part in parts]
 
     def _zero(self) -> None:
         self.ddp.zero_grad_buffer()

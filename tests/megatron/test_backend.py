@@ -126,9 +126,10 @@ def test_updates_are_those_of_our_own_backend(split: bool, models: Models, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_tensor_and_data_parallel_updates_are_those_of_our_own_backend(
-    tp: int, models: Models
+    tp: int, models: Models, tmp_path: Path
 ) -> None:
-    """Replicas with the distributed optimizer (tp 1), or tensor-parallel stages (tp 2)."""
+    """Replicas with the distributed optimizer (tp 1), or tensor-parallel stages (tp 2), saved and
+    loaded between the updates."""
     config = smooth(placed(make_config(models), 2 if tp == 2 else 1, 2))
     config = msgspec.structs.replace(config, placement=PlacementConfig(num_devices=2, actor_pp=tp))
     pipelines = pipelines_of(config)
@@ -156,7 +157,7 @@ def test_tensor_and_data_parallel_updates_are_those_of_our_own_backend(
     wide = msgspec.structs.replace(config.placement, num_devices=2 * tp, tp=tp)
     config = msgspec.structs.replace(config, placement=wide)
     assert pipelines_of(config) == pipelines
-    compare(ours, Job(config, MegatronBackend, pipelines, plans, 2 * tp))
+    compare(ours, Job(config, MegatronBackend, pipelines, plans, 2 * tp, tmp_path / "state"))
 
 
 def compare(ours: Job, theirs: Job) -> Weights:

@@ -53,12 +53,13 @@ TWO_RANKS = {
 }
 FOUR_RANKS = {
     "pp=4 with pp=2": Pair(
-        Setting(pp=4, num_microbatches=4),
+        Setting(pp=4, num_microbatches=3),
         Setting(pp=2, num_microbatches=2, value_head=True, seed=1),
     ),
-    "tp=2, pp=2": Pair(Setting(tp=2), Setting(tp=2, value_head=True, seed=1)),
+    "tp=2, pp=2": Pair(replace(SMALL, tp=2), replace(SMALL, tp=2, value_head=True, seed=1)),
     "dp=2, per-token loss": Pair(
-        Setting(per_token=True, overlap=True), Setting(per_token=True, value_head=True, seed=1)
+        replace(SMALL, per_token=True, overlap=True),
+        replace(SMALL, per_token=True, value_head=True, seed=1),
     ),
 }
 CHOICES: tuple[Choice, ...] = ("fuse", "fuse-split")

@@ -34,6 +34,8 @@ class Setting:
     ddp: bool = True
     overlap: bool = False
     distributed_optimizer: bool = False
+    gather: bool = False
+    """Weights are gathered over replicas while it computes (all of the distributed optimizer)."""
     tied: bool = False
     per_token: bool = False
     three: bool = False
@@ -141,7 +143,8 @@ class Trained:
                 OptimizerConfig(
                     optimizer="adam",
                     lr=1e-2,
-                    use_distributed_optimizer=setting.distributed_optimizer,
+                    use_distributed_optimizer=setting.distributed_optimizer or setting.gather,
+                    overlap_param_gather=setting.gather,
                     clip_grad=1.0,
                 ),
                 self.chunks,
@@ -170,8 +173,10 @@ class Trained:
         setting = self.setting
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=setting.overlap,
-            use_distributed_optimizer=setting.distributed_optimizer,
+            overlap_grad_reduce=setting.overlap or setting.gather,
+            overlap_param_gather=setting.gather,
+            align_param_gather=setting.gather,
+            use_distributed_optimizer=setting.distributed_optimizer or setting.gather,
         )
         self.chunks = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
@@ -183,6 +188,9 @@ class Trained:
         self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         if setting.overlap and setting.chunks == 1 and setting.pp > 1:
             self.config.grad_sync_func = self.chunks[0].start_grad_sync
+        if setting.gather:
+            self.config.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks]
+            self.config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
         self.config.finalize_model_grads_func = finalize_model_grads
 
     def arguments(self, step: int = 0, **more: Any) -> dict[str, Any]:
