@@ -7,11 +7,12 @@
 
 `pair`: an actor and a critic (value head, reversed pipeline), both real GPTModels under Megatron's
 DDP, one thread per rank. Every round runs every variant once, so that all see the same machine;
-medians of seconds per forward-backward of both models. `--device-ms`: for more ranks than cores:
-tiny models whose tasks also sleep, as a host does while its device computes (forward and input
-gradient so many milliseconds each, weight gradients as many together).
+medians of seconds per forward-backward of both models, and of how many times as fast that was as
+Megatron's 1F1B and interleaved schedules in the same round. `--device-ms`: for more ranks than
+cores: tiny models whose tasks also sleep, as a host does while its device computes (forward and
+input gradient so many milliseconds each, weight gradients as many together).
 `overhead`: microseconds per task beyond Megatron's, with models that compute almost nothing.
-`all`: two ranks that compute, four that sleep, and the overhead, in under five minutes; writes
+`all`: two ranks that compute and that sleep, four that sleep, the overhead, in five minutes; writes
 megatron_2_ranks, megatron_4_ranks and megatron_overhead.
 *Fused, memory as interleaved*: holds at most what Megatron's interleaved schedule holds at its peak
 (activations of one model at a time), both models together.
@@ -21,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -137,7 +138,8 @@ def interleaved_peak(ranks: int, m: int) -> float:
     """Most activations that a rank holds under interleaved 1F1B with two chunks; 1 is that of one
     micro-batch on a stage of the model that is not cut into chunks."""
     shape = Shape(tuple(range(ranks)), 2, m, False)
-    return max(peak_memory(default_order(problem_for({"": shape}, {"": Costs(activation=0.5)}))))
+    problem = problem_for({"model": shape}, {"model": Costs(activation=0.5)})
+    return max(peak_memory(default_order(problem)))
 
 
 def variants(pair: Pair, costs: Mapping[str, Costs]) -> dict[str, tuple[Pair, Variant]]:
@@ -189,6 +191,7 @@ def measure(ranks: int, m: int, rounds: int, device_ms: float, rank: int) -> lis
                 if number:
                     times[name].append(time.perf_counter() - start)
     base = times["Megatron 1F1B"]
+    interleaved = times.get("Megatron interleaved")
     rows: list[Row] = []
     for name, seconds in times.items():
         median, least, most = spread(seconds)
@@ -202,10 +205,16 @@ def measure(ranks: int, m: int, rounds: int, device_ms: float, rank: int) -> lis
                 "median_s": median,
                 "least_s": least,
                 "most_s": most,
-                "speedup": statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
+                "speedup": ratio(base, seconds),
+                "to_interleaved": ratio(interleaved, seconds) if interleaved else "",
             }
         )
     return rows
+
+
+def ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
+    """Median over the rounds of how many times as fast as `base`."""
+    return statistics.median(b / s for b, s in zip(base, seconds, strict=True))
 
 
 def overhead(rounds: int, rank: int) -> list[Row]:
@@ -227,11 +236,16 @@ def overhead(rounds: int, rank: int) -> list[Row]:
                 if number:
                     times[name].append(time.perf_counter() - start)
     tasks = 2 * setting.num_microbatches
+
+    def extra(seconds: Sequence[float]) -> list[float]:
+        return [s - b for s, b in zip(seconds, times["Megatron 1F1B"], strict=True)]
+
     return [
         {
             "megatron": megatron.core.__version__,
             "variant": name,
             "us_per_task": 1e6 * statistics.median(seconds) / tasks,
+            "us_beyond_megatron": 1e6 * statistics.median(extra(seconds)) / tasks,
         }
         for name, seconds in times.items()
     ]
@@ -258,21 +272,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device-ms", type=float, default=0.0)
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     asked = parser.parse_args(arguments)
-    found: dict[str, list[Row]] = {}
-    if asked.what == "all":
-        found["megatron_2_ranks"] = pairs(2, [2, 4], asked.rounds, 0.0)
-        found["megatron_4_ranks"] = pairs(4, [4], asked.rounds, 20.0)
-        found["megatron_overhead"] = overheads(asked.rounds)
-    elif asked.what == "overhead":
-        found[asked.save or ""] = overheads(asked.rounds)
-    else:
-        counts = asked.microbatches
-        found[asked.save or ""] = pairs(asked.ranks, counts, asked.rounds, asked.device_ms)
-    for name, rows in found.items():
+    for name, rows in measured(asked):
         print_table(rows)
-        print(json.dumps(rows))
+        print(json.dumps(rows), flush=True)
         if name:
             write_result(name, rows)
+
+
+def measured(asked: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
+    """Rows, and the name to keep them under, as they are measured."""
+    if asked.what == "all":
+        yield "megatron_overhead", overheads(asked.rounds)
+        yield "megatron_4_ranks", pairs(4, [4], asked.rounds, 20.0)
+        computing = pairs(2, [2, 4], asked.rounds, 0.0)
+        yield "megatron_2_ranks", computing + pairs(2, [2], asked.rounds, 20.0)
+    elif asked.what == "overhead":
+        yield asked.save or "", overheads(asked.rounds)
+    else:
+        rows = pairs(asked.ranks, asked.microbatches, asked.rounds, asked.device_ms)
+        yield asked.save or "", rows
 
 
 if __name__ == "__main__":
