@@ -1,17 +1,22 @@
 """Trains one tiny model twice, by Megatron's schedule and by ours, and tells the differences."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 
 from rlhfuse.megatron import stock
+from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.dropin import Scheduler
 from rlhfuse.megatron.orders import Choice
 from tests.megatron.tiny import Setting, Trained, init_parallel
 
 Tensors = dict[str, torch.Tensor]
+Found = dict[str, dict[str, tuple[list[str], int]]]
+"""What differs, and a count of what ran, by case and schedule."""
+Case = TypeVar("Case")
 History = list[tuple[list[Any], Tensors, Tensors]]
 
 
@@ -67,4 +72,19 @@ def compare(setting: Setting, schedules: Sequence[Choice]) -> dict[str, tuple[li
             ours.close()
     finally:
         parallel_state.destroy_model_parallel()
+    return found
+
+
+def compare_all(
+    cases: Mapping[str, Case], compare: Callable[[Case], dict[str, tuple[list[str], int]]]
+) -> Found:
+    """All cases in one process, until one raises."""
+    found: Found = {}
+    with on_cpu():
+        for name, case in cases.items():
+            try:
+                found[name] = compare(case)
+            except Exception:  # what went before is still of interest; ranks are out of step now
+                found[name] = {"raised": ([traceback.format_exc()], 0)}
+                break
     return found

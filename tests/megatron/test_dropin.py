@@ -1,23 +1,20 @@
 """Our schedules give what Megatron's own give on the same machine, to the last bit (float32)."""
 
-import traceback
-
 import pytest
 
 pytest.importorskip("megatron.core")
 
-from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.orders import Choice
-from tests.megatron.laws import compare
+from tests.megatron.laws import Found, compare, compare_all
 from tests.megatron.tiny import Setting
 from tests.training.ranks import run_ranks
 
-Found = dict[str, dict[str, tuple[list[str], int]]]
+Case = tuple[Setting, tuple[Choice, ...]]
 ONE: tuple[Choice, ...] = ("1f1b",)
 TWO: tuple[Choice, ...] = ("1f1b", "zero-bubble")
 ALL: tuple[Choice, ...] = (*TWO, "fuse-split")
 
-TWO_RANKS: dict[str, tuple[Setting, tuple[Choice, ...]]] = {
+TWO_RANKS: dict[str, Case] = {
     "without DDP": (Setting(ddp=False), ALL),
     "DDP": (Setting(), ONE),
     "variable lengths, 3-tuple loss": (Setting(lengths=(16, 8, 24), three=True), ALL),
@@ -34,7 +31,7 @@ TWO_RANKS: dict[str, tuple[Setting, tuple[Choice, ...]]] = {
     "experts": (Setting(experts=2, num_microbatches=3), TWO),
     "timers, loss scale": (Setting(timers=True, loss_scale=4.0, ddp=False), TWO),
 }
-FOUR_RANKS: dict[str, tuple[Setting, tuple[Choice, ...]]] = {
+FOUR_RANKS: dict[str, Case] = {
     "pp=4": (Setting(pp=4, num_microbatches=5), ALL),
     "pp=4, fewer micro-batches than stages": (Setting(pp=4, num_microbatches=2), ONE),
     "dp=2": (Setting(num_microbatches=3), TWO),
@@ -53,26 +50,20 @@ FOUR_RANKS: dict[str, tuple[Setting, tuple[Choice, ...]]] = {
 }
 
 
-def compare_all(cases: dict[str, tuple[Setting, tuple[Choice, ...]]]) -> Found:
-    found: Found = {}
-    with on_cpu():
-        for name, (setting, choices) in cases.items():
-            try:
-                found[name] = compare(setting, choices)
-            except Exception:  # what went before is still of interest; ranks are out of step now
-                found[name] = {"raised": ([traceback.format_exc()], 0)}
-                break
-    return found
+def compare_case(case: Case) -> dict[str, tuple[list[str], int]]:
+    return compare(*case)
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[Found]:
-    return run_ranks(2, lambda rank: compare_all(TWO_RANKS), timeout_s=30, limit_s=90)
+    return run_ranks(2, lambda rank: compare_all(TWO_RANKS, compare_case), timeout_s=30, limit_s=90)
 
 
 @pytest.fixture(scope="module")
 def four_ranks() -> list[Found]:
-    return run_ranks(4, lambda rank: compare_all(FOUR_RANKS), timeout_s=30, limit_s=120)
+    return run_ranks(
+        4, lambda rank: compare_all(FOUR_RANKS, compare_case), timeout_s=30, limit_s=120
+    )
 
 
 def check(found: list[Found], name: str, setting: Setting) -> None:

@@ -1,6 +1,5 @@
 """Two models under one schedule give what two runs of Megatron give, one after the other."""
 
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +18,10 @@ from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.fused import FusedScheduler
 from rlhfuse.megatron.orders import Choice
 from rlhfuse.megatron.values import make_value_model
-from tests.megatron.laws import History, differences
+from tests.megatron.laws import Found, History, compare_all, differences
 from tests.megatron.tiny import Setting, Trained, init_parallel
 from tests.training.ranks import run_ranks
 
-Found = dict[str, dict[str, tuple[list[str], int]]]
 Runs = Callable[[Mapping[str, dict[str, Any]]], dict[str, list[Any]]]
 
 
@@ -121,26 +119,14 @@ def compare(pair: Pair) -> dict[str, tuple[list[str], int]]:
     return found
 
 
-def compare_all(pairs: dict[str, Pair]) -> Found:
-    found: Found = {}
-    with on_cpu():
-        for name, pair in pairs.items():
-            try:
-                found[name] = compare(pair)
-            except Exception:  # what went before is still of interest; ranks are out of step now
-                found[name] = {"raised": ([traceback.format_exc()], 0)}
-                break
-    return found
-
-
 @pytest.fixture(scope="module")
 def two_ranks() -> list[Found]:
-    return run_ranks(2, lambda rank: compare_all(TWO_RANKS), timeout_s=30, limit_s=90)
+    return run_ranks(2, lambda rank: compare_all(TWO_RANKS, compare), timeout_s=30, limit_s=90)
 
 
 @pytest.fixture(scope="module")
 def four_ranks() -> list[Found]:
-    return run_ranks(4, lambda rank: compare_all(FOUR_RANKS), timeout_s=30, limit_s=120)
+    return run_ranks(4, lambda rank: compare_all(FOUR_RANKS, compare), timeout_s=30, limit_s=120)
 
 
 @pytest.mark.slow
