@@ -20,11 +20,11 @@ Case = TypeVar("Case")
 History = list[tuple[list[Any], Tensors, Tensors]]
 
 
-def train(setting: Setting, run: Callable[..., Any], steps: int = 2) -> History:
-    """Reported losses, gradients and updated weights of some steps."""
+def train(setting: Setting, run: Callable[..., Any]) -> History:
+    """Reported losses, gradients and updated weights of `setting.steps` steps."""
     model = Trained(setting)
     history = []
-    for step in range(steps):
+    for step in range(setting.steps):
         model.zero()
         store = run(**model.arguments(step))
         history.append((store, model.gradients(), model.step() if setting.ddp else {}))

@@ -16,19 +16,19 @@ ALL: tuple[Choice, ...] = (*TWO, "fuse-split")
 
 TWO_RANKS: dict[str, Case] = {
     "without DDP": (Setting(ddp=False), ALL),
-    "DDP": (Setting(), ONE),
+    "DDP": (Setting(steps=2), ONE),
     "variable lengths, 3-tuple loss": (Setting(lengths=(16, 8, 24), three=True), ALL),
     "tied embeddings, outputs freed": (Setting(tied=True, deallocate=True), TWO),
-    "gradients reduced in backward": (Setting(overlap=True), TWO),
+    "gradients reduced in backward": (Setting(overlap=True, steps=2), TWO),
     "per-token loss, distributed optimizer": (
         Setting(per_token=True, distributed_optimizer=True),
         TWO,
     ),
     "virtual chunks": (Setting(chunks=2), ONE),
-    "virtual chunks, reduced in backward": (Setting(chunks=2, overlap=True), ONE),
+    "virtual chunks, reduced in backward": (Setting(chunks=2, overlap=True, steps=2), ONE),
     "partial checkpointing": (Setting(partial_checkpoints=1), ONE),
     "one micro-batch": (Setting(num_microbatches=1), TWO),
-    "experts": (Setting(experts=2, num_microbatches=3), TWO),
+    "experts": (Setting(experts=2, num_microbatches=3, steps=2), TWO),
     "timers, loss scale": (Setting(timers=True, loss_scale=4.0, ddp=False), TWO),
 }
 FOUR_RANKS: dict[str, Case] = {
@@ -36,11 +36,11 @@ FOUR_RANKS: dict[str, Case] = {
     "pp=4, fewer micro-batches than stages": (Setting(pp=4, num_microbatches=2), ONE),
     "dp=2": (Setting(num_microbatches=3), TWO),
     "dp=2, reduced in backward, distributed optimizer": (
-        Setting(overlap=True, distributed_optimizer=True, num_microbatches=3),
+        Setting(overlap=True, distributed_optimizer=True, num_microbatches=3, steps=2),
         TWO,
     ),
     "dp=2, virtual chunks, weights gathered while it computes": (
-        Setting(chunks=2, num_microbatches=2, gather=True),
+        Setting(chunks=2, num_microbatches=2, gather=True, steps=2),
         ONE,
     ),
     "tp=2": (Setting(tp=2, num_microbatches=2), TWO),

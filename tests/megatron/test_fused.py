@@ -38,12 +38,13 @@ SMALL = Setting(num_microbatches=2)
 TWO_RANKS = {
     "equal counts": Pair(SMALL, replace(SMALL, value_head=True, seed=1)),
     "unequal models and counts": Pair(
-        Setting(num_microbatches=4, overlap=True, distributed_optimizer=True),
+        Setting(num_microbatches=4, overlap=True, distributed_optimizer=True, steps=2),
         Setting(num_microbatches=2, hidden=16, value_head=True, lengths=(8, 24), seed=1),
     ),
     "same direction": Pair(SMALL, replace(SMALL, value_head=True, seed=1), reverse=False),
     "two experts' models": Pair(
-        Setting(experts=2, num_microbatches=2), Setting(experts=4, num_microbatches=3, seed=1)
+        Setting(experts=2, num_microbatches=2, steps=2),
+        Setting(experts=4, num_microbatches=3, seed=1),
     ),
     "virtual chunks in the actor": Pair(
         Setting(chunks=2, num_microbatches=2), replace(SMALL, value_head=True, seed=1)
@@ -56,7 +57,7 @@ FOUR_RANKS = {
     ),
     "tp=2, pp=2": Pair(replace(SMALL, tp=2), replace(SMALL, tp=2, value_head=True, seed=1)),
     "dp=2, per-token loss": Pair(
-        replace(SMALL, per_token=True, overlap=True),
+        replace(SMALL, per_token=True, overlap=True, steps=2),
         replace(SMALL, per_token=True, value_head=True, seed=1),
     ),
 }
@@ -76,7 +77,7 @@ def train(pair: Pair, contexts: Mapping[str, ModelContext], run: Runs) -> dict[s
         with contexts[name].active():
             models[name] = Trained(setting, make_value_model if setting.value_head else None)
     history: dict[str, History] = {name: [] for name in models}
-    for step in range(2):
+    for step in range(pair.actor.steps):
         calls = {}
         for name, model in models.items():
             with contexts[name].active():

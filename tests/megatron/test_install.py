@@ -84,21 +84,21 @@ class Careless(ModelRun):
 
 def verified(rank: int) -> tuple[list[str], list[str], str, int]:
     """Differences of a verified run and of one whose schedule is broken; the error; tasks."""
-    setting = Setting(num_microbatches=2)
+    setting = Setting(num_microbatches=2, steps=3)
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("rlhfuse.megatron.verify").addHandler(handler)
     with on_cpu():
         init_parallel(setting)
-        expected = train(setting, stock.stock_func(None, None, None), steps=3)
+        expected = train(setting, stock.stock_func(None, None, None))
         with installed("zero-bubble", verify_steps=2):
-            fine = train(setting, lambda **k: schedules.get_forward_backward_func()(**k), steps=3)
+            fine = train(setting, lambda **k: schedules.get_forward_backward_func()(**k))
         from rlhfuse.megatron import engine
 
         vars(engine)["ModelRun"] = Careless
         with installed("1f1b", verify_steps=2):
-            broken = train(setting, lambda **k: schedules.get_forward_backward_func()(**k), steps=3)
+            broken = train(setting, lambda **k: schedules.get_forward_backward_func()(**k))
         parallel_state.destroy_model_parallel()
     return differences(expected, fine), differences(expected, broken), "".join(lines), len(lines)
 

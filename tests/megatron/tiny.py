@@ -47,6 +47,8 @@ class Setting:
     loss_scale: float | None = None
     partial_checkpoints: int | None = None
     seed: int = 0
+    steps: int = 1
+    """Updates that are compared; the second sees what the first left behind."""
 
     @property
     def variable(self) -> bool:
