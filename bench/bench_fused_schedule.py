@@ -4,7 +4,7 @@
     python -m bench.bench_fused_schedule memory REFERENCE.json --budget-s 30
     python -m bench.bench_fused_schedule headline --budget-s 2
     python -m bench.bench_fused_schedule random --count 200
-    python -m bench.bench_fused_schedule online --count 20
+    python -m bench.bench_fused_schedule online --count 20 --rows ROWS.jsonl
     python -m bench.bench_fused_schedule scaling
     python -m bench.bench_fused_schedule speed
 
@@ -88,6 +88,9 @@ def main() -> None:
 
 reference_file = click.argument("reference", type=click.Path(path_type=Path, exists=True))
 ids = click.option("--only", type=int, multiple=True, help="problems (default: all)")
+kept_rows = click.option(
+    "--rows", "kept", type=click.Path(path_type=Path), help="go on from this file"
+)
 save = click.option("--save", is_flag=True, help="write bench/results/")
 
 
@@ -96,9 +99,10 @@ save = click.option("--save", is_flag=True, help="write bench/results/")
 @ids
 @click.option("--budget-s", type=float, default=30.0)
 @click.option("--split", type=click.Choice(["no", "yes", "both"]), default="both")
+@click.option("--seed", type=int, default=0)
 @save
 def flexfusion(
-    reference: Path, only: Sequence[int], budget_s: float, split: str, save: bool
+    reference: Path, only: Sequence[int], budget_s: float, split: str, seed: int, save: bool
 ) -> None:
     """The 12 published problems at the authors' best published peak memory."""
     rows: list[Row] = []
@@ -107,8 +111,8 @@ def flexfusion(
         theirs = instance.flexfusion
         problem = flexfusion_problem(instance.ranks, instance.pipelines, theirs.peak_memory)
         for mode in modes:
-            head: Row = {"id": instance.id}
-            rows.append(head | measure(problem, budget_s, split=mode))
+            head: Row = {"id": instance.id, "seed": seed}
+            rows.append(head | measure(problem, budget_s, split=mode, seed=seed))
             rows[-1] |= {
                 "cap": theirs.peak_memory,
                 "flexfusion": theirs.latency,
@@ -117,7 +121,7 @@ def flexfusion(
                 "serial_zb_h1": instance.serial_zero_bubble_h1,
             }
             click.echo(json.dumps(rows[-1]))
-    _finish(rows, "schedule_flexfusion", save)
+    _finish(rows, "schedule_flexfusion" + (f"_seed{seed}" if seed else ""), save)
 
 
 @main.command()
@@ -190,14 +194,13 @@ def headline(budget_s: float, save: bool) -> None:
 @click.option("--budget-s", type=float, multiple=True, default=(0.05, 1.0, 10.0))
 @click.option("--count", type=int, default=200)
 @click.option("--long-count", type=int, help="problems for budgets over 1 s (default: all)")
-@click.option("--rows", "kept", type=click.Path(path_type=Path), help="go on from this file")
+@kept_rows
 @save
 def random_problems(
     budget_s: tuple[float, ...], count: int, long_count: int | None, kept: Path | None, save: bool
 ) -> None:
     """Random problems, seeds 0 to count - 1: gap to the bound, and against plain schedules."""
-    lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
-    rows: list[Row] = [row for row in map(json.loads, lines) if row["seed"] < count]
+    rows = _kept(kept, count)
     done = {(row["seed"], row["split"], row["budget_s"]) for row in rows}
     for seed in range(count):
         wanted = [b for b in budget_s if b <= 1.0 or long_count is None or seed < long_count]
@@ -205,9 +208,7 @@ def random_problems(
             left = [budget for budget in wanted if (seed, int(split), budget) not in done]
             found = _random_rows(seed, split, left)
             rows += found
-            if kept is not None:
-                with kept.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in found)
+            _keep(kept, found)
     summary: list[Row] = []
     for mode in (0, 1):
         for budget in budget_s:
@@ -215,6 +216,18 @@ def random_problems(
             head: Row = {"split": mode, "budget_s": budget}
             summary.append(head | _gaps(chosen))
     _finish([*summary, *rows] if save else summary, "schedule_random", save, show=summary)
+
+
+def _kept(path: Path | None, count: int) -> list[Row]:
+    """What an earlier run wrote, of problems 0 to count - 1."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return [row for row in map(json.loads, lines) if row["seed"] < count]
+
+
+def _keep(path: Path | None, rows: Sequence[Row]) -> None:
+    if path is not None:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _random_rows(seed: int, split: bool, budgets: Sequence[float]) -> list[Row]:
@@ -249,13 +262,17 @@ def _gaps(rows: Sequence[Row]) -> Row:
 @main.command()
 @click.option("--count", type=int, default=20)
 @click.option("--long-s", type=float, default=30.0)
+@kept_rows
 @save
-def online(count: int, long_s: float, save: bool) -> None:
+def online(count: int, long_s: float, kept: Path | None, save: bool) -> None:
     """50 ms of one core against a long search, on problems up to 16 ranks and 64."""
-    rows: list[Row] = []
+    rows = _kept(kept, count)
+    done = {(row["seed"], row["split"]) for row in rows}
     for seed in range(count):
         problem = step_problem(seed)
         for split in (False, True):
+            if (seed, int(split)) in done:
+                continue
             start = time.process_time()
             quick = fuse(problem, budget_s=0.05, split_weight=split, clock=time.process_time)
             cpu = time.process_time() - start
@@ -265,6 +282,7 @@ def online(count: int, long_s: float, save: bool) -> None:
             row["over_long"] = makespan(quick) / float(long["makespan"]) - 1.0
             row["serial_over_quick"] = makespan(serial(problem)) / makespan(quick)
             rows.append(row)
+            _keep(kept, [row])
             click.echo(json.dumps(row))
     over = [float(r["over_long"]) for r in rows]
     click.echo(f"mean {statistics.fmean(over):.4f}, worst {max(over):.4f} over the long search")
