@@ -1,6 +1,6 @@
 """verl's own Megatron engine, fused: its update loop, batching and post-processing, unchanged.
 
-Only where verl is installed (0.9 is tried). The engine's model is ours: verl builds its own through
+Only where verl is installed (0.9.1 passes). The engine's model is ours: verl builds its own through
 a bridge that needs a GPU.
 """
 
