@@ -114,9 +114,11 @@ class Rooms:
             torch.mul(logits, factors[:, None], out=out)
         else:
             torch.sub(logits, shift[:, None], out=out).mul_(factors[:, None])
-        whole = self._made[0][: even_size(out.numel())]
-        whole[out.numel() :].zero_()
-        whole.exp2_()
+        size, even = out.numel(), even_size(out.numel())
+        whole = self._made[0]
+        if even > size:
+            whole[size:even].zero_()
+        whole[:even].exp2_()
         return out
 
 
@@ -233,17 +235,19 @@ def row_gradient(
     # Only a CPU is asked: others wait.
     on_cpu = logits.device.type == "cpu"
     shift = None if on_cpu and not bool(fold.shift.any()) else fold.shift
+    own = torch.empty_like(by_logprob)
     for block in rooms.blocks:
-        part, target = rooms.widen(logits[block]), out[block]
-        heights = level[block, None]
+        part, heights = rooms.widen(logits[block]), level[block, None]
         if bend is not None:
             heights = _distances(part, centre[block], rooms).mul_(bend[block, None]).add_(heights)
         powers = rooms.powers(part, factors[block], None if shift is None else shift[block])
-        # The label's own is rounded once, and takes the place of what the others get.
-        own = powers.gather(1, index[block]) * heights.expand_as(powers).gather(1, index[block])
-        own = torch.where(keep[block, None], own + by_logprob[block, None], 0.0)
-        torch.mul(powers, heights, out=target)
-        target.scatter_(1, index[block], own.to(target.dtype))
+        picked = powers.gather(1, index[block])
+        picked *= heights if bend is None else heights.gather(1, index[block])
+        own[block] = picked.squeeze(1)
+        torch.mul(powers, heights, out=out[block])
+    # A label's own is rounded once, and takes the place of what the others get.
+    own = torch.where(keep, own + by_logprob, 0.0)
+    out.scatter_(1, index, own[:, None].to(out.dtype))
     # A row to ignore may hold NaN, which 0 * does not clear.
     return out if on_cpu and bool(keep.all()) else out.masked_fill_(~keep[:, None], 0.0)
 

@@ -21,8 +21,9 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deterministic mode: torch fills every fresh tensor with NaN. Short steps of the carry."""
+    monkeypatch.setattr(triton_gae, "_AHEAD", 512)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
