@@ -254,8 +254,11 @@ def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
     """The fused step predicted from a serial one, beside the fused step that was then measured."""
     import msgspec
 
+    from bench.processor_time import used
+    from bench.ranks import say
     from rlhfuse.config_file import load
     from rlhfuse.resolve import resolve
+    from rlhfuse.run_what_if import simulated_what_if
     from rlhfuse.session import open_session
     from rlhfuse.trainer import Fusions, Trainer
 
@@ -270,31 +273,52 @@ def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
         session = stack.enter_context(open_session(run, resume=False))
         start = Trainer(session).save()
         for _ in range(repeats):
-            found: list[ProfileSummary] = []
+            found: list[Row] = []
             for on in (False, True):
                 session.load(start)
                 trainer = Trainer(session, Fusions(inter_stage=on, intra_stage=on))
                 trainer.sync_weights()
                 # The first steps teach the cost model; the last one is measured.
-                last = [trainer.step() for _ in range(steps)][-1]
+                for _ in range(steps - 1):
+                    trainer.step()
+                before = used()
+                last = trainer.step()
+                row: Row = {
+                    "step_s": last.metrics["timing_s/step"],
+                    "others_share": used().others_share(before),
+                }
                 trace = open_trace([session.folder.timeline(last.step)])
-                found.append(explain(trace, trace.steps[-1])[1])
+                if not on:
+                    predicted, told = simulated_what_if(session.folder.path, last.step)
+                    say(told)
+                    ranges = _ranges(explain(trace, trace.steps[-1])[1])
+                    row = {**row, **ranges, "predicted_s": predicted.makespan_s}
+                found.append(row)
             rows.append(_predicted(*found))
+            say(str(rows[-1]))
     return rows
 
 
-def _predicted(serial: ProfileSummary, measured: ProfileSummary) -> Row:
+def _ranges(serial: ProfileSummary) -> Row:
+    """What `rlhfuse profile` says without the run's configuration: from its arithmetic."""
     saved = {what.name: serial.wall_s - what.makespan_s for what in serial.what_if}
     training = next(s for name, s in saved.items() if name.startswith("both models fused"))
-    early, moved = saved.get(EARLY, 0.0), saved.get(MOVED, 0.0)
-    middle = serial.wall_s - training - (early + moved) / 2
+    cases = [saved.get(name, 0.0) for name in (EARLY, MOVED)]
+    return {"least_saved_s": training + min(cases), "most_saved_s": training + max(cases)}
+
+
+def _predicted(serial: Row, measured: Row) -> Row:
+    serial_s, fused_s = float(serial["step_s"]), float(measured["step_s"])
+    predicted_s = float(serial["predicted_s"])
     return {
-        "serial_s": serial.wall_s,
-        "predicted_s": middle,
-        "predicted_least_s": serial.wall_s - training - max(early, moved),
-        "predicted_most_s": serial.wall_s - training - min(early, moved),
-        "fused_s": measured.wall_s,
-        "predicted_over_fused": middle / measured.wall_s,
+        "serial_s": serial_s,
+        "predicted_s": predicted_s,
+        "fused_s": fused_s,
+        "predicted_over_fused": predicted_s / fused_s,
+        "arithmetic_least_s": serial_s - float(serial["most_saved_s"]),
+        "arithmetic_most_s": serial_s - float(serial["least_saved_s"]),
+        "others_share_serial": serial["others_share"],
+        "others_share_fused": measured["others_share"],
     }
 
 

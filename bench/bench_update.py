@@ -1,6 +1,7 @@
 """How much faster is an update fused than serial, on real models, and is it as fast as predicted?
 
     python -m bench.bench_update --microbatches 2 4 8
+    python -m bench.bench_update --equal-memory --microbatches 2 4 8 --name bench_update_memory
 
 Actor and critic of the quick-start shape on two ranks of one thread each; serial 1F1B and ZB-H1
 (one model after the other), fused, and fused with the weight gradient split off, in turn in one
@@ -9,6 +10,9 @@ measured time over that of an ideal executor whose tasks take exactly as long as
 messages and bookkeeping cost. `peak_over_model`: bytes that autograd
 held at most over those of the schedule's memory model. All counts cut the same tokens, so
 `over_best_serial` compares with serial 1F1B at its own best number of micro-batches.
+`--equal-memory`: the best serial schedules that the search finds within the memory of fused with W
+(the weight gradient split off in both), and fused with W within the memory of serial 1F1B;
+`model_peak` is the most of any rank, in activations of one micro-batch.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from bench.held_bytes import HeldBytes
+from bench.ideal_executor import TASKS, replay
 from bench.ranks import Turns, run_ranks, say
 from bench.record import Row, print_table, write_result
 from rlhfuse.config import (
@@ -38,15 +43,14 @@ from rlhfuse.models.partition import partition
 from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule, Task
+from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import one_f_one_b, zb_h1
 from rlhfuse.schedules.timing import makespan
-from rlhfuse.timeline import Kind, Span
+from rlhfuse.timeline import Span
 from rlhfuse.training.records import MiniBatchPlan, SampleData
 from rlhfuse.training.update import RankTrainer
 
 CPU = torch.device("cpu")
-TASKS = (Kind.F, Kind.B, Kind.I, Kind.W)
 PLACES = {"actor": (0, 1), "critic": (1, 0)}
 LAYERS = 4
 
@@ -130,10 +134,6 @@ def problem_of(durations: Mapping[str, float], count: int, *, split: bool) -> Pr
 def variants(durations: Mapping[str, float], count: int) -> dict[str, tuple[Schedule, ...]]:
     """What is compared: the rounds of one mini-batch each."""
     whole, split = (problem_of(durations, count, split=s) for s in (False, True))
-
-    def alone(problem: Problem) -> list[Problem]:
-        return [replace(problem, pipelines=(p,)) for p in problem.pipelines]
-
     return {
         "serial 1F1B": tuple(one_f_one_b(p) for p in alone(whole)),
         "serial ZB-H1": tuple(zb_h1(p) for p in alone(split)),
@@ -142,35 +142,34 @@ def variants(durations: Mapping[str, float], count: int) -> dict[str, tuple[Sche
     }
 
 
-def replay(schedule: Schedule, spans: Sequence[Span]) -> float:
-    """Makespan of a schedule whose tasks take exactly as long as they did in one run, with free
-    messages: what the executor itself loses is the measured time beyond this."""
-    duration = {span.name: span.duration_s for span in spans if span.kind in TASKS}
-    ends: dict[Task, float] = {}
-    rows = [list(row) for row in schedule.rows]
-    free = [0.0] * len(rows)
-    while any(rows):
-        for rank, row in enumerate(rows):
-            while row:
-                source = _input_of(schedule, row[0])
-                if source and not any(task in ends for task in source):
-                    break
-                ready = max((ends[task] for task in source if task in ends), default=0.0)
-                task = row.pop(0)
-                free[rank] = max(free[rank], ready) + duration[str(task)]
-                ends[task] = free[rank]
-    return max(free)
+def at_equal_memory(durations: Mapping[str, float], count: int) -> dict[str, tuple[Schedule, ...]]:
+    """As `variants`: fused against serial with the same room for activations, both searched."""
+    whole, split = (problem_of(durations, count, split=s) for s in (False, True))
+
+    def searched(problem: Problem, cap: float | None) -> Schedule:
+        return fuse(problem, memory_cap=cap, iterations=400, split_weight=True)
+
+    plain = tuple(one_f_one_b(p) for p in alone(whole))
+    free = searched(split, None)
+    return {
+        "serial 1F1B": plain,
+        "serial, memory of fused with W": tuple(
+            searched(p, max(peak_memory(free))) for p in alone(split)
+        ),
+        "fused with W": (free,),
+        "serial, memory of 1F1B": tuple(searched(p, model_peak(plain)) for p in alone(split)),
+        "fused with W, memory of 1F1B": (searched(split, model_peak(plain)),),
+    }
 
 
-def _input_of(schedule: Schedule, task: Task) -> tuple[Task, ...]:
-    """The tasks one of which makes the input of `task`."""
-    last = schedule.problem.pipeline(task.pipeline).num_stages - 1
-    if task.op is Op.F:
-        return (replace(task, pp_stage=task.pp_stage - 1),) if task.pp_stage else ()
-    if task.op is Op.W or task.pp_stage == last:
-        return (replace(task, op=Op.I if task.op is Op.W else Op.F),)
-    above = replace(task, pp_stage=task.pp_stage + 1)
-    return replace(above, op=Op.B), replace(above, op=Op.I)
+def alone(problem: Problem) -> list[Problem]:
+    """Each model for itself."""
+    return [replace(problem, pipelines=(p,)) for p in problem.pipelines]
+
+
+def model_peak(rounds: Sequence[Schedule]) -> float:
+    """The most that the memory model counts on any rank, in any round."""
+    return max(max(peak_memory(schedule)) for schedule in rounds)
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,8 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
             everyone: list[list[Span]] = [[], []]
             dist.all_gather_object(everyone, update(MiniBatchPlan(cuts, rounds)))
             seen += everyone[0] + everyone[1]
-        compared = variants(mean_durations(seen), count)
+        make = at_equal_memory if asked.equal_memory else variants
+        compared = make(mean_durations(seen), count)
         found: dict[str, list[list[Span]]] = {name: [] for name in compared}
         turns = Turns(asked.repeats, asked.limit_s / len(asked.microbatches))
         while turns.another(rank):
@@ -237,6 +237,8 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
 
         whole = cut(samples, 1)
         rounds = variants(unit, 1)["serial 1F1B"]
+        if asked.equal_memory:
+            return Measured(compared, found, {}, {})
         return Measured(
             compared,
             found,
@@ -269,6 +271,7 @@ def row_of(name: str, count: int, results: Sequence[Measured]) -> dict[str, floa
         "least_s": min(seconds),
         "predicted_s": sum(makespan(_with(problem, schedule)) for schedule in rounds),
         "over_replayed": statistics.median(replayed),
+        "model_peak": model_peak(rounds),
         "peak_over_model": _peak_over_model(name, results) if name in results[0].peak else 0.0,
     }
 
@@ -336,6 +339,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7, help="at most")
+    parser.add_argument("--equal-memory", action="store_true")
+    parser.add_argument("--name", default="bench_update")
     parser.add_argument("--limit-s", type=float, default=120, help="of measuring, in all")
     asked = parser.parse_args()
     rows = []
@@ -346,7 +351,7 @@ def main() -> None:
             rows += [row_of(name, count, results) for name in results[0].rounds]
     table = with_ratios(rows)
     print_table(table)
-    print(write_result("bench_update", table))
+    print(write_result(asked.name, table))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def describe(run: Resolved) -> DryRun:
         workload = _workload(run, _with_lengths_of(config, metrics))
     found = predict(config, workload, run.pipelines, costs)
     cuda = config.placement.device != "cpu" and torch.cuda.is_available()
-    plan = memory_plan(config, workload, run.pipelines, cuda=cuda)
+    plan = memory_plan(config, workload, run.pipelines, cuda=cuda, reference=run.reference)
     fullest = max(plan, key=lambda device: device.total)
     wall_s = max(found.serial_timeline.end_s, found.fused_timeline.end_s)
     return DryRun(

@@ -109,7 +109,7 @@ def _measured(run: Resolved, folder: Path, given: StepCosts) -> tuple[StepCosts,
         )
         return None
     steps, metrics = [], {}
-    for row in _rows(folder / "metrics.jsonl"):
+    for row in metrics_rows(folder / "metrics.jsonl"):
         file = folder / "timeline" / f"step_{row.get('step', 0):.0f}.json"
         if "timing_s/update" in row and file.is_file():
             steps.append((row, file))
@@ -140,7 +140,7 @@ def _alike(a: Config, b: Config) -> list[tuple[str, object, object]]:
     ]
 
 
-def _rows(path: Path) -> list[Metrics]:
+def metrics_rows(path: Path) -> list[Metrics]:
     """The numbers of every line; one that was cut off by a crash is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():

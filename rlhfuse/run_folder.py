@@ -1,8 +1,9 @@
 """The folder of a run: what is written where, and checkpoints that are whole or not there.
 
 ``runs/<project>/<experiment>/``: ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
-``samples.jsonl``, ``workers.json`` (process ids), ``timeline/step_N.json``, ``report.html``,
-``checkpoints/global_step_N/`` and ``checkpoints/latest_checkpointed_iteration.txt``;
+``samples.jsonl``, ``lengths.jsonl``, ``workers.json`` (process ids), ``timeline/step_N.json``,
+``report.html``, ``checkpoints/global_step_N/`` and
+``checkpoints/latest_checkpointed_iteration.txt``;
 ``restart/step_N/``, a state newer than the last checkpoint from which the run restarts.
 """
 
@@ -52,6 +53,15 @@ class ValidationSample(msgspec.Struct, frozen=True):
     score: float
 
 
+class StepLengths(msgspec.Struct, frozen=True):
+    """Tokens of every training sample of a step, in order of their ids: for the report, and for
+    simulations of the step under other conditions."""
+
+    step: int
+    lengths: tuple[int, ...]  # responses
+    prompts: tuple[int, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """Every file of a checkpoint with its size in bytes."""
 
@@ -75,11 +85,15 @@ class Unfinished:
 class RunFolder:
     """One run's folder."""
 
-    def __init__(self, config: TrainerConfig) -> None:
-        self.path = Path(config.default_local_dir, config.project_name, config.experiment_name)
+    def __init__(self, config: TrainerConfig, path: Path | None = None) -> None:
+        """`path`: where it lies now, if it was moved."""
+        self.path = path or Path(
+            config.default_local_dir, config.project_name, config.experiment_name
+        )
         self.checkpoints = self.path / "checkpoints"
         self.restart = self.path / "restart"
         self.samples = self.path / "samples.jsonl"
+        self.lengths = self.path / "lengths.jsonl"
         self._keep = config.max_checkpoints
 
     def create(self, config_yaml: str) -> None:
@@ -100,6 +114,16 @@ class RunFolder:
         with self.samples.open("ab") as file:
             for sample in samples:
                 file.write(msgspec.json.encode(sample) + b"\n")
+
+    def add_lengths(self, row: StepLengths) -> None:
+        with self.lengths.open("ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")
+
+    def read_lengths(self) -> dict[int, StepLengths]:
+        """By step; of a step that ran twice, the last time. Raises OSError, ValueError."""
+        lines = self.lengths.read_bytes().splitlines()
+        rows = [msgspec.json.decode(line, type=StepLengths) for line in lines]
+        return {row.step: row for row in rows}
 
     # --- checkpoints -----------------------------------------------------------------------
 

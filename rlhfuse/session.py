@@ -219,7 +219,9 @@ def check_memory(run: Resolved, nodes: Sequence[NodeInfo]) -> tuple[str, ...]:
     """
     config = run.config
     cuda = config.placement.device != "cpu" and any(n.num_gpus or n.gpu_bytes for n in nodes)
-    plan = memory_plan(config, workload_of(config), run.pipelines, cuda=cuda)
+    plan = memory_plan(
+        config, workload_of(config), run.pipelines, cuda=cuda, reference=run.reference
+    )
     return check_room(plan, _homes(config, nodes), cuda=cuda)
 
 

@@ -24,6 +24,7 @@ from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
 from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, training_sampling
+from rlhfuse.run_folder import StepLengths
 from rlhfuse.saving import Saver
 from rlhfuse.schedules.online import OnlineScheduler
 from rlhfuse.session import Session
@@ -286,7 +287,12 @@ class Trainer:
         metrics["fault/tokens_prefilled_again"] = float(rollout.tokens_prefilled_again)
         metrics.update(self.saver.take_metrics())
         metrics.update(self.audit(metrics, fusions))
+        metrics["fusion/serial"] = float(not (fusions.inter_stage or fusions.intra_stage))
         self.session.loggers.log(step, metrics)
+        ordered = sorted(rollout.records, key=lambda r: r.sample_id)
+        responses = tuple(len(r.response_ids) for r in ordered)
+        prompts = tuple(len(r.prompt) for r in ordered)
+        self.session.folder.add_lengths(StepLengths(step, responses, prompts))
         result = StepResult(
             step=step,
             tokens=digest_of([r.tokens.response for r in rollout.records]),

@@ -70,6 +70,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rollout.loop",
         "batches",
         "run_costs",
+        "run_what_if",
         "dry_run",
         "session",
         "saving",

@@ -74,6 +74,8 @@ def profile(
             names = _field_names(map_name) if map_name is not None else None
             trace = _open(paths, names, quiet=as_json)
             found = _explain(trace, trace.pick(step), critic_scale, critic, no_what_if)
+            if not no_what_if:
+                found = _simulated(paths, found)
             failed = _failed(fail_if, found.summary)
             outputs = _Outputs(html, csv, perfetto, plot, costs)
             outputs.write(trace, found, _title(paths))
@@ -151,6 +153,32 @@ def _explain(
 
     given = _critic(Path(critic)) if critic is not None else None
     return explain_step(trace, step, critic_scale=None if no_what_if else scale, critic=given)
+
+
+def _simulated(paths: Sequence[str], found: "Explained") -> "Explained":
+    """With the simulation of one of our own steps under the other fusions, where its run folder
+    holds what that takes; else with the reason, or, of others' traces, as it is."""
+    folder, summary = Path(paths[0]), found.summary
+    if len(paths) > 1 or not (folder / "config.yaml").is_file() or summary.step is None:
+        return found
+    import dataclasses
+
+    import msgspec
+
+    from rlhfuse.run_what_if import simulated_what_if
+
+    what, told = [], ""
+    try:
+        simulated, told = simulated_what_if(folder, summary.step)
+        what = [simulated]
+    except (ValueError, KeyError) as error:
+        told = f"no simulation of this step with other fusions: {error}"
+    return dataclasses.replace(
+        found,
+        summary=msgspec.structs.replace(
+            summary, what_if=[*summary.what_if, *what], warnings=[*summary.warnings, told]
+        ),
+    )
 
 
 def _critic(path: Path) -> "Pipeline":

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.profiler import record_function
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhfuse.megatron.call import Call
@@ -20,7 +19,7 @@ from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.clock import Clock, Mark, clock_of
 from rlhfuse.training.exchange import Exchange, Form, Links
-from rlhfuse.training.executor import StepFailed, publish_failure
+from rlhfuse.training.executor import StepFailed, publish_failure, task_label
 from rlhfuse.training.links import RowPlan, Step, plan_row
 
 logger = logging.getLogger(__name__)
@@ -167,7 +166,7 @@ def _end(turns: Turns, name: str, run: ModelRun) -> list[Any]:
 def _run_step(step: Step, run: ModelRun, exchange: Exchange, recorder: Recorder | None) -> None:
     received = None if step.receives is None else exchange.receive(step.receives)
     start = None if recorder is None else recorder.clock.mark()
-    with record_function(f"PP:{step.task}"):
+    with task_label(step.task):
         result = run.compute(step.task, received)
     if recorder is not None and start is not None:
         recorder.marks.append((step.task, start, recorder.clock.mark()))
@@ -176,6 +175,7 @@ def _run_step(step: Step, run: ModelRun, exchange: Exchange, recorder: Recorder 
             raise ValueError(f"{step.task} made nothing to send: does its output need a gradient?")
         exchange.send(step.sends, result)
         run.sent(step.task)
+    exchange.refill()
 
 
 def recorder_for(device: torch.device) -> Recorder:

@@ -170,6 +170,29 @@ def fit_step_costs(
     )
 
 
+def other_fusions(
+    config: Config,
+    workload: Workload,
+    pipelines: Mapping[str, StagePlacement],
+    ran: Config,
+    measured: MeasuredStep,
+    previous: StepCosts,
+    *,
+    step: int,
+) -> tuple[float, float]:
+    """What a measured step would have taken with the fusions of `config` instead of those of
+    `ran`: seconds saved, and the simulation of what ran over what was measured.
+
+    The costs are the step's own, the samples the same; the scheduler that runs such steps
+    simulates both, and the search that orders their updates orders both. What the simulation
+    misses is assumed to stay as it was.
+    """
+    costs = fit_step_costs(config, [measured], previous, "the step")
+    before, _ = predict_one(ran, workload, pipelines, costs, step=step)
+    after, _ = predict_one(config, workload, pipelines, costs, step=step)
+    return before.step - after.step, before.step / measured.timeline.wall_s
+
+
 def _round_times(timeline: Timeline) -> list[tuple[float, float]]:
     """(first task's start, last task's end) of every mini-batch, in order."""
     found: dict[int, tuple[float, float]] = {}

@@ -63,12 +63,14 @@ def memory_plan(
     pipelines: Mapping[str, StagePlacement],
     *,
     cuda: bool,
+    reference: Mapping[str, StagePlacement] | None = None,
 ) -> tuple[DeviceMemory, ...]:
-    """One for each device. `cuda`: whether they are GPUs."""
+    """One for each device. `cuda`: whether they are GPUs. `reference`: its forward-only pipelines
+    beside the actor's, if any: those stages are held in addition to the scorers' whole models."""
     narrow = config.placement.dtype == "bfloat16" or (cuda and config.placement.dtype == "auto")
     size = 2 if narrow else 4
     return tuple(
-        _device(config, workload, pipelines, device, size, cuda=cuda)
+        _device(config, workload, pipelines, reference or {}, device, size, cuda=cuda)
         for device in range(config.placement.num_devices)
     )
 
@@ -82,6 +84,7 @@ def _device(
     config: Config,
     workload: Workload,
     pipelines: Mapping[str, StagePlacement],
+    reference: Mapping[str, StagePlacement],
     device: int,
     size: int,
     *,
@@ -102,6 +105,10 @@ def _device(
         optimizer += trained * (MOMENT_BYTES + (MASTER_BYTES if size < 4 else 0)) // shards
         replica = len(replicas(pipelines, role))
         training += _activations(workload, model, shape, placed, stage, replica) * size
+    for placed in reference.values():
+        for stage in (s for s, home in enumerate(placed.ranks) if home == device):
+            found, numbers = _forward_only(config, workload, placed, stage)
+            weights, training = weights + found * size, training + numbers * size
     keys_and_values = workload.models["actor"].cache_values()
     return DeviceMemory(
         held={
@@ -198,6 +205,21 @@ def _activations(
     if stage == len(placed.ranks) - 1 and shape is workload.models["actor"]:
         numbers += max(tokens, shape.hidden_size) * shape.vocab_size
     return numbers
+
+
+def _forward_only(
+    config: Config, workload: Workload, placed: StagePlacement, stage: int
+) -> tuple[int, float]:
+    """Parameters of a stage of the reference, and the numbers of its one micro-batch at a time:
+    a layer's, and the logits at the end."""
+    shape, model = workload.models["reference"], config.actor
+    count = model.num_microbatches or max(
+        1, -(-int(workload.tokens_per_minibatch) // model.ppo_max_token_len_per_gpu)
+    )
+    last = stage == len(placed.ranks) - 1
+    numbers = KEPT_VALUES * shape.hidden_size + (shape.vocab_size if last else 0)
+    found = stage_parameters(shape, placed, stage, scalar_head=False)
+    return found, numbers * workload.tokens_per_minibatch / count
 
 
 def _scoring(config: Config, workload: Workload) -> float:

@@ -56,7 +56,7 @@ class Channels:
         self._warm_up(pipelines)
 
     def open(self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes) -> None:
-        """Get ready for the messages of one schedule: post the first receive of each channel."""
+        """Get ready for the messages of one schedule: post the first receives of each channel."""
         assert self._exchange is None, "a schedule is still running"
         self._shapes = shapes
         links = Links(self._device, self._peer, self._group, self._form)
@@ -69,6 +69,10 @@ class Channels:
     def send(self, message: Message, tensor: torch.Tensor) -> None:
         """See `Exchange`."""
         self._opened.send(message, tensor)
+
+    def refill(self) -> None:
+        """See `Exchange`."""
+        self._opened.refill()
 
     def drain(self) -> None:
         """See `Exchange`. Another schedule may follow."""

@@ -1,16 +1,16 @@
 """One rank's messages while it runs one schedule: receives posted ahead, sends that do not block.
 
 Order alone says which message is which, so each flow of a pipeline has a process group of its own
-(NCCL knows no tags). A receive is posted one message ahead on each channel; a send's buffer is kept
-until it is complete, and a second one on its channel first waits for it. Where only the sender
-knows a message's shape, a header is posted ahead instead, the body when it is asked for, and two
-sends may be open: a rank then blocks exactly where it does with shapes that are known, so one proof
+(NCCL knows no tags). Two receives are posted on each channel; `refill` fills the place of one that
+was taken, when nobody waits for this rank. A send's buffer is kept until it is complete, and a
+second one on its channel first waits for it. Where only the sender knows a message's shape, one
+header is posted ahead instead, the body when it is asked for, and two sends may be open: a rank
+then blocks no earlier than with one receive posted ahead, so one proof
 (`rlhfuse.schedules.timing.check_channels`) holds for both.
 """
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from rlhfuse.training.links import Channel, Message
 
 HEADER = 8
 """Numbers in a header: the number of dimensions, then each."""
+_AHEAD = 2
 
 
 class PeerLost(RuntimeError):
@@ -52,7 +53,7 @@ class _Receiving:
     """A channel's receiving end: what is still to come, what is posted, what has arrived."""
 
     coming: deque[Message]
-    posted: tuple[Message, torch.Tensor, dist.Work] | None = None
+    posted: deque[tuple[Message, torch.Tensor, dist.Work]] = field(default_factory=deque)
     arrived: dict[Message, torch.Tensor] = field(default_factory=dict)
 
 
@@ -60,13 +61,14 @@ class Exchange:
     """All channels of one rank, for one schedule."""
 
     def __init__(self, links: Links, expected: Mapping[Channel, Iterable[Message]]) -> None:
-        """Posts the first receive of each channel. `expected`: all that comes here."""
+        """Posts the first receives of each channel. `expected`: all that comes here."""
         self._links = links
+        self._ends: dict[tuple[Channel, int], tuple[dist.ProcessGroup, int]] = {}
         self._receiving = {way: _Receiving(deque(order)) for way, order in expected.items()}
         self._sending: dict[Channel, deque[list[tuple[dist.Work, torch.Tensor]]]] = {}
         self._handed: dict[Message, torch.Tensor] = {}
-        for receiving in self._receiving.values():
-            self._post(receiving)
+        self._short = list(self._receiving.values())  # with fewer receives posted than may be
+        self.refill()
 
     def receive(self, message: Message) -> torch.Tensor:
         """The tensor that `message` carries; blocks until it is here (CUDA: queues the wait).
@@ -79,12 +81,25 @@ class Exchange:
         receiving = self._receiving[message.channel]
         # With several stages on a rank, the sender's order need not be the receiver's.
         while message not in receiving.arrived:
-            assert receiving.posted is not None, f"{message} is not among those to come"
-            first, buffer, work = receiving.posted
-            _wait(work, f"waiting for {first}")
-            receiving.arrived[first] = self._body(first, buffer)
-            self._post(receiving)
+            if not receiving.posted:
+                self.refill()
+            assert receiving.posted, f"{message} is not among those to come"
+            first, buffer, work = receiving.posted.popleft()
+            _wait(work, "waiting for", first)
+            tensor = self._body(first, buffer)
+            self._short.append(receiving)
+            if first == message:
+                return tensor
+            receiving.arrived[first] = tensor
         return receiving.arrived.pop(message)
+
+    def refill(self) -> None:
+        """Post receives in the place of those that were taken. To be called once a task's result
+        is on its way: until then, others wait for this rank."""
+        while self._short:
+            receiving = self._short.pop()
+            while receiving.coming and len(receiving.posted) < self._ahead(receiving.coming[0]):
+                self._post(receiving)
 
     def send(self, message: Message, tensor: torch.Tensor) -> None:
         """Start to send, once few enough sends of the channel are open. `tensor` is kept, and must
@@ -114,21 +129,22 @@ class Exchange:
         for way, opened in self._sending.items():
             _settle(opened, 0, way)
         for way, receiving in self._receiving.items():
-            left = [receiving.posted, *receiving.arrived]
-            assert left == [None], f"{way}: {left} left over"
+            left = [*receiving.posted, *receiving.coming, *receiving.arrived]
+            assert not left, f"{way}: {left} left over"
         assert not self._handed, f"handed over and never taken: {list(self._handed)}"
 
+    def _ahead(self, message: Message) -> int:
+        """Receives posted at one time: of headers one, since a body follows each."""
+        return 1 if self._links.form(message).shape is None else _AHEAD
+
     def _post(self, receiving: _Receiving) -> None:
-        receiving.posted = None
-        if not receiving.coming:
-            return
         message = receiving.coming.popleft()
         form = self._links.form(message)
         if form.shape is None:
             buffer = torch.empty(HEADER, dtype=torch.int64, device=self._links.device)
         else:
             buffer = torch.empty(form.shape, dtype=form.dtype, device=self._links.device)
-        receiving.posted = (message, buffer, self._coming(message, buffer))
+        receiving.posted.append((message, buffer, self._coming(message, buffer)))
 
     def _body(self, message: Message, buffer: torch.Tensor) -> torch.Tensor:
         """What follows a header; the buffer itself where the shape was known."""
@@ -137,45 +153,45 @@ class Exchange:
             return buffer
         numbers = buffer.tolist()
         body = torch.empty(numbers[1 : 1 + numbers[0]], dtype=form.dtype, device=buffer.device)
-        _wait(self._coming(message, body), f"waiting for {message}")
+        _wait(self._coming(message, body), "waiting for", message)
         return body
 
     def _sent(self, message: Message, tensor: torch.Tensor) -> dist.Work:
-        way = message.channel
-        with lost_peer(f"beginning to send {message}"):  # gloo notices here, too, that it is gone
-            work = dist.isend(tensor, self._links.peer(way.target), group=self._links.group(way))
-        return _ours(work)
+        group, target = self._end(message.channel, message.channel.target)
+        try:  # gloo notices here, too, that the peer is gone
+            return group.send([tensor], target, 0)
+        except RuntimeError as error:
+            raise PeerLost(f"beginning to send {message}: {error}") from error
 
     def _coming(self, message: Message, buffer: torch.Tensor) -> dist.Work:
-        way = message.channel
-        with lost_peer(f"getting ready for {message}"):
-            work = dist.irecv(buffer, self._links.peer(way.source), group=self._links.group(way))
-        return _ours(work)
+        group, source = self._end(message.channel, message.channel.source)
+        try:
+            return group.recv([buffer], source, 0)
+        except RuntimeError as error:
+            raise PeerLost(f"getting ready for {message}: {error}") from error
 
-
-@contextlib.contextmanager
-def lost_peer(what: str) -> Iterator[None]:
-    """Failures of the backend are the peer's."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(f"{what}: {error}") from error
+    def _end(self, way: Channel, row: int) -> tuple[dist.ProcessGroup, int]:
+        """The group of a channel, and the place of `row` in it."""
+        found = self._ends.get((way, row))
+        if found is None:
+            group = self._links.group(way)
+            found = group, dist.get_group_rank(group, self._links.peer(row))
+            self._ends[way, row] = found
+        return found
 
 
 def _settle(opened: deque[list[tuple[dist.Work, torch.Tensor]]], most: int, what: object) -> None:
     while len(opened) > most:
         for work, _ in opened.popleft():
-            _wait(work, f"waiting to send {what}")
+            _wait(work, "waiting to send", what)
 
 
-def _wait(work: dist.Work, what: str) -> None:
-    with lost_peer(what):
+def _wait(work: dist.Work, what: str, of: object) -> None:
+    """Failures of the backend are the peer's."""
+    try:
         work.wait()
-
-
-def _ours(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this rank is not part of the pipeline's group"
-    return work
+    except RuntimeError as error:
+        raise PeerLost(f"{what} {of}: {error}") from error
 
 
 def _header(tensor: torch.Tensor) -> torch.Tensor:

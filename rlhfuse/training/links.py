@@ -4,9 +4,10 @@ A *channel* is one link, one pipeline and one direction of flow; it is first in,
 order in which the sender's row makes its messages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from rlhfuse.schedules.ir import Op, Schedule, Task
 
@@ -67,46 +68,67 @@ class RowPlan:
     expected: dict[Channel, tuple[Message, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """Where the result of one operation of one stage goes. `pp_stage` is the receiver's."""
+
+    channel: Channel
+    pp_stage: int
+
+    def message(self, microbatch: int) -> Message:
+        return Message(self.channel, self.pp_stage, microbatch)
+
+
+_Place = tuple[str, Op, int]  # pipeline, operation, stage
+
+
 def plan_row(schedule: Schedule, rank: int) -> RowPlan:
     """What `rank` does, and what it gets from other ranks."""
-    steps = tuple(
-        Step(index, task, _receives(schedule, task), _sends(schedule, task))
-        for index, task in enumerate(schedule.rows[rank])
-    )
+    made, needed = _links(schedule)
+    steps = []
+    for index, task in enumerate(schedule.rows[rank]):
+        place = (task.pipeline, task.op, task.pp_stage)
+        before, after = needed.get(place), made.get(place)
+        steps.append(
+            Step(
+                index,
+                task,
+                None if before is None else before.message(task.microbatch),
+                None if after is None else after.message(task.microbatch),
+            )
+        )
+    return RowPlan(tuple(steps), _expected(schedule, rank, made))
+
+
+def _links(schedule: Schedule) -> tuple[dict[_Place, _Link], dict[_Place, _Link]]:
+    """Of every place that sends, where to; of every place that receives, on which link."""
+    made: dict[_Place, _Link] = {}
+    needed: dict[_Place, _Link] = {}
+    for pipe in schedule.problem.pipelines:
+        for below, above in pairwise(range(pipe.num_stages)):
+            low, high = pipe.stages[below], pipe.stages[above]
+            up = _Link(Channel(low, high, pipe.name, Flow.ACTIVATION), above)
+            down = _Link(Channel(high, low, pipe.name, Flow.GRADIENT), below)
+            made[pipe.name, Op.F, below] = needed[pipe.name, Op.F, above] = up
+            for op in (Op.B, Op.I):
+                made[pipe.name, op, above] = needed[pipe.name, op, below] = down
+    return made, needed
+
+
+def _expected(
+    schedule: Schedule, rank: int, made: Mapping[_Place, _Link]
+) -> dict[Channel, tuple[Message, ...]]:
+    """Messages from other ranks, per channel in the order of their making."""
+    arriving = {
+        place: link
+        for place, link in made.items()
+        if link.channel.target == rank and link.channel.source != rank
+    }
     expected: dict[Channel, list[Message]] = {}
-    for message in _all_messages(schedule):
-        if message.channel.target == rank and not message.local:
-            expected.setdefault(message.channel, []).append(message)
-    return RowPlan(steps, {channel: tuple(order) for channel, order in expected.items()})
-
-
-def _all_messages(schedule: Schedule) -> Iterator[Message]:
-    for row in schedule.rows:
-        for task in row:
-            message = _sends(schedule, task)
-            if message is not None:
-                yield message
-
-
-def _sends(schedule: Schedule, task: Task) -> Message | None:
-    stages = schedule.problem.pipeline(task.pipeline).stages
-    if task.op is Op.F and task.pp_stage + 1 < len(stages):
-        flow, receiver = Flow.ACTIVATION, task.pp_stage + 1
-    elif task.op in (Op.B, Op.I) and task.pp_stage > 0:
-        flow, receiver = Flow.GRADIENT, task.pp_stage - 1
-    else:
-        return None
-    way = Channel(stages[task.pp_stage], stages[receiver], task.pipeline, flow)
-    return Message(way, receiver, task.microbatch)
-
-
-def _receives(schedule: Schedule, task: Task) -> Message | None:
-    stages = schedule.problem.pipeline(task.pipeline).stages
-    if task.op is Op.F and task.pp_stage > 0:
-        flow, sender = Flow.ACTIVATION, task.pp_stage - 1
-    elif task.op in (Op.B, Op.I) and task.pp_stage + 1 < len(stages):
-        flow, sender = Flow.GRADIENT, task.pp_stage + 1
-    else:
-        return None
-    way = Channel(stages[sender], stages[task.pp_stage], task.pipeline, flow)
-    return Message(way, task.pp_stage, task.microbatch)
+    orders = {p: expected.setdefault(link.channel, []) for p, link in arriving.items()}
+    for source in {link.channel.source for link in arriving.values()}:
+        for task in schedule.rows[source]:
+            place = (task.pipeline, task.op, task.pp_stage)
+            if place in arriving:
+                orders[place].append(arriving[place].message(task.microbatch))
+    return {channel: tuple(order) for channel, order in expected.items() if order}

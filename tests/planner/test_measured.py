@@ -17,6 +17,7 @@ from rlhfuse.planner.measured import (
     MeasuredStep,
     StepCosts,
     fit_step_costs,
+    other_fusions,
     predict,
     predict_one,
     without_fusion,
@@ -88,3 +89,16 @@ def test_costs_are_found_again_from_a_predicted_step(serial: bool) -> None:
     again, _ = predict_one(config, workload, PIPELINES, fitted, step=1)
     assert again.training == pytest.approx(seconds.training, rel=0.03)
     assert again.other == pytest.approx(seconds.other)
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_the_other_way_to_run_a_step_is_foretold_from_its_timeline(serial: bool) -> None:
+    off, workload = without_fusion(CONFIG), _workload()
+    ran, other = (off, CONFIG) if serial else (CONFIG, off)
+    seconds, timeline = predict_one(ran, workload, PIPELINES, TRUE, step=1)
+    truth, _ = predict_one(other, workload, PIPELINES, TRUE, step=1)
+    step = MeasuredStep(timeline, workload.tokens, seconds.training, seconds.other)
+    wrong = StepCosts(TRUE.rollout, TRUE.stages, 9.0, 9.0, 9.0, "wrong")
+    saved_s, simulated = other_fusions(other, workload, PIPELINES, ran, step, wrong, step=1)
+    assert seconds.step - saved_s == pytest.approx(truth.step, rel=0.03)
+    assert simulated == pytest.approx(1.0, rel=0.03)

@@ -50,6 +50,20 @@ def _seats(count: int, memory: int, free: int = 1 << 50, gpu: int = 0) -> list[S
     return [Seat(node, index, None) for index in range(count)]
 
 
+def test_a_reference_beside_the_actor_adds_its_stages(config: Config) -> None:
+    """Exactly their weights, each on its own device, whatever the scorers hold."""
+    config = replace(config, actor=replace(config.actor, use_kl_loss=True))
+    workload = workload_of(config)
+    shape = workload.models["reference"]
+    placed = StagePlacement((1, 0), ((0, 2), (2, 4)))
+    without = memory_plan(config, workload, {}, cuda=False)
+    beside = memory_plan(config, workload, {}, cuda=False, reference={"reference": placed})
+    for stage, device in enumerate(placed.ranks):
+        more = beside[device].held["weights"] - without[device].held["weights"]
+        assert more == 4 * stage_parameters(shape, placed, stage, scalar_head=False)
+        assert beside[device].turns["training"] > without[device].turns["training"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head", list(Head))

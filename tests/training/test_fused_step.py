@@ -15,12 +15,14 @@ from tests.training.ranks import run_ranks
 
 WIDTH, ROWS, COUNT = 24, 20, 3
 Weights = dict[str, torch.Tensor]
+Loss = Callable[[int, torch.Tensor], torch.Tensor]
 
 
-def stages(seed: int) -> list[nn.Module]:
+def stages(seed: int, count: int = 2) -> list[nn.Module]:
     torch.manual_seed(seed)
     return [
-        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)) for _ in range(2)
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        for _ in range(count)
     ]
 
 
@@ -29,11 +31,36 @@ def rows(seed: int) -> list[torch.Tensor]:
     return [torch.randn(ROWS + m, WIDTH, generator=generator) for m in range(COUNT)]
 
 
-def mean_square(targets: list[torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+def mean_square(targets: list[torch.Tensor]) -> Loss:
     return lambda microbatch, out: functional.mse_loss(out, targets[microbatch]) / COUNT
 
 
-def batch(inputs: list[torch.Tensor], finish: Callable[[int, torch.Tensor], torch.Tensor]) -> Batch:
+def preferred(_: list[torch.Tensor]) -> Loss:
+    """A reward model's: the first half of the rows is chosen over the second."""
+
+    def loss(_: int, out: torch.Tensor) -> torch.Tensor:
+        half = len(out) // 2
+        return -functional.logsigmoid(out[:half, 0] - out[half : 2 * half, 0]).mean() / COUNT
+
+    return loss
+
+
+def next_tokens(targets: list[torch.Tensor]) -> Loss:
+    """A draft head's: the actor's tokens, from hidden states that the actor had."""
+    return lambda microbatch, out: (
+        functional.cross_entropy(out, targets[microbatch].argmax(dim=1)) / COUNT
+    )
+
+
+# What is trained beside a first policy of two stages on ranks 0 and 1: ranks, loss, W split off.
+BESIDE = {
+    "a second policy": ((1, 0), mean_square, False),
+    "a reward model": ((1, 0), preferred, True),
+    "a draft head": ((1,), next_tokens, False),
+}
+
+
+def batch(inputs: list[torch.Tensor], finish: Loss) -> Batch:
     return Batch([tuple(x.shape) for x in inputs], lambda microbatch: inputs[microbatch], finish)
 
 
@@ -41,17 +68,18 @@ def adam(modules: list[nn.Module]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for m in modules for p in m.parameters()], lr=1e-2)
 
 
-def plain(seed: int, steps: int, clip: float) -> tuple[Weights, list[list[float]]]:
+def plain(
+    seed: int, steps: int, clip: float, count: int, make: Callable[[list[torch.Tensor]], Loss]
+) -> tuple[Weights, list[list[float]]]:
     """One model alone: its weights after `steps`, and every loss."""
-    modules = stages(seed)
+    modules = stages(seed, count)
     optimizer = adam(modules)
     losses = []
     for step in range(steps):
         inputs, targets = rows(10 * seed + step), rows(100 + 10 * seed + step)
         found = []
         for microbatch in range(COUNT):
-            out = modules[1](modules[0](inputs[microbatch]))
-            loss = mean_square(targets)(microbatch, out)
+            loss = make(targets)(microbatch, nn.Sequential(*modules)(inputs[microbatch]))
             loss.backward()
             found.append(float(loss.detach()))
         nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], clip)
@@ -69,36 +97,38 @@ def named(modules: list[nn.Module]) -> Weights:
     }
 
 
-def problem(*, second_forward_only: bool = False) -> Problem:
+def problem(*, second_forward_only: bool = False, second: tuple[int, ...] = (1, 0)) -> Problem:
     backward = 0 if second_forward_only else 2
     weight = 0 if second_forward_only else 1
     return Problem(
         2,
         (
             Pipeline.make("one", (0, 1), COUNT, 1, 2, weight=1),
-            Pipeline.make("two", (1, 0), COUNT, 1, backward, weight=weight),
+            Pipeline.make("two", second, COUNT, 1, backward, weight=weight),
         ),
     )
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_two_policies_train_together_as_each_alone(split: bool) -> None:
-    schedule = fuse(problem(), iterations=20, split_weight=split)
+@pytest.mark.parametrize("beside", BESIDE)
+def test_two_models_train_together_as_each_alone(beside: str) -> None:
+    second, finish, split = BESIDE[beside]
+    schedule = fuse(problem(second=second), iterations=20, split_weight=split)
+    both = (("one", 1, (0, 1), mean_square), ("two", 2, second, finish))
     assert schedule.problem.num_ranks == 2
 
     def run(rank: int) -> tuple[dict[str, Weights], list[dict[str, Result]]]:
         models = []
-        for name, seed, ranks in (("one", 1, (0, 1)), ("two", 2, (1, 0))):
-            mine = {s: stages(seed)[s] for s in range(2) if ranks[s] == rank}
-            models.append(
-                Model(name, ranks, mine, adam(list(mine.values())), 0.3, split_weight=split)
-            )
+        for name, seed, ranks, _ in both:
+            made = stages(seed, len(ranks))
+            mine = {s: made[s] for s, home in enumerate(ranks) if home == rank}
+            optimizer = adam(list(mine.values())) if mine else None
+            models.append(Model(name, ranks, mine, optimizer, 0.3, split_weight=split))
         step = FusedStep(models, rank=rank, device=torch.device("cpu"), dtype=torch.float32)
         results = []
         for number in range(2):
             data = {
-                name: batch(rows(10 * seed + number), mean_square(rows(100 + 10 * seed + number)))
-                for name, seed in (("one", 1), ("two", 2))
+                name: batch(rows(10 * seed + number), make(rows(100 + 10 * seed + number)))
+                for name, seed, _, make in both
             }
             results.append(step.update(data, schedule))
         held = {
@@ -113,8 +143,9 @@ def test_two_policies_train_together_as_each_alone(split: bool) -> None:
         return held, results
 
     per_rank = run_ranks(2, run)
-    for name, seed, last in (("one", 1, 1), ("two", 2, 0)):
-        weights, losses = plain(seed, 2, 0.3)
+    for name, seed, ranks, make in both:
+        last = ranks[-1]
+        weights, losses = plain(seed, 2, 0.3, len(ranks), make)
         held = {k: v for part in per_rank for k, v in part[0][name].items()}
         assert set(held) == set(weights)
         for key, expected in weights.items():
