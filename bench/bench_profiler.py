@@ -60,14 +60,18 @@ def primus() -> list[Row]:
 
 
 def truth() -> list[Row]:
-    """Jitter, skew and drift: errors of clocks (of a forward task) and of causes (of the wall)."""
+    """Jitter, skew and drift: errors of clocks (of a forward task) and of causes (of the wall).
+
+    Replicas that meet once, at the end of the step, cannot tell how their clocks drift apart
+    before; with `gathers` they meet at its start as well.
+    """
     rows: list[Row] = []
     for ranks in (2, 4, 8, 16):
-        for replicas in (1, 2, 4):
+        for replicas, gathers in ((1, False), (2, False), (2, True), (4, False), (4, True)):
             clock_errors, cause_errors = [], []
             for seed in range(3):
                 rng = random.Random(1000 * ranks + 10 * replicas + seed)
-                real = make(ranks, replicas, 4 * ranks, rng)
+                real = make(ranks, replicas, 4 * ranks, rng, gathers=gathers)
                 shown, clocks = disturbed(real, rng)
                 _, summary = explain(_made(Loaded(shown)), None, critic_scale=None)
                 clock_errors.append(_clock_error(shown, clocks))
@@ -81,6 +85,7 @@ def truth() -> list[Row]:
                 {
                     "pp": ranks,
                     "dp": replicas,
+                    "gathers": gathers,
                     "microbatches": 4 * ranks,
                     "clock_error_of_task": max(clock_errors),
                     "largest_cause_error_of_wall": max(cause_errors),

@@ -10,6 +10,7 @@ from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.timeline import ArgValue, Kind, Span, Timeline
 
 FORWARD_S, BACKWARD_S, LATENCY_S, SYNC_S = 0.010, 0.020, 0.0005, 0.015
+GATHER_S = 0.005
 
 
 @dataclass(slots=True)
@@ -29,8 +30,11 @@ class Truth:
         return max(span.end_s for span in self.spans)
 
 
-def make(ranks: int, replicas: int, microbatches: int, rng: random.Random) -> Truth:
-    """One 1F1B step of `replicas` pipelines of `ranks` stages, then an all-reduce per stage.
+def make(
+    ranks: int, replicas: int, microbatches: int, rng: random.Random, *, gathers: bool = False
+) -> Truth:
+    """One 1F1B step of `replicas` pipelines of `ranks` stages, then an all-reduce per stage;
+    `gathers`: before it, replicas gather their parameters, as with sharded optimizer states.
 
     Tasks jitter by 10 %, messages by 20 %, one task in twenty starts 2 ms late for no reason but
     its host; one replica is 8 % slower than the others.
@@ -41,7 +45,7 @@ def make(ranks: int, replicas: int, microbatches: int, rng: random.Random) -> Tr
         slow = 1.08 if replica == 1 else 1.0
         pipe = Pipeline.make(f"m{replica}", list(range(ranks)), microbatches, 1.0, 2.0)
         rows = one_f_one_b(Problem(ranks, (pipe,))).rows
-        done = _run(truth, rows, replica * ranks, slow, rng)
+        done = _run(truth, rows, replica * ranks, slow, rng, GATHER_S if gathers else 0.0)
         ends.update(done)
     _finish(truth, ranks, replicas, ends)
     return truth
@@ -53,11 +57,17 @@ def _run(
     first_rank: int,
     slow: float,
     rng: random.Random,
+    gather_s: float,
 ) -> dict[int, float]:
     """Run the rows; when each rank was done."""
     ended: dict[Task, float] = {}
     at = [0] * len(rows)
-    free = [0.0] * len(rows)
+    free = [gather_s] * len(rows)
+    for r in range(len(rows) if gather_s else 0):
+        lane = f"rank{first_rank + r}"
+        args: dict[str, ArgValue] = {"what": "dp_sync", "collective": f"parameters {r}"}
+        truth.spans.append(Span(lane, 0.0, gather_s, Kind.TRANSFER, "all-gather", args))
+        truth.add(lane, Cause.DP_SYNC, gather_s)
     while any(at[r] < len(row) for r, row in enumerate(rows)):
         for r, row in enumerate(rows):
             while at[r] < len(row):

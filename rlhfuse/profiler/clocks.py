@@ -15,19 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhfuse.profiler.arrays import Floats
+from rlhfuse.profiler.joint_clocks import USUAL_DRIFT, Points, Shift, refined
 from rlhfuse.profiler.rounds import TRAINING_KINDS, find_rounds, parse_task, remote_inputs
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.transfers import Meeting, meetings, named_collectives
 from rlhfuse.timeline import Kind, Timeline
 
 _IMPOSSIBLE = 0.05  # a task that begins this share of its time before its input is there
-_USUAL_DRIFT = 1e-4  # seconds a second: what crystals stay below
 _WAITED = 0.02  # of a task: idle for longer than this, it waited for its input
 _FEWEST = 3  # messages that were waited for, each way
 _SIGNIFICANT_S = 1e-4
-# A message: when it was used, by how much it came too early, and whether it was waited for.
-Points = list[tuple[float, float, bool]]
-Shift = tuple[float, float]  # seconds to add at the timeline's start, and per second after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +56,10 @@ def align(timeline: Timeline | SpanTable) -> Aligned:
     pairs, _ = meetings(named_collectives(aligned))
     aligned, between = _together(aligned, pairs, roots)
     shifts = {x: (s + between.get(roots[x], 0.0), slope) for x, (s, slope) in shifts.items()}
+    if pairs and len(set(roots.values())) > 1:
+        more = refined(aligned, _slacks(aligned)[0], pairs)
+        aligned = _moved(aligned, more)
+        shifts = {x: (s + more[x][0], slope + more[x][1]) for x, (s, slope) in shifts.items()}
     _, left, _ = _slacks(aligned)
     most = max((abs(offset) for offset, _ in shifts.values()), default=0.0)
     drift = max((abs(slope) for _, slope in shifts.values()), default=0.0)
@@ -178,7 +179,7 @@ def _fitted(start: tuple[float, float], times: Floats, slack: Floats, sign: Floa
     `start` being the offset and the latency there, and keeps what is near.
     """
     found = np.array([start[0], 0.0, start[1]])
-    reach = max(start[1], 1e-6) + _USUAL_DRIFT * float(np.ptp(times))
+    reach = max(start[1], 1e-6) + USUAL_DRIFT * float(np.ptp(times))
     for _ in range(6):
         off = np.abs(slack - found[2] - sign * (found[0] + found[1] * times))
         kept = off <= max(reach, float(off.min()))
@@ -186,7 +187,7 @@ def _fitted(start: tuple[float, float], times: Floats, slack: Floats, sign: Floa
         rows = np.stack([sign[kept], sign[kept] * times[kept], np.ones(int(kept.sum()))], axis=1)
         # Drift is small unless the messages say otherwise, louder than they scatter; and without
         # messages of both ways, nothing tells offset and latency apart.
-        prior = np.diag([0.0, scale / _USUAL_DRIFT, scale / max(start[1], 1e-6)])
+        prior = np.diag([0.0, scale / USUAL_DRIFT, scale / max(start[1], 1e-6)])
         wanted = np.append(slack[kept], prior @ np.array([0.0, 0.0, start[1]]))
         found, *_ = np.linalg.lstsq(np.concatenate([rows, prior]), wanted, rcond=None)
         reach = 3 * scale

@@ -49,9 +49,10 @@ def test_one_clock_stays_untouched() -> None:
     assert found.notes == ()
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_jitter_drift_and_late_hosts_are_seen_through(replicas: int) -> None:
-    """Two replicas exchange no messages: their collectives put them on one clock."""
+@pytest.mark.parametrize(("replicas", "drift"), [(1, 2e-5), (2, 2e-5), (2, 1e-4)])
+def test_jitter_drift_and_late_hosts_are_seen_through(replicas: int, drift: float) -> None:
+    """Two replicas exchange no messages: their collectives put them on one clock, and, if they
+    meet at the step's start and end, tell how the replicas' clocks drift apart."""
     rng = random.Random(5)
     spans: list[Span] = []
     for replica in range(replicas):
@@ -67,8 +68,12 @@ def test_jitter_drift_and_late_hosts_are_seen_through(replicas: int) -> None:
         for rank in range(8):
             args: dict[str, ArgValue] = {"what": "dp_sync", "collective": f"stage {rank % 4}"}
             spans.append(Span(f"rank{rank}", end, end + 0.01, Kind.TRANSFER, "sum", args))
+            if drift > 2e-5:
+                early: dict[str, ArgValue] = {"what": "dp_sync", "collective": f"first {rank % 4}"}
+                spans.append(Span(f"rank{rank}", -0.01, 0.0, Kind.TRANSFER, "gather", early))
     clocks = {
-        f"rank{r}": (rng.uniform(-0.2, 0.2), rng.uniform(-2e-5, 2e-5)) for r in range(4 * replicas)
+        f"rank{r}": (rng.uniform(-0.2, 0.2), rng.uniform(-drift, drift))
+        for r in range(4 * replicas)
     }
     shown = []
     for span in spans:
@@ -76,7 +81,7 @@ def test_jitter_drift_and_late_hosts_are_seen_through(replicas: int) -> None:
         a, b = (t + offset + rate * t for t in (span.start_s, span.end_s))
         shown.append(Span(span.lane, a, b, span.kind, span.name, span.args))
     found = align(Timeline(tuple(shown)))
-    first = found.timeline.begin_s
+    first = found.timeline.begin_s - min(span.start_s for span in spans)
     for span, moved in zip(spans, found.timeline.source, strict=True):
         assert moved.start_s - first == pytest.approx(span.start_s, abs=1e-4)  # 1 % of a task
     before, after = attribute(Timeline(tuple(spans))), attribute(found.timeline)
