@@ -89,7 +89,8 @@ def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: b
         }
         executor = Executor(rank, channels, runners, HostClock(), _get_default_store())
         shapes = {name: [shape] * 2 * num_ranks for name in ranks}
-        walls, overheads, stretch = [], [], []
+        walls: list[tuple[float, ...]] = []
+        overheads, stretch = [], []
         cpu_s, tasks = time.process_time(), 0
         for _ in range(repeats):
             dist.barrier()

@@ -7,6 +7,7 @@
 ``restart/step_N/``, a state newer than the last checkpoint from which the run restarts.
 """
 
+import contextlib
 import logging
 import os
 import platform
@@ -120,10 +121,14 @@ class RunFolder:
             file.write(msgspec.json.encode(row) + b"\n")
 
     def read_lengths(self) -> dict[int, StepLengths]:
-        """By step; of a step that ran twice, the last time. Raises OSError, ValueError."""
-        lines = self.lengths.read_bytes().splitlines()
-        rows = [msgspec.json.decode(line, type=StepLengths) for line in lines]
-        return {row.step: row for row in rows}
+        """By step; of a step that ran twice, the last time. A line that a crash cut off is left
+        out. Raises OSError."""
+        found = {}
+        for line in self.lengths.read_bytes().splitlines():
+            with contextlib.suppress(msgspec.DecodeError):
+                row = msgspec.json.decode(line, type=StepLengths)
+                found[row.step] = row
+        return found
 
     # --- checkpoints -----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 from rlhfuse.config import TrainerConfig
 from rlhfuse.data import StreamState
 from rlhfuse.placement import StagePlacement
-from rlhfuse.run_folder import RunFolder, TrainerState, load_state
+from rlhfuse.run_folder import RunFolder, StepLengths, TrainerState, load_state
 
 
 def _state(step: int, best_step: int = 0) -> TrainerState:
@@ -128,3 +128,15 @@ def test_a_checkpoint_that_is_being_written_does_not_exist(tmp_path: Path) -> No
     lost.discard()
     assert folder.newest() == kept
     assert not list(folder.checkpoints.glob(".*"))
+
+
+def test_lengths_of_a_step_that_ran_twice_are_the_last_and_cut_off_lines_are_left_out(
+    tmp_path: Path,
+) -> None:
+    folder = _folder(tmp_path)
+    first, again, other = (StepLengths(s, (n, 2), (3, 4)) for s, n in ((1, 5), (1, 6), (2, 7)))
+    for row in (first, other, again):
+        folder.add_lengths(row)
+    with folder.lengths.open("ab") as file:
+        file.write(b'{"step": 3, "len')
+    assert folder.read_lengths() == {1: again, 2: other}
