@@ -88,6 +88,8 @@ class Exchange:
             _wait(work, "waiting for", first)
             tensor = self._body(first, buffer)
             self._short.append(receiving)
+            if not receiving.posted:  # a send that waits must not find this rank without one
+                self.refill()
             if first == message:
                 return tensor
             receiving.arrived[first] = tensor
