@@ -227,13 +227,11 @@ def _node_is_gone(ref: "ray.ObjectRef[str]") -> bool:
 
 class _Node:
     """The Ray actor of a machine: its worker processes are forked from one that has imported
-    torch and transformers already, so that the machine pays for the imports once."""
+    torch and transformers (and, on a CPU, vLLM where it generates) already, so that the machine
+    pays for the imports once."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["rlhfuse.workers.rollout", "rlhfuse.workers.training"]
-        )
         self._lock = threading.Lock()
         self._alive: dict[str, ForkServerProcess] = {}
 
@@ -244,6 +242,8 @@ class _Node:
         """Start a worker and stay until its process ends; says how it ended."""
         process = self._context.Process(target=live, args=(encoded_spec,), daemon=True)
         with self._lock:
+            # Of effect before the first process only.
+            self._context.set_forkserver_preload(_preloaded(encoded_spec))
             process.start()
             self._alive[identity] = process
         process.join()
@@ -261,6 +261,17 @@ class _Node:
     def kill_all(self) -> None:
         for identity in list(self._alive):
             self.kill(identity)
+
+
+def _preloaded(encoded_spec: bytes) -> list[str]:
+    """Modules that a worker like this one needs."""
+    config = msgspec.msgpack.decode(encoded_spec, type=WorkerSpec).config
+    modules = ["rlhfuse.workers.rollout", "rlhfuse.workers.training"]
+    # vLLM looks at the devices when it is imported; with a GPU each process does so itself, as its
+    # driver does not like to be forked.
+    if config.rollout.engine == "vllm" and shutil.which("nvidia-smi") is None:
+        modules.append("rlhfuse.workers.with_vllm")
+    return modules
 
 
 def live(encoded_spec: bytes) -> None:

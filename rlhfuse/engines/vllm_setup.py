@@ -50,7 +50,8 @@ def prepare() -> str:
             version,
             ", ".join(TESTED_VERSIONS),
         )
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
+    quiet = _ENVIRONMENT["VLLM_LOGGING_LEVEL"]  # a worker inherits what the controller set
+    if os.environ.get("VLLM_LOGGING_LEVEL", quiet) == quiet:
         # It also speaks before it has set up its own logging, and its dispatcher of what is old.
         logging.getLogger("vllm").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")

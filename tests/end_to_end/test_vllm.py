@@ -61,11 +61,15 @@ def test_fused_serial_and_disturbed_steps_are_the_same_on_vllm(tmp_path: Path) -
         start = Trainer(session).save()
         serial = _step(session, start, fused=False)
         assert _bits(_step(session, start)) == _bits(serial)
-        killed = _step(session, start, Fault(1, m.Generate, "rollout-1", delay_s=0.15))
+        # One instance dies in generation, the other takes over and dies fetching the new weights.
+        dies = Fault(1, m.Generate, "rollout-1", delay_s=0.15)
+        fetches = Fault(2, m.PullWeights, "rollout-0", delay_s=0.002)
+        killed = _step(session, start, dies, fetches)
         assert killed.metrics["fault/samples_rescued"] > 0
         assert _bits(killed) == _bits(serial)
-        # A hung engine, once the instance that died is back.
+        # A hung engine, once the instances that died are back; then one that dies scoring.
         hangs = Fault(1, m.Generate, "rollout-0", signal.SIGSTOP, delay_s=0.15)
-        stopped = _step(session, start, hangs, together=True)
+        scores = Fault(1, m.Score, "rollout-1", delay_s=0.01)
+        stopped = _step(session, start, hangs, scores, together=True)
         assert stopped.metrics["fault/samples_rescued"] > 0
         assert _bits(stopped) == _bits(serial)
