@@ -16,6 +16,7 @@ class _Compiled(Protocol):
     def signatures(self) -> Sequence[object]: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [end_s, climbs, anneal], ids=["forecast", "climbs", "anneal"])
 def test_everything_is_compiled_at_set_up(entry: object) -> None:
     warm_up()
