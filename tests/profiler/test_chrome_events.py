@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhfuse.profiler.explain import explain
+from rlhfuse.profiler.explain import explain, explain_step
 from rlhfuse.profiler.readers.chrome_events import FieldNames
 from rlhfuse.profiler.readers.detect import open_trace
 from rlhfuse.schedules.ir import Pipeline, Problem
@@ -54,12 +54,55 @@ def test_other_names_are_mapped(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(
         json.dumps({"traceEvents": _events("batchlet", "floor", False)})
     )
-    unmapped = explain(open_trace([tmp_path]), 7)[1]
-    assert unmapped.bubble_fraction is None
+    unmapped = explain(open_trace([tmp_path]), 7, critic_scale=None)[1]
     assert any("no event says its micro-batch" in text for text in unmapped.warnings)
     names = FieldNames(microbatch=("batchlet",), stage=("floor",))
     mapped = explain(open_trace([tmp_path], names), 7, critic_scale=None)[1]
     assert mapped.bubble_fraction == pytest.approx(3 / 9)
+    assert not any("no event says" in text for text in mapped.warnings)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_order_numbers_what_nobody_did(tmp_path: Path, replicas: int) -> None:
+    """Two steps in one list with an optimizer between, no step, no micro-batch in any event."""
+    events = _events("batchlet", "stage", False)
+    for event in events:
+        if "args" in event and "ts" in event:
+            event["args"] = {"stage": int(str(event["pid"]).removeprefix("worker "))}
+    ends: list[dict[str, object]] = [
+        {"ph": "X", "name": "optimizer", "pid": f"worker {r}", "tid": 1, "ts": 7.9e7, "dur": 9e3}
+        for r in range(4)
+    ]
+    copies = [
+        {**event, "pid": f"worker {int(str(event['pid']).removeprefix('worker ')) + 4 * copy}"}
+        for event in events + ends
+        if event["ph"] != "M"
+        for copy in range(replicas)
+    ]
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": copies}))
+    found = explain_step(open_trace([tmp_path]), None, critic_scale=None)
+    assert len(found.rounds) == 2
+    for training in found.rounds:
+        assert training.problem.num_ranks == 4 * replicas
+        for rank, row in enumerate(training.schedule.rows):
+            expected = [str(task).partition(":")[2] for task in SCHEDULE.rows[rank % 4]]
+            assert [str(task).partition(":")[2] for task in row] == expected
+    assert found.summary.schedule is not None
+    assert found.summary.schedule.name.startswith("1F1B")
+
+
+@pytest.mark.parametrize(("gone", "why"), [(True, "unequal numbers"), (False, "would begin")])
+def test_an_order_that_tells_nothing_is_not_believed(tmp_path: Path, gone: bool, why: str) -> None:
+    events = [event for event in _events("batchlet", "floor", False) if event["ph"] != "M"]
+    if gone:
+        events.pop(3)
+    else:  # stages the other way round: results would be used before they are made
+        for event in events:
+            event["pid"] = f"worker {3 - int(str(event['pid']).removeprefix('worker '))}"
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events}))
+    summary = explain(open_trace([tmp_path]), 7, critic_scale=None)[1]
+    assert summary.bubble_fraction is None
+    assert why in " ".join(summary.warnings)
 
 
 def test_a_wrong_pattern_is_named(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ events are read; times are microseconds.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from rlhfuse.profiler.readers.stream import TraceStream
+from rlhfuse.profiler.readers.unnumbered import Pass, numbers
+from rlhfuse.profiler.rounds import TRAINING_KINDS
 from rlhfuse.profiler.trace import Loaded, Trace
 from rlhfuse.timeline import Kind, Span, Timeline
 
@@ -91,7 +93,7 @@ class _Row:
     name: str
     kind: Kind
     step: int | None
-    task: tuple[str, int, int, int] | None  # pipeline, chunk, stage, micro-batch
+    task: tuple[str, int, int, int] | None  # pipeline, chunk, stage, micro-batch (-1: not said)
 
 
 def open_chrome_events(paths: list[Path], names: FieldNames | None = None) -> Trace:
@@ -132,8 +134,9 @@ def _read(path: Path, names: FieldNames) -> Iterator[_Row]:
         pipeline = next((str(event.args[n]) for n in names.pipeline if n in event.args), "model")
         chunk = _argument(event.args, names.chunk) or 0
         task = None
-        if kind in (Kind.F, Kind.B, Kind.I, Kind.W) and microbatch is not None:
-            task = (_word(pipeline), chunk, rank if stage is None else stage, microbatch)
+        if kind in TRAINING_KINDS:
+            number = -1 if microbatch is None else microbatch
+            task = (_word(pipeline), chunk, rank if stage is None else stage, number)
         start_s, end_s = event.ts / 1e6, (event.ts + event.dur) / 1e6
         step = _argument(event.args, names.step)
         yield _Row(rank, start_s, end_s, event.name, kind, step, task)
@@ -217,15 +220,44 @@ def _word(text: str) -> str:
 
 def _load(rows: list[_Row]) -> Loaded:
     zero = min(row.start_s for row in rows)
+    rows, told = _numbered(rows)
     depth = 1 + max((row.task[2] for row in rows if row.task is not None), default=0)
-    spans = []
+    spans, labelled = [], False
     for row in rows:
         name = row.name
-        if row.task is not None:
+        if row.task is not None and row.task[3] >= 0:
             pipeline, chunk, stage, microbatch = row.task
             name = f"{pipeline}:{chunk * depth + stage}{row.kind.value}{microbatch}"
+            labelled = True
         lane = f"rank{row.rank}"
         spans.append(Span(lane, row.start_s - zero, row.end_s - zero, row.kind, name))
-    labelled = any(row.task is not None for row in rows)
-    told = () if labelled else ("no event says its micro-batch: no bubble fraction is given",)
+    if not labelled:
+        told = (*told, "no event says its micro-batch: no bubble fraction is given")
     return Loaded(Timeline(tuple(spans)), pipelines=labelled, warnings=told)
+
+
+def _numbered(rows: list[_Row]) -> tuple[list[_Row], tuple[str, ...]]:
+    """Rows whose micro-batches, where no event says them, are told by the order of passes."""
+    tasks = [row.task for row in rows if row.task is not None]
+    kinds = {row.kind for row in rows}
+    if any(task[3] >= 0 for task in tasks) or not {Kind.F, Kind.B} <= kinds:
+        return rows, ()
+    depth = 1 + max(task[2] for task in tasks)
+    places, passes = [], []
+    for i, row in enumerate(rows):
+        if row.task is not None or row.kind is Kind.OPTIMIZER:
+            name, chunk, stage, _ = row.task or ("", 0, 0, -1)
+            places.append(i)
+            passes.append(
+                Pass(row.rank, name, chunk * depth + stage, row.kind, row.start_s, row.end_s)
+            )
+    try:
+        found = numbers(passes)
+    except ValueError as error:
+        return rows, (f"micro-batches are not told by the order of passes: {error}",)
+    numbered = list(rows)
+    for i, (name, microbatch) in zip(places, found, strict=True):
+        task = rows[i].task
+        if task is not None:
+            numbered[i] = replace(rows[i], task=(name, task[1], task[2], microbatch))
+    return numbered, ("no event says its micro-batch: numbered by the order of passes",)

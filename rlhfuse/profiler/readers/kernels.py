@@ -7,7 +7,7 @@ submitted together (PyTorch's batched P2P, whose kernels carry no arguments of t
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from rlhfuse.profiler.arrays import Bools, Floats, Ints
 from rlhfuse.profiler.causes import CAUSE_OF_KIND, CODE, Cause
 from rlhfuse.profiler.clocks import align_meetings
 from rlhfuse.profiler.readers.batches import Batches, Launches, Record
+from rlhfuse.profiler.readers.structure import Traffic, find_tasks, windows
 from rlhfuse.profiler.table import KIND_CODE, SpanTable, stacked
 from rlhfuse.profiler.trace import Loaded
 from rlhfuse.profiler.transfers import Comm, meetings, split
@@ -57,6 +58,7 @@ class RankKernels:
     host_labels: list[Label] = field(default_factory=list)
     device_labels: list[Label] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    backward_threads: set[int] = field(default_factory=set)  # that autograd runs on
     warnings: list[str] = field(default_factory=list)
 
     def set_kernels(
@@ -110,31 +112,93 @@ def load_kernels(
         r: rank.steps[step] if step is not None else (-np.inf, np.inf) for r, rank in ranks.items()
     }
     lanes = tuple(f"rank{r}" for r in sorted(ranks))
-    tables, comms, rows, unknown = [], list[Comm](), 0, 0
-    labelled = False
+    rows_of = {r: _rows_within(rank, windows[r]) for r, rank in ranks.items()}
+    known_of = {r: _comms(rank, r, rows_of[r]) for r, rank in ranks.items()}
+    comms_of = {r: found for r, (found, _) in known_of.items()}
+    labels_of = {r: rank.host_labels if on_host else _labels(rank) for r, rank in ranks.items()}
+    labelled, told = any(_names_tasks(labels) for labels in labels_of.values()), ""
+    if not labelled and not on_host:
+        labels_of, told = _from_structure(ranks, rows_of, comms_of, labels_of)
+        labelled = any(_names_tasks(labels) for labels in labels_of.values())
+    tables, comms, rows = [], list[Comm](), 0
     for lane, r in enumerate(sorted(ranks)):
-        rank = ranks[r]
-        labels = rank.host_labels if on_host else _labels(rank)
-        labelled = labelled or any(label.kind is not Kind.OPTIMIZER for label in labels)
-        table, kept = _table(rank, labels, windows[r], lanes, lane, on_host)
-        found, missed = _comms(rank, r, kept, rows)
+        labels = [x for x in labels_of[r] if windows[r][0] <= x.start_s < windows[r][1]]
+        table = _table(ranks[r], rows_of[r], labels, lanes, lane, on_host)
         tables.append(table)
-        comms += found
+        comms += [replace(comm, row=comm.row + rows) for comm in comms_of[r]]
         rows += len(table)
-        unknown += missed
     whole = stacked(tables)
     if not len(whole):
         raise ValueError(f"{place}: step {step}: no device activity in it")
     starts = [windows[r][0] for r in ranks] if step is not None else [whole.begin_s]
     whole = whole.moved(np.full((len(whole), 2), -min(starts)))
+    unknown = sum(missed for _, missed in known_of.values())
     pairs, notes = meetings(comms)
-    whole, told = align_meetings(whole, pairs)
+    whole, moved = align_meetings(whole, pairs)
     whole = split(whole, pairs)
     known = any(pair.message for pair in pairs) and not unknown
-    notes = [*warnings, *told, *notes]
+    notes = [*warnings, *moved, *notes, *([told] if told else [])]
     if not (labelled or known):
         notes.append(_no_pipeline(ranks.values(), unknown))
     return Loaded(whole, pipelines=labelled or known, warnings=tuple(notes))
+
+
+def _rows_within(rank: RankKernels, window: tuple[float, float]) -> Ints:
+    return np.flatnonzero((rank.start_s >= window[0]) & (rank.start_s < window[1]))
+
+
+def _names_tasks(labels: Iterable[Label]) -> bool:
+    return any(label.kind is not Kind.OPTIMIZER for label in labels)
+
+
+def _from_structure(
+    ranks: Mapping[int, RankKernels],
+    rows_of: Mapping[int, Ints],
+    comms_of: Mapping[int, list[Comm]],
+    labels_of: Mapping[int, list[Label]],
+) -> tuple[dict[int, list[Label]], str]:
+    """Labels for tasks that kernels and messages tell, beside those there are; and what to say."""
+    if not any(comm.peers for comms in comms_of.values() for comm in comms):
+        return dict(labels_of), ""
+    traffic = {r: _traffic(rank, rows_of[r], comms_of[r]) for r, rank in ranks.items()}
+    labels = {r: list(mine) for r, mine in labels_of.items()}
+    try:
+        cuts = {r: [x.end_s for x in mine] for r, mine in labels.items()}
+        for window in windows(cuts):
+            parts = {r: mine.within(*window[r]) for r, mine in traffic.items()}
+            if not any(len(part.peer) for part in parts.values()):
+                continue
+            for r, found in find_tasks(parts).items():
+                labels[r] += [Label(x.kind, str(x), x.start_s, x.end_s, -1) for x in found]
+    except ValueError as error:
+        return dict(labels_of), f"the schedule is not told by messages and kernels: {error}"
+    return labels, (
+        "no labels: forward and backward passes were told by the kernels' launching threads and "
+        "the messages between them, and explain every message"
+    )
+
+
+def _traffic(rank: RankKernels, kept: Ints, comms: Sequence[Comm]) -> Traffic:
+    """The rank's chosen kernels that compute, and its messages."""
+    _, threads = rank.launches.of(rank.correlation[kept])
+    computes = ~rank.moves[kept] & (threads >= 0)
+    order = np.argsort(rank.start_s[kept], kind="stable")
+    order = order[computes[order]]
+    said = [
+        (peer, sends, rank.start_s[kept[comm.row]], rank.end_s[kept[comm.row]])
+        for comm in comms
+        for peer, sends in comm.peers
+    ]
+    peer, sends, first_s, last_s = np.array(said, dtype=np.float64).reshape(-1, 4).T
+    return Traffic(
+        rank.start_s[kept][order],
+        rank.end_s[kept][order],
+        np.isin(threads, list(rank.backward_threads))[order],
+        peer.astype(np.int64),
+        sends > 0,
+        first_s,
+        last_s,
+    )
 
 
 def _labels(rank: RankKernels) -> list[Label]:
@@ -153,15 +217,13 @@ def _labels(rank: RankKernels) -> list[Label]:
 
 def _table(
     rank: RankKernels,
+    kept: Ints,
     labels: list[Label],
-    window: tuple[float, float],
     lanes: tuple[str, ...],
     lane: int,
     on_host: bool,
-) -> tuple[SpanTable, Ints]:
-    """The rank's rows within the window, and which kernels its first rows are."""
-    kept = np.flatnonzero((rank.start_s >= window[0]) & (rank.start_s < window[1]))
-    mine = [label for label in labels if window[0] <= label.start_s < window[1]]
+) -> SpanTable:
+    """The rank's rows: first its chosen kernels, then its labels."""
     kinds = np.where(rank.moves[kept], KIND_CODE[Kind.TRANSFER], KIND_CODE[Kind.COMPUTE])
     table = SpanTable.build(
         lanes,
@@ -173,19 +235,19 @@ def _table(
         rank.name[kept],
     )
     _mark_syncs(table, rank, kept)
-    if not mine:
-        return table, kept
-    marked = _label_table(mine, lanes, lane)
+    if not labels:
+        return table
+    marked = _label_table(labels, lanes, lane)
     if not on_host:
         # What computes inside a label is its work; the rest of the label is a gap in it.
-        _mark(table, mine)
+        _mark(table, labels)
         count = len(marked)
         marked = replace(
             marked,
             cause=np.full(count, CODE[Cause.HOST_GAP], dtype=np.int8),
             rank=np.zeros(count, dtype=np.int8),
         )
-    return stacked([table, marked]), kept
+    return stacked([table, marked])
 
 
 def _mark_syncs(table: SpanTable, rank: RankKernels, kept: Ints) -> None:
@@ -218,9 +280,10 @@ def _mark(table: SpanTable, labels: list[Label]) -> None:
         table.cause[rows[computes[rows]]] = CODE[CAUSE_OF_KIND[label.kind]]
 
 
-def _comms(rank: RankKernels, number: int, kept: Ints, offset: int) -> tuple[list[Comm], int]:
-    """Communication kernels whose partners are known, and how many SendRecv ones are not."""
-    place = {row: index + offset for index, row in enumerate(kept.tolist())}
+def _comms(rank: RankKernels, number: int, kept: Ints) -> tuple[list[Comm], int]:
+    """Communication kernels whose partners are known, and how many SendRecv ones are not; rows
+    are those of the chosen kernels."""
+    place = {row: index for index, row in enumerate(kept.tolist())}
     batches = Batches(rank.records or rank.notes, rank.launches, [c for _, c, _, _ in rank.comms])
     found, unknown = [], 0
     for row, correlation, send_recv, record in rank.comms:

@@ -91,6 +91,8 @@ class _File:
         elif category == "cpu_op":
             if event.name == "record_param_comms":
                 self._take_record(event)
+            elif event.name.startswith("autograd::engine::"):
+                self.found.backward_threads.add(self._thread(event))
         elif category in ("user_annotation", "gpu_user_annotation"):
             self._take_annotation(event)
 
