@@ -13,6 +13,7 @@ $(VENV)/runtime.stamp: requirements.txt pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	$(BIN)/python -m rlhfuse.warm_up
+	$(BIN)/python -m rlhfuse.kernels.warm_up
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp requirements-dev.txt

@@ -1,6 +1,7 @@
 """Which implementation runs: an explicit choice, by device and by `RLHFUSE_KERNELS`.
 
-``auto`` (the default): Triton on a GPU where it is installed, plain torch elsewhere.
+``auto`` (the default): Triton on a GPU where it is installed; on a CPU what numba compiles, for
+rows of logits narrower than float64 with at least `rows.COMPILED_VOCAB` columns; else plain torch.
 ``triton``: Triton or an error; on a CPU it needs Triton's interpreter (TRITON_INTERPRET=1).
 ``reference``: the definitions of `reference.py`, on any device.
 """
@@ -16,6 +17,7 @@ class Path(StrEnum):
     """An implementation."""
 
     REFERENCE = "reference"
+    COMPILED = "compiled"
     TORCH = "torch"
     TRITON = "triton"
 
@@ -28,6 +30,8 @@ def choose(device: torch.device) -> Path:
     """
     asked = os.environ.get("RLHFUSE_KERNELS", "auto")
     if asked == "auto":
+        if device.type == "cpu":
+            return Path.COMPILED
         return Path.TRITON if device.type == "cuda" and has_triton() else Path.TORCH
     if asked == "reference":
         return Path.REFERENCE

@@ -1,9 +1,9 @@
 """Generalised advantage estimation and discounted returns over packed sequences.
 
-The plain path cuts every sequence into blocks, runs all blocks at once, and then carries from
-block to block (by the same recurrence over blocks): 64 log_64(length) steps instead of one per
-token. Every step is a rounded multiplication and a rounded addition, so a sequence's result does
-not depend on the others.
+Triton on a GPU, compiled by numba on a CPU. The plain path, for what has neither, cuts every
+sequence into blocks, runs all blocks at once, and then carries from block to block (by the same
+recurrence over blocks): 64 log_64(length) steps instead of one per token. On each of them a
+sequence's result does not depend on the others.
 """
 
 import torch
@@ -42,19 +42,7 @@ def gae(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check_inputs(rewards, values, cu_seqlens, bootstrap)
-    if isinstance(rewards, Shaping):
-        check_packed(cu_seqlens, values.numel())
-        if _by_triton(values):
-            from rlhfuse.kernels import triton_gae  # triton is optional
-
-            found = triton_gae.scan(
-                rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
-            )
-            return Gae(found.advantages, found.returns, found.rewards)
-        rewards = shaped_rewards(rewards, cu_seqlens)
-    advantages, returns = gae_op(rewards, values, cu_seqlens, bootstrap, gamma, lam)
-    return Gae(advantages, returns, rewards)
+    return _estimate(rewards, values, cu_seqlens, bootstrap, gamma, lam, whitened=False)
 
 
 def whitened_gae(
@@ -71,16 +59,30 @@ def whitened_gae(
     Triton: two launches, the first of which also leaves the statistics, and no wait for the
     device. Elsewhere: `gae` and `whiten_batch`.
     """
-    if not _by_triton(values):
-        plain = gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
-        return Gae(whiten_batch(plain.advantages, cu_seqlens), plain.returns, plain.rewards)
-    from rlhfuse.kernels import triton_gae, triton_whiten  # triton is optional
+    return _estimate(rewards, values, cu_seqlens, bootstrap, gamma, lam, whitened=True)
 
+
+def _estimate(
+    rewards: Tensor | Shaping,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    *,
+    whitened: bool,
+) -> Gae:
     _check_inputs(rewards, values, cu_seqlens, bootstrap)
-    check_packed(cu_seqlens, values.numel())
-    found = triton_gae.scan(rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam)
-    white = triton_whiten.whiten(found.advantages, found.moments)
-    return Gae(white, found.returns, found.rewards)
+    # An operator's own price, a tenth of a millisecond, is more than that of a small batch.
+    run = gae_op if torch.compiler.is_compiling() else _gae
+    if isinstance(rewards, Shaping):
+        shaping = rewards
+        given = (shaping.logprobs, shaping.ref_logprobs, shaping.scores)
+        made_of = (*given, shaping.coefficient, shaping.estimator)
+        return Gae(*run(*made_of, values, cu_seqlens, bootstrap, gamma, lam, whitened))
+    plain = (rewards, None, None, 0.0, "k1")
+    advantages, returns, _ = run(*plain, values, cu_seqlens, bootstrap, gamma, lam, whitened)
+    return Gae(advantages, returns, rewards)
 
 
 def _check_inputs(
@@ -110,8 +112,44 @@ def _by_triton(values: Tensor) -> bool:
     return accumulation_dtype(values) == torch.float32 and choose(values.device) is Path.TRITON
 
 
-@torch.library.custom_op("rlhfuse::gae", mutates_args=())
-def gae_op(
+@torch.no_grad()
+def _gae(
+    rewards: Tensor,
+    ref_logprobs: Tensor | None,
+    scores: Tensor | None,
+    coefficient: float,
+    estimator: str,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    whitened: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, returns and (where they are made here, else nothing) rewards [T]. With scores,
+    `rewards` are the log-probabilities that make them up (`Shaping`)."""
+    check_packed(cu_seqlens, rewards.numel())
+    shaping = None
+    if scores is not None and ref_logprobs is not None:
+        shaping = Shaping(scores, rewards, ref_logprobs, coefficient, estimator)
+    if _by_triton(rewards):
+        from rlhfuse.kernels import triton_gae, triton_whiten  # triton is optional
+
+        given = rewards if shaping is None else shaping
+        found = triton_gae.scan(
+            given, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
+        )
+        advantages, moments = found.advantages, found.moments
+        white = triton_whiten.whiten(advantages, moments) if whitened else advantages
+        return white, found.returns, rewards.new_empty(0) if shaping is None else found.rewards
+    made = rewards.new_empty(0, dtype=accumulation_dtype(rewards))
+    if shaping is not None:
+        rewards = made = shaped_rewards(shaping, cu_seqlens)
+    advantages, returns = _advantages(rewards, values, cu_seqlens, bootstrap, gamma, lam)
+    return whiten_batch(advantages, cu_seqlens) if whitened else advantages, returns, made
+
+
+def _advantages(
     rewards: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
@@ -119,38 +157,44 @@ def gae_op(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [T]: one node of a compiled graph. No gradient."""
-    check_packed(cu_seqlens, rewards.numel())
     if choose(rewards.device) is Path.REFERENCE:
         plain = reference.gae(
             rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap
         )
         return plain.advantages, plain.returns
-    if _by_triton(rewards):
-        from rlhfuse.kernels import triton_gae  # triton is optional
-
-        found = triton_gae.scan(
-            rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
-        )
-        return found.advantages, found.returns
     dtype = accumulation_dtype(rewards)
     rewards, values = rewards.to(dtype), values.to(dtype)
+    if choose(rewards.device) is Path.COMPILED:
+        from rlhfuse.kernels import compiled_scans  # numba is slow to import
+
+        return compiled_scans.gae(
+            rewards, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
+        )
     deltas = rewards + next_values(values, cu_seqlens, bootstrap) * gamma - values
-    advantages = _blocked_reverse_scan(deltas, cu_seqlens, gamma * lam)
+    advantages = blocked_reverse_scan(deltas, cu_seqlens, gamma * lam)
     return advantages, advantages + values
+
+
+gae_op = torch.library.custom_op("rlhfuse::gae", _gae, mutates_args=())
 
 
 @gae_op.register_fake
 def _(
     rewards: Tensor,
+    ref_logprobs: Tensor | None,
+    scores: Tensor | None,
+    coefficient: float,
+    estimator: str,
     values: Tensor,
     cu_seqlens: Tensor,
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(rewards)
-    return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+    whitened: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = rewards.new_empty(3, rewards.numel(), dtype=accumulation_dtype(rewards))
+    advantages, returns, made = (part.clone() for part in out)
+    return advantages, returns, made[:0].clone() if scores is None else made
 
 
 def gae_padded(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Gae:
@@ -182,13 +226,13 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float) -> 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    returns: Tensor = returns_op(rewards, cu_seqlens, gamma)
+    run = returns_op if torch.compiler.is_compiling() else _returns
+    returns: Tensor = run(rewards, cu_seqlens, gamma)
     return returns
 
 
-@torch.library.custom_op("rlhfuse::discounted_returns", mutates_args=())
-def returns_op(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
-    """`discounted_returns` as one node of a compiled graph. No gradient."""
+@torch.no_grad()
+def _returns(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     check_packed(cu_seqlens, rewards.numel())
     if choose(rewards.device) is Path.REFERENCE:
         return reference.discounted_returns(rewards, cu_seqlens, gamma)
@@ -196,7 +240,15 @@ def returns_op(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
         from rlhfuse.kernels import triton_gae  # triton is optional
 
         return triton_gae.scan(rewards, None, None, cu_seqlens, gamma=gamma, decay=gamma).advantages
-    return _blocked_reverse_scan(rewards.to(accumulation_dtype(rewards)), cu_seqlens, gamma)
+    rewards = rewards.to(accumulation_dtype(rewards))
+    if choose(rewards.device) is Path.COMPILED:
+        from rlhfuse.kernels import compiled_scans  # numba is slow to import
+
+        return compiled_scans.discounted_returns(rewards, cu_seqlens, gamma)
+    return blocked_reverse_scan(rewards, cu_seqlens, gamma)
+
+
+returns_op = torch.library.custom_op("rlhfuse::discounted_returns", _returns, mutates_args=())
 
 
 @returns_op.register_fake
@@ -204,7 +256,7 @@ def _(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     return torch.empty_like(rewards, dtype=accumulation_dtype(rewards))
 
 
-def _blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> Tensor:
+def blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> Tensor:
     """y_t = x_t + decay y_{t+1} inside each sequence, [T]."""
     num_tokens = values.numel()
     if num_tokens == 0:
@@ -230,7 +282,7 @@ def _blocked_reverse_scan(values: Tensor, cu_seqlens: Tensor, decay: float) -> T
         grid[t].add_(step)
     if int(counts.max()) > _BLOCK:
         # What follows a block in its sequence is the same recurrence over block heads.
-        heads = _blocked_reverse_scan(grid[0].clone(), cu_blocks, decay**_BLOCK)
+        heads = blocked_reverse_scan(grid[0].clone(), cu_blocks, decay**_BLOCK)
         carries = next_values(heads, cu_blocks)
         powers = [decay ** (_BLOCK - t) for t in range(_BLOCK)]
         grid.add_(values.new_tensor(powers)[:, None] * carries)

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
-from rlhfuse.kernels.reference import PolicyTerms, ValueTerms, kl_terms, policy_terms
+from rlhfuse.kernels.reference import (
+    PolicyTerms,
+    ValueTerms,
+    accumulation_dtype,
+    kl_terms,
+    policy_terms,
+)
 
 __all__ = ["PolicyTerms", "ValueTerms", "kl_terms", "policy_terms", "value_terms"]
 
@@ -21,30 +26,72 @@ def value_terms(
     values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None
 ) -> ValueTerms:
     """`reference.value_terms`; the gradient flows to `values` only."""
-    if values.dtype == torch.float64 or choose(values.device) is not Path.TRITON:
+    if not _by_triton(values):
         return reference.value_terms(values, old_values.detach(), returns.detach(), clip=clip)
-    loss, clipped = _ValueTerms.apply(values, old_values, returns, clip)  # type: ignore[no-untyped-call]
+    loss, clipped = value_terms_op(values, old_values.detach(), returns.detach(), clip)
     return ValueTerms(loss, clipped)
 
 
-class _ValueTerms(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
-    ) -> tuple[Tensor, Tensor]:
+def _by_triton(values: Tensor) -> bool:
+    return values.dtype != torch.float64 and choose(values.device) is Path.TRITON
+
+
+@torch.library.custom_op("rlhfuse::value_terms", mutates_args=())
+def value_terms_op(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and whether it was clipped, of each token: one node of a compiled graph."""
+    if _by_triton(values):
         from rlhfuse.kernels import triton_whiten  # triton is optional
 
-        ctx.clip = clip
-        ctx.save_for_backward(values, old_values, returns)
-        loss, clipped = triton_whiten.value_forward(values, old_values, returns, clip)
-        ctx.mark_non_differentiable(clipped)
-        return loss, clipped
+        return triton_whiten.value_forward(values, old_values, returns, clip)
+    wide = values.to(accumulation_dtype(values))
+    terms = reference.value_terms(wide, old_values, returns, clip=clip)
+    return terms.loss, terms.clipped
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+
+@value_terms_op.register_fake
+def _(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    loss = torch.empty_like(
+        values, dtype=accumulation_dtype(values), memory_format=torch.contiguous_format
+    )
+    return loss, torch.empty_like(loss, dtype=torch.bool)
+
+
+@torch.library.custom_op("rlhfuse::value_terms_backward", mutates_args=())
+def _backward(
+    values: Tensor, old_values: Tensor, returns: Tensor, above: Tensor, clip: float | None
+) -> Tensor:
+    """Gradient by the values."""
+    if _by_triton(values):
         from rlhfuse.kernels import triton_whiten  # triton is optional
 
-        values, old_values, returns = ctx.saved_tensors
-        gradient = triton_whiten.value_backward(values, old_values, returns, above, ctx.clip)
-        return gradient, None, None, None
+        return triton_whiten.value_backward(values, old_values, returns, above, clip)
+    with torch.enable_grad():
+        leaf = values.detach().to(accumulation_dtype(values)).requires_grad_()
+        loss = reference.value_terms(leaf, old_values, returns, clip=clip).loss
+        (gradient,) = torch.autograd.grad(loss, leaf, above)
+    return gradient.to(values.dtype, memory_format=torch.contiguous_format)
+
+
+@_backward.register_fake
+def _(
+    values: Tensor, old_values: Tensor, returns: Tensor, above: Tensor, clip: float | None
+) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.clip = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd_backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    gradient: Tensor = _backward(*ctx.saved_tensors, above, ctx.clip)
+    return gradient, None, None, None
+
+
+value_terms_op.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.reference import accumulation_dtype
 
 # Below this a log-probability adds exactly 0 to every sum (float32 and float64 alike), and -inf
@@ -25,6 +26,8 @@ FLOOR = -1.0e4
 _LOWEST, _HIGHEST = math.exp(-31.0), math.exp(31.0)
 _LN_2 = math.log(2.0)
 _FAR = -1.0e30  # finite, and beyond every logit
+
+COMPILED_VOCAB = 1024  # smaller ones do not repay the half second that numba takes to import
 
 _CACHED_ELEMENTS = 1 << 19  # 2 MB of float32: what is worked on at a time stays in cache
 
@@ -132,6 +135,13 @@ def even_size(size: int) -> int:
     return least
 
 
+def compiles(logits: Tensor) -> bool:
+    """Whether these rows are compiled code's: on a CPU, unless float64 or of a small vocabulary
+    (a function of those alone, so that a row's bits do not depend on how many there are)."""
+    narrow, wide = logits.dtype != torch.float64, logits.shape[1] >= COMPILED_VOCAB
+    return narrow and wide and choose(logits.device) is Path.COMPILED
+
+
 def fold_rows(
     logits: Tensor, labels: Tensor, rows: slice, temperatures: Temperatures, *, entropy: bool
 ) -> RowFold:
@@ -141,12 +151,18 @@ def fold_rows(
         labels: [R] int64; a negative one marks a row to ignore (logprob and entropy 0).
         rows: where they lie in the batch.
     """
-    rooms, num_rows = Rooms(logits), len(logits)
-    numbers = torch.zeros(4, num_rows, dtype=rooms.dtype, device=logits.device)
-    total, shift, own, mean = numbers.unbind()
+    dtype, num_rows = accumulation_dtype(logits), len(logits)
+    numbers = torch.zeros(4, num_rows, dtype=dtype, device=logits.device)
+    own, mean, shift, total = numbers.unbind()
     if logits.shape[1] == 0:
         return RowFold(own, mean, shift, total)
-    factors, index = temperatures.factors(total, rows), labels.clamp_min(0)[:, None]
+    factors = temperatures.factors(total, rows)
+    if compiles(logits):
+        from rlhfuse.kernels import compiled_rows  # numba takes half a second to import
+
+        compiled_rows.fold(logits, labels, factors, numbers, entropy=entropy)
+        return RowFold(own, mean, shift, total)
+    rooms, index = Rooms(logits), labels.clamp_min(0)[:, None]
     for block in rooms.blocks:
         part = rooms.widen(logits[block])
         weights = _sums_of_powers(part, factors[block], rooms, shift[block], total[block])
@@ -165,8 +181,8 @@ def fold_rows(
         centre, slope = _centres(shift, total, factors), factors.double() * _LN_2
         spread = log_total - slope * (centre.double() - shift + mean.double() / total)
         spread = spread.clamp_(min=0.0)
-    logprob = torch.where(keep, chosen, 0.0).to(rooms.dtype)
-    return RowFold(logprob, torch.where(keep, spread, 0.0).to(rooms.dtype), shift, total)
+    logprob = torch.where(keep, chosen, 0.0).to(dtype)
+    return RowFold(logprob, torch.where(keep, spread, 0.0).to(dtype), shift, total)
 
 
 def _sums_of_powers(
@@ -222,16 +238,25 @@ def row_gradient(
     Args:
         labels, fold, grad_*: of these rows, [R]. rows: where they lie in the batch.
     """
-    rooms, keep, index = Rooms(logits), labels >= 0, labels.clamp_min(0)[:, None]
-    factors = temperatures.factors(fold.total, rows)
-    by_logprob = slopes(labels, grad_logprob, rows, temperatures, rooms.dtype)
-    level, bend, centre = -by_logprob / fold.total, None, fold.shift
+    factors, dtype = temperatures.factors(fold.total, rows), fold.total.dtype
+    by_logprob = slopes(labels, grad_logprob, rows, temperatures, dtype)
+    by_entropy = None
     if grad_entropy is not None:
-        by_entropy = slopes(labels, grad_entropy, rows, temperatures, rooms.dtype).double()
+        by_entropy = slopes(labels, grad_entropy, rows, temperatures, dtype)
+    if compiles(logits):
+        from rlhfuse.kernels import compiled_rows  # numba takes half a second to import
+
+        found = (fold.entropy, fold.shift, fold.total)
+        compiled_rows.gradient(logits, labels, factors, *found, by_logprob, by_entropy, out)
+        return out
+    rooms, keep, index = Rooms(logits), labels >= 0, labels.clamp_min(0)[:, None]
+    level, bend, centre = -by_logprob / fold.total, None, fold.shift
+    if by_entropy is not None:
+        by_entropy = by_entropy.double()
         centre, slope = _centres(fold.shift, fold.total, factors), factors.double() * _LN_2
         rest = slope * (centre.double() - fold.shift) - fold.total.double().log() + fold.entropy
-        level = ((-by_logprob - by_entropy * rest) / fold.total).to(rooms.dtype)
-        bend = (-by_entropy * slope / fold.total).to(rooms.dtype)
+        level = ((-by_logprob - by_entropy * rest) / fold.total).to(dtype)
+        bend = (-by_entropy * slope / fold.total).to(dtype)
     # Only a CPU is asked: others wait.
     on_cpu = logits.device.type == "cpu"
     shift = None if on_cpu and not bool(fold.shift.any()) else fold.shift

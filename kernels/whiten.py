@@ -1,19 +1,15 @@
 """Mean and variance over many tokens, stable, and the same for any order of the sequences."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
 from rlhfuse.kernels.reference import accumulation_dtype
-
-_CACHED = 1 << 15  # numbers of float64 that stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +64,15 @@ def whiten(
     """
     if moments.count == 0:
         raise ValueError("cannot whiten by the moments of no values: the batch has no tokens")
-    spread = math.sqrt(moments.variance + eps)
+    scale = 1.0 / math.sqrt(moments.variance + eps)
+    added = 0.0 if shift_mean else moments.mean
+    if choose(values.device) is Path.COMPILED and accumulation_dtype(values) == values.dtype:
+        from rlhfuse.kernels import compiled_scans  # numba is slow to import
+
+        return compiled_scans.whiten(values, moments.mean, scale, added)
     # Far from 0 the mean does not fit a float32 well enough.
-    far = abs(moments.mean) > 8.0 * spread
-    if not far and shift_mean and _few(values):
-        small = values.numpy() - moments.mean
-        small *= 1.0 / spread
-        return torch.from_numpy(small)
-    wide = values.double() if far else values
-    white = (wide - moments.mean).mul_(1.0 / spread)
-    if not shift_mean:
-        white.add_(moments.mean)
-    return white if white.dtype == values.dtype else white.to(values.dtype)
-
-
-def _few(values: Tensor) -> bool:
-    """Whether numpy is faster, to the same bits: half torch's price per call, on one thread."""
-    on_cpu = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
-    return on_cpu and 0 < values.numel() <= _CACHED and not values.requires_grad
+    wide = values.double() if abs(moments.mean) * scale > 8.0 else values
+    return ((wide - moments.mean) * scale + added).to(values.dtype)
 
 
 def batch_moments(values: Tensor, cu_seqlens: Tensor) -> Moments:
@@ -112,16 +99,9 @@ def whiten_batch(
     values: Tensor, cu_seqlens: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Tensor:
     """Whiten over all tokens of a batch that is here as a whole; [T] -> [T]."""
-    if values.numel() == 0:
-        return torch.zeros_like(values)
-    if accumulation_dtype(values) == torch.float32 and choose(values.device) is Path.TRITON:
-        from rlhfuse.kernels import triton_whiten  # triton is optional
-
-        parts = triton_whiten.moments(values)
-        white = triton_whiten.whiten(values, parts, shift_mean=shift_mean, eps=eps)
-        return white.to(values.dtype)
-    moments = batch_moments(values, cu_seqlens)
-    return whiten(values, moments, shift_mean=shift_mean, eps=eps)
+    run = whiten_op if torch.compiler.is_compiling() else _whiten
+    white: Tensor = run(values, cu_seqlens, None, shift_mean, eps)
+    return white
 
 
 def whiten_masked(
@@ -133,54 +113,66 @@ def whiten_masked(
             f"values and mask must have one shape, not {tuple(values.shape)} and "
             f"{tuple(mask.shape)}"
         )
-    dtype, kept = accumulation_dtype(values), mask.bool()
+    run = whiten_op if torch.compiler.is_compiling() else _whiten
+    white: Tensor = run(values, None, mask, shift_mean, eps)
+    return white
+
+
+@torch.no_grad()
+def _whiten(
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    shift_mean: bool,
+    eps: float,
+) -> Tensor:
+    """Whiten all of packed sequences, or what a mask keeps (float32 at least). No gradient."""
+    dtype = accumulation_dtype(values)
+    if values.numel() == 0:
+        return torch.zeros_like(values, dtype=values.dtype if mask is None else dtype)
+    kept = None if mask is None else mask.bool()
     if dtype == torch.float32 and choose(values.device) is Path.TRITON:
         from rlhfuse.kernels import triton_whiten  # triton is optional
 
         parts = triton_whiten.moments(values, kept)
-        return triton_whiten.whiten(values, parts, mask=kept, shift_mean=shift_mean, eps=eps)
+        white = triton_whiten.whiten(values, parts, mask=kept, shift_mean=shift_mean, eps=eps)
+        return white.to(values.dtype) if kept is None else white
+    if kept is None:
+        assert cu_seqlens is not None
+        return whiten(values, batch_moments(values, cu_seqlens), shift_mean=shift_mean, eps=eps)
     chosen = values[kept].to(dtype)
     bounds = torch.tensor([0, chosen.numel()], device=values.device)
     white = torch.zeros_like(values, dtype=dtype)
-    white[kept] = whiten_batch(chosen, bounds, shift_mean=shift_mean, eps=eps)
+    if chosen.numel():
+        moments = batch_moments(chosen, bounds)
+        white[kept] = whiten(chosen, moments, shift_mean=shift_mean, eps=eps)
     return white
 
 
+whiten_op = torch.library.custom_op("rlhfuse::whiten", _whiten, mutates_args=())
+
+
+@whiten_op.register_fake
+def _(
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    shift_mean: bool,
+    eps: float,
+) -> Tensor:
+    return torch.empty_like(
+        values, dtype=values.dtype if mask is None else accumulation_dtype(values)
+    )
+
+
 def _power_sums(values: Tensor, cu_seqlens: Tensor, shift: float) -> tuple[float, float]:
-    """Sums of (values - shift) and of its square."""
-    if values.device.type != "cpu":
-        wide = values.double() - shift
-        power_sums = [segment_sum(part, cu_seqlens).tolist() for part in (wide, wide.square())]
-        return math.fsum(power_sums[0]), math.fsum(power_sums[1])
-    given = values.detach().to(accumulation_dtype(values)).numpy()
-    bounds = cu_seqlens.numpy()
-    bounds = bounds[:-1][bounds[1:] > bounds[:-1]]  # where the occupied sequences begin
-    count = values.numel()
-    if count <= _CACHED:
-        parts = [(0, len(bounds), 0, count)]
+    """Sums of (values - shift) and of its square, exact from the sequences' sums on."""
+    if choose(values.device) is Path.COMPILED:
+        from rlhfuse.kernels import compiled_scans  # numba is slow to import
+
+        kept = values.to(accumulation_dtype(values))
+        sums = compiled_scans.power_sums(kept, cu_seqlens, shift).tolist()
     else:
-        parts = _in_cache([*bounds.tolist(), count])
-    sums: list[float] = []
-    squares: list[float] = []
-    room = np.empty(max(stop - start for _, _, start, stop in parts))
-    for first, last, start, stop in parts:
-        starts = bounds[first:last] - start if start else bounds[first:last]
-        own = room[: stop - start]
-        own[:] = given[start:stop]
-        if shift:
-            own -= shift
-        sums.extend(np.add.reduceat(own, starts).tolist())
-        np.multiply(own, own, out=own)
-        squares.extend(np.add.reduceat(own, starts).tolist())
-    return math.fsum(sums), math.fsum(squares)
-
-
-def _in_cache(bounds: list[int]) -> list[tuple[int, int, int, int]]:
-    """Whole sequences together, of at most `_CACHED` tokens or one sequence: (first, last, start,
-    stop), the sequences and then the tokens."""
-    parts, first, last = [], 0, len(bounds) - 1
-    while first < last:
-        until = max(first + 1, bisect_right(bounds, bounds[first] + _CACHED) - 1)
-        parts.append((first, until, bounds[first], bounds[until]))
-        first = until
-    return parts
+        wide = values.double() - shift
+        sums = [segment_sum(part, cu_seqlens).tolist() for part in (wide, wide.square())]
+    return math.fsum(sums[0]), math.fsum(sums[1])

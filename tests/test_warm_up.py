@@ -5,6 +5,8 @@ from typing import Protocol, cast
 
 import pytest
 
+from rlhfuse.kernels import compiled_rows, compiled_scans
+from rlhfuse.kernels.warm_up import warm_up as warm_up_kernels
 from rlhfuse.rollout.forecast import end_s
 from rlhfuse.schedules.local import anneal
 from rlhfuse.schedules.search import climbs
@@ -17,7 +19,12 @@ class _Compiled(Protocol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [end_s, climbs, anneal], ids=["forecast", "climbs", "anneal"])
+@pytest.mark.parametrize(
+    "entry",
+    [end_s, climbs, anneal, compiled_rows._gradient_rows, compiled_scans._scale],
+    ids=["forecast", "climbs", "anneal", "rows", "scans"],
+)
 def test_everything_is_compiled_at_set_up(entry: object) -> None:
     warm_up()
+    warm_up_kernels()
     assert cast(_Compiled, entry).signatures

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.gae import (
+    blocked_reverse_scan,
     discounted_returns,
     gae,
     gae_op,
@@ -25,7 +26,10 @@ from rlhfuse.kernels.whiten import (
     sequence_moments,
     whiten_batch,
     whiten_masked,
+    whiten_op,
 )
+
+SHORT = ("test_schema", "test_faketensor")  # the others trace graphs, which a test here does too
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -66,6 +70,13 @@ def test_gae_equals_the_recurrence(
     )
 
 
+@pytest.mark.parametrize("lengths", [[], [0], [64], [1, 0, 300, 65], [5000]])
+def test_the_scan_of_devices_without_a_compiler_equals_the_compiled_one(lengths: list[int]) -> None:
+    rewards, _, cu_seqlens = batch(lengths, seed=7)
+    found = blocked_reverse_scan(rewards, cu_seqlens, 0.99)
+    assert relative(found, discounted_returns(rewards, cu_seqlens, gamma=0.99).double()) < 1e-6
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 400), min_size=2, max_size=8), st.integers(0, 7))
 def test_a_sequences_gae_does_not_depend_on_its_company(lengths: list[int], which: int) -> None:
@@ -89,14 +100,25 @@ def test_shaped_rewards_whitening_and_a_compiled_graph_change_nothing() -> None:
     assert torch.equal(found.returns, apart.returns)
     assert torch.equal(found.advantages, whiten_batch(apart.advantages, cu_seqlens))
 
-    def graph(rewards: Tensor) -> Tensor:
-        out = gae(rewards * 2, values, cu_seqlens, gamma=0.99, lam=0.95)
-        return out.advantages + discounted_returns(rewards * 3, cu_seqlens, gamma=0.9)
+    mask = rewards > 0
+
+    def graph(rewards: Tensor, values: Tensor) -> Tensor:
+        shaping = reference.Shaping(scores, rewards, logprobs, 0.3, "k3")
+        out = whitened_gae(shaping, values, cu_seqlens, gamma=0.99, lam=0.95)
+        plain = gae(rewards * 2, values, cu_seqlens, gamma=0.99, lam=0.95)
+        total = out.advantages + discounted_returns(plain.returns, cu_seqlens, gamma=0.9)
+        return total + whiten_masked(plain.advantages, mask) + whiten_batch(total, cu_seqlens)
 
     compiled = torch.compile(graph, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(rewards), graph(rewards))
-    torch.library.opcheck(gae_op, (rewards, values, cu_seqlens, None, 0.99, 0.95))
+    assert torch.equal(compiled(rewards, values), graph(rewards, values))
+    made_of = (logprobs, rewards, scores, 0.3, "k2")
+    for source, whitened in ((made_of, True), ((rewards, None, None, 0.0, "k1"), False)):
+        arguments = (*source, values, cu_seqlens, scores, 0.99, 0.95, whitened)
+        torch.library.opcheck(gae_op, arguments, test_utils=SHORT)
     torch.library.opcheck(returns_op, (rewards, cu_seqlens, 0.99))
+    for bounds, kept in ((cu_seqlens, None), (None, mask)):
+        arguments = (rewards, bounds, kept, False, 1e-8)
+        torch.library.opcheck(whiten_op, arguments, test_utils=SHORT)
     with pytest.raises(ValueError, match="estimator"):
         reference.Shaping(scores, logprobs, logprobs, 0.3, "k4")
     short = reference.Shaping(scores[:2], logprobs, logprobs, 0.3)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhfuse.kernels import reference
+from rlhfuse.kernels import compiled_rows, reference, rows
 from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
 from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
@@ -95,7 +95,12 @@ def test_the_largest_error_is_about_one_rounding(
     assert float((found.double() - truth).abs().max()) < 5e-6 or spread > 3.0
 
 
-def test_a_row_does_not_depend_on_its_place_or_on_how_many_threads_there_are() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_row_does_not_depend_on_its_place_or_on_how_many_threads_there_are(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_rows, "_WORTH_A_THREAD", 5000)
+    monkeypatch.setattr(rows, "COMPILED_VOCAB", 0 if compiled else 1 << 30)
     rng = torch.Generator().manual_seed(7)
     before = torch.get_num_threads()
     for vocab in (33, 1003, 40_001):
@@ -104,19 +109,59 @@ def test_a_row_does_not_depend_on_its_place_or_on_how_many_threads_there_are() -
         labels = torch.randint(0, vocab, (23,), generator=rng)
         found = []
         try:
-            for threads, rows in ((1, slice(0, 23)), (2, slice(0, 23)), (2, slice(4, 7)),
+            for threads, own in ((1, slice(0, 23)), (2, slice(0, 23)), (2, slice(4, 7)),
                                   (3, slice(5, 6)), (1, slice(5, 23))):  # fmt: skip
                 torch.set_num_threads(threads)
-                leaf = logits[rows].clone().requires_grad_()
-                out = token_logprob(leaf, labels[rows], temperature=0.9, entropy=True)
+                leaf = logits[own].clone().requires_grad_()
+                out = token_logprob(leaf, labels[own], temperature=0.9, entropy=True)
                 assert out.entropy is not None
                 (grad,) = torch.autograd.grad((out.logprob + 0.3 * out.entropy).sum(), leaf)
-                found.append((rows, out.logprob.detach(), out.entropy.detach(), grad))
+                found.append((own, out.logprob.detach(), out.entropy.detach(), grad))
         finally:
             torch.set_num_threads(before)
-        for rows, *parts in found[1:]:
+        for own, *parts in found[1:]:
             for part, whole in zip(parts, found[0][1:], strict=True):
-                assert torch.equal(part, whole[rows])
+                assert torch.equal(part, whole[own])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_compiled_equals_the_plain_path(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_rows, "_ROOM", 7000)  # rows that do not lie end to end: in parts
+    rng = torch.Generator().manual_seed(9)
+    results = []
+    for kind in ("masked", "ignored", "shifted", "last"):
+        logits, labels = make_logits(9, 2 * 3001, kind, seed=4)
+        logits, above = logits.to(dtype)[:, ::2], torch.randn(2, 9, generator=rng)
+        labels = torch.where(labels < 0, labels, labels // 2)
+        if kind == "masked":
+            logits.scatter_(1, labels[:, None], 0.5)
+        for compiled_vocab in (1024, 4096):
+            monkeypatch.setattr(rows, "COMPILED_VOCAB", compiled_vocab)
+            leaf = logits.detach().requires_grad_()
+            out = token_logprob(leaf, labels, temperature=0.9, entropy=True)
+            assert out.entropy is not None
+            loss = (out.logprob * above[0] + out.entropy * above[1]).sum()
+            (grad,) = torch.autograd.grad(loss, leaf)
+            results.append((out.logprob.detach(), out.entropy.detach(), grad))
+    for compiled, plain in zip(results[::2], results[1::2], strict=True):
+        for bound, ours, theirs in zip((1e-6, 1e-6, 4e-3), compiled, plain, strict=True):
+            assert relative(ours, theirs.double()) < bound
+
+
+def test_a_nan_is_seen_and_a_label_outside_the_vocabulary_refused() -> None:
+    logits, labels = make_logits(4, 2000, "plain", seed=4)
+    logits[1, 7] = torch.nan
+    logits[2] = -torch.inf
+    leaf = logits.requires_grad_()
+    out = token_logprob(leaf, labels, entropy=True)
+    assert out.logprob.isnan().tolist() == [False, True, True, False]
+    (grad,) = torch.autograd.grad(out.logprob.sum(), leaf)
+    assert grad.isnan().any(1).tolist() == [False, True, True, False]
+    labels[3] = 2000
+    with pytest.raises(ValueError, match="label 2000"):
+        token_logprob(leaf, labels)
 
 
 def test_gradients_in_bf16_are_no_worse_than_plain_torchs() -> None:

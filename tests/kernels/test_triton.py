@@ -55,7 +55,8 @@ def test_triton_kernels_compile_for_absent_gpus_without_spills(tmp_path: FilePat
 def test_the_choice_is_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("RLHFUSE_KERNELS", raising=False)
-    assert choose(CPU) is Path.TORCH
+    assert choose(CPU) is Path.COMPILED
+    assert choose(torch.device("meta")) is Path.TORCH
     monkeypatch.setenv("RLHFUSE_KERNELS", "reference")
     assert choose(CPU) is Path.REFERENCE
     monkeypatch.setenv("RLHFUSE_KERNELS", "triton")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from rlhfuse.kernels import reference, triton_gae
-from rlhfuse.kernels.gae import discounted_returns, gae, whitened_gae
-from rlhfuse.kernels.policy_loss import value_terms
+from rlhfuse.kernels.gae import discounted_returns, gae, gae_op, whitened_gae
+from rlhfuse.kernels.policy_loss import value_terms, value_terms_op
 from rlhfuse.kernels.reference import Shaping
-from rlhfuse.kernels.whiten import whiten_batch, whiten_masked
+from rlhfuse.kernels.whiten import whiten_batch, whiten_masked, whiten_op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -132,3 +132,26 @@ def test_value_terms_equal_float64(clip: float | None, count: int, dtype: torch.
     assert relative(found.loss, truth.loss.detach()) < 1e-6
     assert torch.equal(found.clipped.cpu(), truth.clipped)
     assert relative(grad, true_grad) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_the_operators_pass_opcheck_and_a_compiled_graph_changes_nothing() -> None:
+    rewards, values, bootstrap, cu_seqlens = (part.to(DEVICE) for part in batch([0, 9, 4]))
+    near, mask = values.clone().requires_grad_(), rewards > 0
+
+    def graph(values: Tensor) -> Tensor:
+        shaping = Shaping(bootstrap, rewards, values.detach(), 0.3, "k3")
+        out = whitened_gae(shaping, values.detach(), cu_seqlens, gamma=0.99, lam=0.95)
+        white = whiten_masked(out.returns, mask) + whiten_batch(out.returns, cu_seqlens)
+        terms = value_terms(values * 2, rewards, out.advantages + white, clip=0.2)
+        return terms.loss.sum()
+
+    compiled = torch.compile(graph, fullgraph=True, backend="aot_eager")
+    (plain,) = torch.autograd.grad(graph(near), near)
+    (traced,) = torch.autograd.grad(compiled(near), near)
+    assert torch.equal(plain, traced)
+    torch.library.opcheck(value_terms_op, (near, rewards, rewards * 2, 0.2))
+    short = ("test_schema", "test_faketensor")  # graphs are traced above
+    torch.library.opcheck(whiten_op, (rewards, None, mask, True, 1e-8), test_utils=short)
+    arguments = (rewards, None, None, 0.0, "k1", values, cu_seqlens, bootstrap, 0.9, 0.8, True)
+    torch.library.opcheck(gae_op, arguments, test_utils=short)
+    assert not whiten_masked(values, torch.zeros_like(mask)).any()  # nothing is kept
