@@ -59,6 +59,7 @@ class ActorConfig(TrainedModelConfig, frozen=True):
     clip_ratio_low: PositiveFloat | None = None
     clip_ratio_high: PositiveFloat | None = None
     clip_ratio_c: float = 3.0  # dual clip for negative advantages; 0: off
+    ratio_level: Literal["token", "sequence"] = "token"  # sequence: GSPO's, for a whole response
     loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
     entropy_coeff: NonNegativeFloat = 0.0
     use_kl_loss: bool = False
@@ -160,6 +161,9 @@ class AlgorithmConfig(Section, frozen=True):
     critic_warmup: NonNegative = 0  # steps in which only the critic is trained
     tis: Literal["auto", "on", "off"] = "auto"  # truncated importance sampling
     tis_cap: PositiveFloat = 2.0
+    tis_level: Literal["token", "sequence", "geometric"] = "token"  # whose ratio is the weight
+    tis_rule: Literal["truncate", "mask"] = "truncate"  # above the cap: cut to it, or left out
+    tis_floor: NonNegativeFloat = 0.0  # mask: left out below it, too
 
 
 class ValidationConfig(Section, frozen=True):

@@ -138,6 +138,11 @@ def _sampling(config: Config) -> Iterator[str]:
         )
     if 0 < config.actor.clip_ratio_c <= 1:
         yield f"actor.clip_ratio_c: {config.actor.clip_ratio_c} must be above 1, or 0 for off"
+    if config.algorithm.tis_floor >= config.algorithm.tis_cap:
+        yield (
+            f"algorithm.tis_floor: {config.algorithm.tis_floor} must be below "
+            f"algorithm.tis_cap {config.algorithm.tis_cap}"
+        )
 
 
 def _devices(config: Config) -> Iterator[str]:

@@ -56,6 +56,7 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
         (["trainer.test_freq=2"], "trainer.test_freq", "no validation set"),
         (["trainer.experiment_name=a/b"], "trainer.experiment_name", "one folder"),
         (["reward.error_score=.nan"], "reward.error_score", "finite"),
+        (["algorithm.tis_floor=2"], "algorithm.tis_floor", "tis_cap"),
         (
             ["algorithm.adv_estimator=reinforce_plus_plus", "fusion.intra_stage=on"],
             "fusion.intra_stage",

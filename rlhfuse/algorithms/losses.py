@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from rlhfuse.algorithms.tally import Stats
+from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.linear_loss import linear_loss
-from rlhfuse.kernels.packed import check_packed, expand, lengths
+from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
 from rlhfuse.kernels.policy_loss import PolicyTerms, kl_terms, policy_terms, value_terms
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 KlEstimator = Literal["k1", "k2", "k3"]
+RatioLevel = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLossSettings:
     """How the policy loss is made.
 
+    `ratio_level`: a token's ratio is its own, or its whole response's: the geometric mean of the
+    tokens' ratios, clipped as one, with each token's own gradient (GSPO, arXiv 2507.18071).
     `dual_clip` (> 1) bounds the loss where the advantage is negative; None: off.
     `kl_gradient_k2`: the KL loss shows `kl_estimator`'s value but takes k2's gradient, which is
     the KL's own (the gradients of k1 and k3 are not).
@@ -32,6 +36,7 @@ class PolicyLossSettings:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
+    ratio_level: RatioLevel = "token"
     dual_clip: float | None = 3.0
     aggregation: Aggregation = "token-mean"
     entropy_coef: float = 0.0
@@ -50,7 +55,7 @@ class PolicyLossSettings:
 class PolicyInputs:
     """One micro-batch, [T] each. `logprobs` and `entropy` carry gradients.
 
-    `weights` are those of truncated importance sampling (`mismatch.truncated_weights`).
+    `weights` correct for the rollout's own log-probabilities (`mismatch.importance_weights`).
     """
 
     logprobs: Tensor
@@ -151,17 +156,24 @@ def linear_policy_loss(
 ) -> Loss:
     """`policy_loss` of `linear_logprob`, with three matrix products in place of four.
 
-    Same gradients, bit for bit, as the two apart; see `kernels.linear_loss`.
+    Same gradients, bit for bit, as the two apart; see `kernels.linear_loss`. Ratios of whole
+    responses are not known before the head has run over them: there it is the two apart.
 
     Args:
         hidden: [T, H]. weight: [V, H]. labels: [T], the response tokens. inputs: its `logprobs`
             and `entropy` are not read (they are computed here) and may be empty.
         entropy: compute the entropies, also where they are a metric only.
     """
+    wanted = entropy or settings.entropy_coef != 0.0
+    if settings.ratio_level == "sequence":
+        out = linear_logprob(
+            hidden, weight, labels, bias=bias, temperature=temperature, entropy=wanted
+        )
+        full = replace(inputs, logprobs=out.logprob, entropy=out.entropy)
+        return policy_loss(full, settings, normalizer=normalizer)
     coefficients = token_coefficients(
         inputs.cu_seqlens, settings.aggregation, normalizer, labels.numel()
     )
-    wanted = entropy or settings.entropy_coef != 0.0
 
     def token_loss(rows: slice, logprobs: Tensor, spread: Tensor) -> Tensor:
         chunk = replace(
@@ -239,9 +251,12 @@ class _TokenTerms:
 
 
 def _token_terms(inputs: PolicyInputs, settings: PolicyLossSettings) -> _TokenTerms:
+    logprobs, old_logprobs = inputs.logprobs, inputs.old_logprobs
+    if settings.ratio_level == "sequence":
+        logprobs, old_logprobs = _response_means(inputs), torch.zeros_like(old_logprobs)
     policy = policy_terms(
-        inputs.logprobs,
-        inputs.old_logprobs,
+        logprobs,
+        old_logprobs,
         inputs.advantages,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
@@ -259,6 +274,13 @@ def _token_terms(inputs: PolicyInputs, settings: PolicyLossSettings) -> _TokenTe
     elif settings.kl_coef:
         raise ValueError(f"kl_loss_coef {settings.kl_coef} needs the reference log-probabilities")
     return _TokenTerms(loss, policy, kl)
+
+
+def _response_means(inputs: PolicyInputs) -> Tensor:
+    """Each token's response's mean log-ratio, with the gradient of the token's own; [T]."""
+    own = inputs.logprobs - inputs.old_logprobs
+    means = segment_sum(own, inputs.cu_seqlens) / lengths(inputs.cu_seqlens).clamp_min(1)
+    return own - own.detach() + expand(means.to(own.dtype), inputs.cu_seqlens, own.numel())
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, settings: PolicyLossSettings) -> Tensor:

@@ -18,7 +18,7 @@ from rlhfuse.algorithms.advantages import (
     sample_returns,
     token_rewards,
 )
-from rlhfuse.algorithms.mismatch import mismatch_stats, truncated_weights
+from rlhfuse.algorithms.mismatch import Correction, importance_weights, mismatch_stats
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config
 from rlhfuse.models.packed import PackedBatch, pack
@@ -139,9 +139,9 @@ def loss_data(
     if reference is not None:
         joined[REFERENCE] = reference
     if truncate:
-        truncated = truncated_weights(old, rollout, cap=config.algorithm.tis_cap)
-        joined[WEIGHTS] = truncated.weights
-        stats.append(truncated.stats)
+        corrected = importance_weights(old, rollout, cu_seqlens, correction(config))
+        joined[WEIGHTS] = corrected.weights
+        stats.append(corrected.stats)
     lengths = [len(sample.response) for sample in samples]
     columns = {
         name: dict(zip([s.sample_id for s in samples], column.split(lengths), strict=True))
@@ -162,6 +162,17 @@ def with_reference(data: LossData, found: Mapping[int, npt.NDArray[np.float32] |
     column = {i: torch.from_numpy(array) for i, array in found.items() if array is not None}
     known = data.columns.get(REFERENCE, {})
     return replace(data, columns={**data.columns, REFERENCE: {**known, **column}})
+
+
+def correction(config: Config) -> Correction:
+    """The correction for the rollout's log-probabilities that the configuration asks for."""
+    algorithm = config.algorithm
+    return Correction(
+        cap=algorithm.tis_cap,
+        level=algorithm.tis_level,
+        rule=algorithm.tis_rule,
+        floor=algorithm.tis_floor,
+    )
 
 
 def _advantages(

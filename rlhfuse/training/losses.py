@@ -55,7 +55,8 @@ def actor_loss(
 
     Where a rank has the whole vocabulary the loss is fused with the head: the head's gradients
     are formed in the forward pass (three products, not four), and a micro-batch between forward
-    and backward holds a gradient of the head's weight in place of logits."""
+    and backward holds a gradient of the head's weight in place of logits. Not so with ratios of
+    whole responses (`actor.ratio_level`): they take head and loss apart."""
     settings = policy_settings(config)
     divisor = normalizer(settings.aggregation, num_tokens=num_tokens, num_samples=num_samples)
 
@@ -111,6 +112,7 @@ def policy_settings(config: Config) -> PolicyLossSettings:
     return PolicyLossSettings(
         clip_low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
         clip_high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+        ratio_level=actor.ratio_level,
         dual_clip=actor.clip_ratio_c or None,
         aggregation=actor.loss_agg_mode,
         entropy_coef=actor.entropy_coeff,

@@ -17,7 +17,7 @@ from rlhfuse.algorithms.losses import (
     policy_loss,
     value_loss,
 )
-from rlhfuse.algorithms.mismatch import mismatch_stats, truncated_weights
+from rlhfuse.algorithms.mismatch import Correction, Level, importance_weights, mismatch_stats
 from rlhfuse.algorithms.tally import Tally, merge, named
 
 AGGREGATIONS: list[Aggregation] = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -214,7 +214,7 @@ def test_missing_inputs_and_bad_settings_are_named() -> None:
         normalizer("token-mean", num_tokens=0, num_samples=3)
 
 
-def test_truncated_weights_and_mismatch() -> None:
+def test_importance_weights_and_mismatch() -> None:
     rng = torch.Generator().manual_seed(9)
     rollout = -torch.rand(400, generator=rng) * 3
     same = named(mismatch_stats(rollout, rollout).tally())
@@ -232,7 +232,59 @@ def test_truncated_weights_and_mismatch() -> None:
     weight = (train - rollout).double().exp()
     share = float(weight.sum() ** 2 / (400 * weight.square().sum()))
     assert math.isclose(apart["rollout_corr/rollout_is_eff_sample_size"], share, rel_tol=1e-6)
-    truncated = truncated_weights(train, rollout, cap=1.2)
+    bounds = cumulative([400])
+    truncated = importance_weights(train, rollout, bounds, Correction(cap=1.2))
     assert torch.allclose(truncated.weights, weight.float().clamp(max=1.2))
-    high = named(truncated.stats.tally())["rollout_corr/rollout_is_ratio_fraction_high"]
-    assert math.isclose(high, float((weight > 1.2).double().mean()))
+    found_high = named(truncated.stats.tally())["rollout_corr/rollout_is_ratio_fraction_high"]
+    assert math.isclose(found_high, float((weight > 1.2).double().mean()))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_masks_and_levels_of_importance_weights(level: Level) -> None:
+    rng = torch.Generator().manual_seed(3)
+    lengths = [1, 0, 40, 7, 300]
+    rollout = -torch.rand(348, generator=rng)
+    train = rollout + 0.1 * torch.randn(348, generator=rng)
+    ratios = []
+    for own in (train - rollout).double().split(lengths):
+        whole = own.sum() if level == "sequence" else own.mean()
+        ratios.append((own if level == "token" else whole.expand(len(own))).exp())
+    ratio = torch.cat(ratios)
+    low, high = ratio.quantile(0.2).item(), ratio.quantile(0.8).item()
+    cut = Correction(cap=high, floor=low, level=level)
+    mask = Correction(cap=high, floor=low, level=level, rule="mask")
+    found = [importance_weights(train, rollout, cumulative(lengths), c) for c in (cut, mask)]
+    assert torch.allclose(found[0].weights.double(), ratio.clamp(max=high), rtol=1e-5)
+    inside = torch.where((ratio > high) | (ratio < low), 0.0, ratio)
+    near = torch.minimum((ratio - low).abs(), (ratio - high).abs()) < 1e-5
+    assert torch.allclose(found[1].weights.double()[~near], inside[~near], rtol=1e-5)
+    assert bool((inside[~near] == 0).any())
+
+
+def test_ratios_of_whole_responses_are_gspos() -> None:
+    rng = torch.Generator().manual_seed(5)
+    lengths = [5, 0, 1, 30, 12]
+    old = -torch.rand(48, generator=rng).double()
+    leaf = (old + 0.4 * torch.randn(48, generator=rng)).requires_grad_()
+    advantage = torch.tensor([1.0, 1.0, -2.0, 0.5, -0.3]).double()
+    settings = PolicyLossSettings(
+        ratio_level="sequence", aggregation="seq-mean-token-mean", clip_low=0.01, clip_high=0.02,
+        dual_clip=None,
+    )  # fmt: skip
+    inputs = PolicyInputs(
+        logprobs=leaf,
+        old_logprobs=old,
+        advantages=advantage.repeat_interleave(torch.tensor(lengths)),
+        cu_seqlens=cumulative(lengths),
+    )
+    found = policy_loss(inputs, settings, normalizer=5.0).loss
+    truth = leaf.new_zeros(())
+    for own, given, weight in zip(leaf.split(lengths), old.split(lengths), advantage, strict=True):
+        if len(own):
+            ratio = (own - given).mean().exp()
+            truth = truth + torch.max(-weight * ratio, -weight * ratio.clamp(0.99, 1.02)) / 5
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-7)
+    (gradient,) = torch.autograd.grad(found, leaf)
+    (true_gradient,) = torch.autograd.grad(truth, leaf)
+    torch.testing.assert_close(gradient, true_gradient, rtol=1e-5, atol=1e-8)
+    assert bool(true_gradient.any())
