@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhfuse.kernels.jit import array, compiled
 
 Numbers = npt.NDArray[Any]  # float32 or float64
+_CANCELLED = 2.0**-20
 _FLAT = torch.contiguous_format
 Bounds = npt.NDArray[np.int64]
 
@@ -54,6 +55,29 @@ def _power_sums(values: Numbers, bounds: Bounds, shift: float, sums: Numbers) ->
 
 
 @compiled()
+def _ordered_sum(terms: Numbers) -> float:
+    """The same bits for every order of the terms, which are sorted in place."""
+    terms.sort()
+    total = 0.0
+    for index in range(terms.shape[0]):
+        total += terms[index]
+    return total
+
+
+@compiled()
+def _moments(values: Numbers, bounds: Bounds) -> tuple[float, float]:
+    sums = np.empty((2, bounds.shape[0] - 1))
+    _power_sums(values, bounds, 0.0, sums)
+    total, squares = _ordered_sum(sums[0]), _ordered_sum(sums[1])
+    mean = total / values.shape[0]
+    deviation = squares - total * mean
+    if not deviation > squares * _CANCELLED:
+        _power_sums(values, bounds, mean, sums)
+        deviation = _ordered_sum(sums[1])
+    return mean, deviation
+
+
+@compiled()
 def _scale(values: Numbers, mean: float, scale: float, added: float, white: Numbers) -> None:
     for index in range(values.shape[0]):
         white[index] = (np.float64(values[index]) - mean) * scale + added
@@ -78,11 +102,14 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Ten
     return returns
 
 
-def power_sums(values: Tensor, cu_seqlens: Tensor, shift: float) -> npt.NDArray[np.float64]:
-    """Of each packed sequence the sums of (value - shift) and of its square, [2, N]."""
-    sums = np.empty((2, cu_seqlens.numel() - 1))
-    _power_sums(array(values), array(cu_seqlens.long()), shift, sums)
-    return sums
+def moments(values: Tensor, cu_seqlens: Tensor) -> tuple[float, float]:
+    """Mean and sum of squared deviations of packed sequences; not of none.
+
+    Sums of values and squares inside each sequence, added up in the order of their size. Where
+    subtracting the mean's square would cancel more than 20 of float64's 53 bits, a second pass
+    sums the squares about the mean.
+    """
+    return _moments(array(values), array(cu_seqlens.long()))
 
 
 def whiten(values: Tensor, mean: float, scale: float, added: float) -> Tensor:
@@ -97,5 +124,5 @@ def warm_up() -> None:
     ones, bounds = torch.ones(3), torch.tensor([0, 3], dtype=torch.int32)
     gae(ones, ones, None, bounds, gamma=1.0, decay=1.0)
     discounted_returns(ones, bounds, 1.0)
-    power_sums(ones, bounds, 0.0)
+    moments(ones, bounds)
     whiten(ones, 0.0, 1.0, 0.0)

@@ -78,21 +78,18 @@ def whiten(
 def batch_moments(values: Tensor, cu_seqlens: Tensor) -> Moments:
     """Moments of a batch that is here as a whole; [T] -> one.
 
-    Float64 sums of values and squares inside each sequence, then added exactly: same bits for
-    every order of the sequences. Where subtracting the mean's square would cancel more than 20 of
-    the 53 bits, a second pass sums the squares about the mean. (To rounding, not to the bit, this
-    is the pool of `sequence_moments`.)
+    The same bits for every order of the sequences (to rounding, not to the bit, this is the pool
+    of `sequence_moments`).
     """
     check_packed(cu_seqlens, values.numel())
-    count = values.numel()
-    if count == 0:
+    if values.numel() == 0:
         return Moments(0, 0.0, 0.0)
-    total, squares = _power_sums(values, cu_seqlens, 0.0)
-    mean = total / count
-    deviation = squares - total * mean
-    if not deviation > 2.0**-20 * squares:
-        deviation = _power_sums(values, cu_seqlens, mean)[1]
-    return Moments(count, mean, deviation)
+    if choose(values.device) is not Path.COMPILED:
+        return pool(sequence_moments(values, cu_seqlens))
+    from rlhfuse.kernels import compiled_scans  # numba is slow to import
+
+    kept = values.to(accumulation_dtype(values))
+    return Moments(values.numel(), *compiled_scans.moments(kept, cu_seqlens))
 
 
 def whiten_batch(
@@ -130,8 +127,15 @@ def _whiten(
     dtype = accumulation_dtype(values)
     if values.numel() == 0:
         return torch.zeros_like(values, dtype=values.dtype if mask is None else dtype)
-    kept = None if mask is None else mask.bool()
-    if dtype == torch.float32 and choose(values.device) is Path.TRITON:
+    kept, path = None if mask is None else mask.bool(), choose(values.device)
+    if cu_seqlens is not None and path is Path.COMPILED and dtype == values.dtype:
+        from rlhfuse.kernels import compiled_scans  # numba is slow to import
+
+        check_packed(cu_seqlens, values.numel())
+        mean, deviation = compiled_scans.moments(values, cu_seqlens)
+        scale = 1.0 / math.sqrt(deviation / max(values.numel() - 1, 1) + eps)
+        return compiled_scans.whiten(values, mean, scale, 0.0 if shift_mean else mean)
+    if dtype == torch.float32 and path is Path.TRITON:
         from rlhfuse.kernels import triton_whiten  # triton is optional
 
         parts = triton_whiten.moments(values, kept)
@@ -163,16 +167,3 @@ def _(
     return torch.empty_like(
         values, dtype=values.dtype if mask is None else accumulation_dtype(values)
     )
-
-
-def _power_sums(values: Tensor, cu_seqlens: Tensor, shift: float) -> tuple[float, float]:
-    """Sums of (values - shift) and of its square, exact from the sequences' sums on."""
-    if choose(values.device) is Path.COMPILED:
-        from rlhfuse.kernels import compiled_scans  # numba is slow to import
-
-        kept = values.to(accumulation_dtype(values))
-        sums = compiled_scans.power_sums(kept, cu_seqlens, shift).tolist()
-    else:
-        wide = values.double() - shift
-        sums = [segment_sum(part, cu_seqlens).tolist() for part in (wide, wide.square())]
-    return math.fsum(sums[0]), math.fsum(sums[1])
