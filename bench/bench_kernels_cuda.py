@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 
 from bench.record import Row, print_table, write_result
-from rlhfuse.algorithms.losses import PolicyInputs, PolicyLossSettings, linear_policy_loss
+from rlhfuse.algorithms.losses import (
+    PolicyInputs,
+    PolicyLossSettings,
+    linear_policy_loss,
+    policy_loss,
+)
 from rlhfuse.kernels.gae import whitened_gae
 from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.logprob import token_logprob
@@ -141,6 +146,10 @@ def plain(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(1, labels[:, None]).squeeze(1)
 
 
+def plain_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return plain(hidden @ weight.T, labels)
+
+
 def _theirs(module: str, name: str) -> Any:
     """A peer's function; its absence shows when it is called."""
     return getattr(import_module(module), name)
@@ -192,10 +201,11 @@ def head_rows(
     labels = torch.randint(0, vocab, (tokens,), device=device, generator=generator)
     truth = plain64(hidden[:CHECKED].double() @ weight.double().T, labels[:CHECKED])
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    shape = f"T={tokens} H={size} V={vocab}"
+    shape, compiled = f"T={tokens} H={size} V={vocab}", torch.compile(plain_head)
     contenders: dict[str, Callable[[], Tensor]] = {
         "rlhfuse": lambda: linear_logprob(hidden, weight, labels, entropy=True).logprob,
         "torch": lambda: plain(hidden @ weight.T, labels),
+        "torch.compile": lambda: compiled(hidden, weight, labels),
         "Liger": lambda: (
             -_theirs("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")(
                 hidden, weight, labels, reduction="none"
@@ -203,6 +213,9 @@ def head_rows(
         ),
         "verl": lambda: _theirs("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")(
             hidden, weight, labels, 1.0, "none", None
+        )[0],
+        "TRL": lambda: _theirs("trl.trainer.utils", "_ChunkedLogProbFunction").apply(  # of 1.13
+            hidden, weight, None, labels, 1.0, 8192
         )[0],
     }
     product = 2.0 * tokens * size * vocab
@@ -225,8 +238,17 @@ def head_rows(
             hidden, weight, labels, inputs, settings, normalizer=float(tokens)
         ).loss
 
+    def apart(head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        full = replace(inputs, logprobs=head(hidden, weight, labels))
+        return policy_loss(full, settings, normalizer=float(tokens)).loss
+
     goal = Goal("linear_policy_loss forward+backward", shape, operations=3 * product)
-    yield row(goal, "rlhfuse", _with_gradient(fused, leaves), None, device, most)
+    for who, run in {
+        "rlhfuse": fused,
+        "torch": lambda: apart(plain_head),
+        "torch.compile": lambda: apart(compiled),
+    }.items():
+        yield row(goal, who, _with_gradient(run, leaves), None, device, most)
 
 
 def gae_rows(device: torch.device, sequences: int, length: int, most: Ceilings) -> Iterator[Row]:
