@@ -165,12 +165,13 @@ def _simulated(paths: Sequence[str], found: "Explained") -> "Explained":
 
     import msgspec
 
+    from rlhfuse.profiler.summary import of_bubble
     from rlhfuse.run_what_if import simulated_what_if
 
     what, told = [], ""
     try:
         simulated, told = simulated_what_if(folder, summary.step)
-        what = [simulated]
+        what = [of_bubble(simulated, summary.bubble_fraction)]
     except (ValueError, KeyError) as error:
         told = f"no simulation of this step with other fusions: {error}"
     return dataclasses.replace(

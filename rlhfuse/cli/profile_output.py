@@ -37,10 +37,7 @@ def print_summary(summary: "ProfileSummary") -> None:
         )
         for text in ran.stragglers[:5]:
             click.echo(f"  slow: {plain(text)}")
-    if summary.what_if:
-        click.echo("\nwhat if")
-        for what in summary.what_if:
-            click.echo(f"  {what.name:<62}{what.makespan_s:>9.4g} s {what.saving_fraction:>+8.1%}")
+    _print_what_ifs(summary)
     for text in summary.warnings:
         click.echo(f"note: {plain(text)}", err=True)
 
@@ -54,6 +51,20 @@ def _print_causes(summary: "ProfileSummary") -> None:
     rest = sum(seconds for _, seconds in ordered[_MOST_CAUSES:])
     if rest:
         click.echo(f"  {'others':<24}{rest:>11.4g} s {rest / total:>7.1%}")
+
+
+def _print_what_ifs(summary: "ProfileSummary") -> None:
+    if not summary.what_if:
+        return
+    width = max(len(what.name) for what in summary.what_if)
+    known = any(what.bubble_recovered is not None for what in summary.what_if)
+    click.echo(f"\n{'what if':<{width + 2}}{'step':>11}{'saved':>9}{'of bubble' * known:>11}")
+    for what in summary.what_if:
+        share = f"{what.bubble_recovered:.0%}" if what.bubble_recovered is not None else ""
+        click.echo(
+            f"  {what.name:<{width}}{what.makespan_s:>9.4g} s{what.saving_fraction:>+9.1%}"
+            f"{share:>11}"
+        )
 
 
 def plain(text: str) -> str:

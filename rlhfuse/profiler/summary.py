@@ -35,11 +35,16 @@ class ScheduleSummary(msgspec.Struct, frozen=True):
 
 
 class WhatIf(msgspec.Struct, frozen=True):
-    """The step under another condition; `saving_fraction` of the wall time it is compared with."""
+    """The step under another condition; `saving_fraction` of the wall time it is compared with.
+
+    `bubble_recovered`: what is saved as a share of the bubble; over 1 where the work itself would
+    be shorter, null where the bubble is not known or there is none.
+    """
 
     name: str
     makespan_s: float
     saving_fraction: float
+    bubble_recovered: float | None = None
 
 
 class ProfileSummary(msgspec.Struct, frozen=True):
@@ -75,19 +80,26 @@ def summarize(
     `pipelines`: whether its spans tell pipeline work from other work.
     """
     explained = attribute(timeline)
+    bubble = explained.bubble_fraction if pipelines else None
     return ProfileSummary(
         format=format_name,
         num_ranks=len(explained.lanes),
         steps=list(steps),
         step=step,
         wall_s=explained.wall_s,
-        bubble_fraction=explained.bubble_fraction if pipelines else None,
+        bubble_fraction=bubble,
         causes={cause.value: seconds for cause, seconds in explained.causes.items()},
         per_rank=_ranks(explained, pipelines),
         schedule=schedule,
-        what_if=list(what_if),
+        what_if=[of_bubble(what, bubble) for what in what_if],
         warnings=list(warnings),
     )
+
+
+def of_bubble(what: WhatIf, bubble_fraction: float | None) -> WhatIf:
+    """With the share of the bubble that it recovers; both are shares of the same wall time."""
+    share = what.saving_fraction / bubble_fraction if bubble_fraction else None
+    return msgspec.structs.replace(what, bubble_recovered=share)
 
 
 def _ranks(explained: StepAttribution, pipelines: bool) -> list[RankSummary]:

@@ -6,7 +6,7 @@ from html import escape
 from rlhfuse.profiler.attribution import StepAttribution
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, WORK, Cause
 from rlhfuse.profiler.held import held_microbatches
-from rlhfuse.profiler.summary import ProfileSummary
+from rlhfuse.profiler.summary import ProfileSummary, WhatIf
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.report import charts, markup
 from rlhfuse.report.lanes import lane_data
@@ -127,7 +127,7 @@ def _what_if(summary: ProfileSummary) -> str:
             what.name,
             max(0.0, what.saving_fraction),
             _COLOR,
-            f"{what.saving_fraction:+.1%}  ({what.makespan_s:.4g} s)",
+            f"{what.saving_fraction:+.1%}  ({what.makespan_s:.4g} s{_of_bubble(what)})",
         )
         for what in summary.what_if
     ]
@@ -173,6 +173,11 @@ def _memory(table: SpanTable) -> str:
         f"end of the backward pass (or of the weight gradient). Most at once: {peaks}{more}.",
         f'<div class="two">{charts.line_chart(lines, [], "seconds", "micro-batches")}</div>',
     )
+
+
+def _of_bubble(what: WhatIf) -> str:
+    share = what.bubble_recovered
+    return f"; {share:.0%} of the bubble" if share is not None and what.saving_fraction > 0 else ""
 
 
 def _trend(trend: Sequence[tuple[int, StepAttribution]]) -> str:

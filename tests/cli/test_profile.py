@@ -44,7 +44,12 @@ def test_json_is_one_object_that_keeps_the_contract(capsys: pytest.CaptureFixtur
         assert set(rank) == keys
         assert sum(rank["causes"].values()) == pytest.approx(rank["wall_s"])
     assert summary["schedule"]["name"] == "1F1B"
-    assert {"name", "makespan_s", "saving_fraction"} == set(summary["what_if"][0])
+    assert {"name", "makespan_s", "saving_fraction", "bubble_recovered"} == set(
+        summary["what_if"][0]
+    )
+    for what in summary["what_if"]:
+        saved = what["bubble_recovered"] * summary["bubble_fraction"]
+        assert saved == pytest.approx(what["saving_fraction"])
 
 
 @pytest.mark.parametrize(
