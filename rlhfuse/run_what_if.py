@@ -11,7 +11,7 @@ from rlhfuse.planner.measured import MeasuredStep, StepCosts, other_fusions, wit
 from rlhfuse.planner.workload import with_lengths, workload_of
 from rlhfuse.profiler.summary import WhatIf
 from rlhfuse.resolve import resolve
-from rlhfuse.run_costs import metrics_rows
+from rlhfuse.run_costs import Metrics, metrics_rows
 from rlhfuse.run_folder import RunFolder
 from rlhfuse.timeline import load_chrome
 
@@ -30,7 +30,9 @@ def simulated_what_if(path: Path, step: int) -> tuple[WhatIf, str]:
         config = load(path / "config.yaml")
         folder = RunFolder(config.trainer, path)
         lengths = folder.read_lengths()
-        rows = {int(row["step"]): row for row in metrics_rows(path / "metrics.jsonl")}
+        rows: dict[int, Metrics] = {}
+        for part in metrics_rows(path / "metrics.jsonl"):  # validation has rows of its own
+            rows.setdefault(int(part["step"]), {}).update(part)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from error
     if step not in lengths or "fusion/serial" not in rows.get(step, {}):

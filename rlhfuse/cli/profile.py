@@ -168,6 +168,8 @@ def _simulated(paths: Sequence[str], found: "Explained") -> "Explained":
     from rlhfuse.profiler.summary import of_bubble
     from rlhfuse.run_what_if import simulated_what_if
 
+    if sys.stderr.isatty():
+        click.echo("simulating the step with other fusions (--no-what-if: not) ...", err=True)
     what, told = [], ""
     try:
         simulated, told = simulated_what_if(folder, summary.step)

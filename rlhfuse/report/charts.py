@@ -10,6 +10,7 @@ from html import escape
 
 # View box units are pixels at the page's two usual widths: half of it, and all of it.
 _HALF, _WHOLE = 520.0, 1120.0
+_LETTER = 7.5  # width of a letter, with some room
 _HEIGHT = 230.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 10.0, 30.0
 
@@ -130,10 +131,11 @@ def bars(rows: Sequence[Bar], label_width: float = 150) -> str:
     if not rows:
         return ""
     most = max(max(row.value for row in rows), 1e-12)
+    note_width = max(200, _LETTER * max(len(row.note) for row in rows) + 18)
     parts = []
     for i, row in enumerate(rows):
         y = 6 + i * 26
-        long = max(1.0, row.value / most * (_WHOLE - label_width - 200))
+        long = max(1.0, row.value / most * (_WHOLE - label_width - note_width))
         parts.append(_text(label_width, y + 13, row.label, "end", small=False))
         parts.append(
             f'<rect x="{label_width + 10:.0f}" y="{y}" width="{long:.1f}" height="18" rx="2" '

@@ -177,7 +177,7 @@ def _memory(table: SpanTable) -> str:
 
 def _of_bubble(what: WhatIf) -> str:
     share = what.bubble_recovered
-    return f"; {share:.0%} of the bubble" if share is not None and what.saving_fraction > 0 else ""
+    return f", {share:.0%} of the bubble" if share is not None and what.saving_fraction > 0 else ""
 
 
 def _trend(trend: Sequence[tuple[int, StepAttribution]]) -> str:

@@ -19,7 +19,11 @@ Shapes = Mapping[str, Sequence[Shape]]
 
 
 class Channels:
-    """All channels of one rank: one process group per (pipeline, flow)."""
+    """All channels of one rank: one process group per (pipeline, flow), as NCCL needs it.
+
+    gloo knows tags, and every group of its own costs a thread that wakes up a hundred times a
+    second: there one group carries all flows.
+    """
 
     def __init__(
         self,
@@ -44,22 +48,28 @@ class Channels:
         self._device = device
         self._dtype = dtype
         self._groups: dict[tuple[str, Flow], dist.ProcessGroup] = {}
-        self._shapes: Shapes = {}
+        self._forms: dict[str, list[Form]] = {}
         self._exchange: Exchange | None = None
-        for name in sorted(pipelines):
-            for flow in Flow:
-                for column in range(tp):
-                    ranks = sorted(row * tp + column for row in set(pipelines[name]))
-                    group = dist.new_group(ranks, timeout=timeout)
-                    if rank in ranks:
-                        self._groups[name, flow] = group
+        flows = [(name, flow) for name in sorted(pipelines) for flow in Flow]
+        self._tags = {flow: tag for tag, flow in enumerate(flows)}
+        shares = [flows] if device.type == "cpu" else [[flow] for flow in flows]
+        for share in shares:
+            rows = {row for name, _ in share for row in pipelines[name]}
+            for column in range(tp):
+                ranks = sorted(row * tp + column for row in rows)
+                group = dist.new_group(ranks, timeout=timeout)
+                if rank in ranks:
+                    self._groups |= dict.fromkeys(share, group)
         self._warm_up(pipelines)
 
     def open(self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes) -> None:
         """Get ready for the messages of one schedule: post the first receives of each channel."""
         assert self._exchange is None, "a schedule is still running"
-        self._shapes = shapes
-        links = Links(self._device, self._peer, self._group, self._form)
+        self._forms = {
+            name: [Form(tuple(shape), self._dtype) for shape in mine]
+            for name, mine in shapes.items()
+        }
+        links = Links(self._device, self._peer, self._group, self._form, self._tag)
         self._exchange = Exchange(links, expected)
 
     def receive(self, message: Message) -> torch.Tensor:
@@ -83,8 +93,9 @@ class Channels:
         """Leave the groups, also in the middle of a schedule: peers that wait for this rank (and
         peers that wait for them) then fail at once instead of at the time limit."""
         self._exchange = None
-        while self._groups:
-            _, group = self._groups.popitem()
+        groups = dict.fromkeys(self._groups.values())
+        self._groups.clear()
+        for group in groups:
             try:
                 dist.destroy_process_group(group)
             except RuntimeError as error:
@@ -102,9 +113,11 @@ class Channels:
     def _group(self, way: Channel) -> dist.ProcessGroup:
         return self._groups[way.pipeline, way.flow]
 
+    def _tag(self, way: Channel) -> int:
+        return self._tags[way.pipeline, way.flow]
+
     def _form(self, message: Message) -> Form:
-        shape = self._shapes[message.channel.pipeline][message.microbatch]
-        return Form(tuple(shape), self._dtype)
+        return self._forms[message.channel.pipeline][message.microbatch]
 
     def _warm_up(self, pipelines: Mapping[str, Sequence[int]]) -> None:
         """One message over every link, in one order on all ranks (NCCL connects at first use)."""
@@ -118,7 +131,8 @@ class Channels:
                     (Flow.ACTIVATION, below, above),
                     (Flow.GRADIENT, above, below),
                 ):
+                    tag = self._tags[name, flow]
                     if self._row == source:
-                        dist.send(token, self._peer(target), group=self._groups[name, flow])
+                        dist.send(token, self._peer(target), self._groups[name, flow], tag)
                     elif self._row == target:
-                        dist.recv(token, self._peer(source), group=self._groups[name, flow])
+                        dist.recv(token, self._peer(source), self._groups[name, flow], tag)

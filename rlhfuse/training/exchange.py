@@ -1,10 +1,10 @@
 """One rank's messages while it runs one schedule: receives posted ahead, sends that do not block.
 
-Order alone says which message is which, so each flow of a pipeline has a process group of its own
-(NCCL knows no tags). Two receives are posted on each channel; `refill` fills the place of one that
-was taken, when nobody waits for this rank. A send's buffer is kept until it is complete, and a
-second one on its channel first waits for it. Where only the sender knows a message's shape, one
-header is posted ahead instead, the body when it is asked for, and two sends may be open: a rank
+Order alone says which message is which, so each flow of a pipeline has a process group or a tag of
+its own (NCCL knows no tags). Two receives are posted on each channel; `refill` fills the place of
+one that was taken, when nobody waits for this rank. A send's buffer is kept until it is complete,
+and a second one on its channel first waits for it. Where only the sender knows a message's shape,
+one header is posted ahead instead, the body when it is asked for, and two sends may be open: a rank
 then blocks no earlier than with one receive posted ahead, so one proof
 (`rlhfuse.schedules.timing.check_channels`) holds for both.
 """
@@ -46,6 +46,8 @@ class Links:
     """Row of a schedule to the global rank that this one speaks with."""
     group: Callable[[Channel], dist.ProcessGroup]
     form: Callable[[Message], Form]
+    tag: Callable[[Channel], int] = lambda channel: 0
+    """What tells the channels of one group apart, where its backend knows tags."""
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ class Exchange:
     def __init__(self, links: Links, expected: Mapping[Channel, Iterable[Message]]) -> None:
         """Posts the first receives of each channel. `expected`: all that comes here."""
         self._links = links
-        self._ends: dict[tuple[Channel, int], tuple[dist.ProcessGroup, int]] = {}
+        self._ends: dict[tuple[Channel, int], tuple[dist.ProcessGroup, int, int]] = {}
         self._receiving = {way: _Receiving(deque(order)) for way, order in expected.items()}
         self._sending: dict[Channel, deque[list[tuple[dist.Work, torch.Tensor]]]] = {}
         self._handed: dict[Message, torch.Tensor] = {}
@@ -80,7 +82,7 @@ class Exchange:
             return self._handed.pop(message)
         receiving = self._receiving[message.channel]
         # With several stages on a rank, the sender's order need not be the receiver's.
-        while message not in receiving.arrived:
+        while not receiving.arrived or message not in receiving.arrived:
             if not receiving.posted:
                 self.refill()
             assert receiving.posted, f"{message} is not among those to come"
@@ -159,25 +161,26 @@ class Exchange:
         return body
 
     def _sent(self, message: Message, tensor: torch.Tensor) -> dist.Work:
-        group, target = self._end(message.channel, message.channel.target)
+        group, target, tag = self._end(message.channel, message.channel.target)
         try:  # gloo notices here, too, that the peer is gone
-            return group.send([tensor], target, 0)
+            return group.send([tensor], target, tag)
         except RuntimeError as error:
             raise PeerLost(f"beginning to send {message}: {error}") from error
 
     def _coming(self, message: Message, buffer: torch.Tensor) -> dist.Work:
-        group, source = self._end(message.channel, message.channel.source)
+        group, source, tag = self._end(message.channel, message.channel.source)
         try:
-            return group.recv([buffer], source, 0)
+            return group.recv([buffer], source, tag)
         except RuntimeError as error:
             raise PeerLost(f"getting ready for {message}: {error}") from error
 
-    def _end(self, way: Channel, row: int) -> tuple[dist.ProcessGroup, int]:
-        """The group of a channel, and the place of `row` in it."""
+    def _end(self, way: Channel, row: int) -> tuple[dist.ProcessGroup, int, int]:
+        """The group of a channel, the place of `row` in it, and the channel's tag."""
         found = self._ends.get((way, row))
         if found is None:
             group = self._links.group(way)
-            found = group, dist.get_group_rank(group, self._links.peer(row))
+            place = dist.get_group_rank(group, self._links.peer(row))
+            found = group, place, self._links.tag(way)
             self._ends[way, row] = found
         return found
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import NamedTuple
 
 from rlhfuse.schedules.ir import Op, Schedule, Task
 
@@ -18,9 +19,10 @@ class Flow(StrEnum):
     ACTIVATION = "activation"
     GRADIENT = "gradient"
 
+    __hash__ = str.__hash__  # an enumeration's own is Python code, and messages are looked up
 
-@dataclass(frozen=True, slots=True)
-class Channel:
+
+class Channel(NamedTuple):
     """One first-in first-out way between two ranks (or from a rank to itself)."""
 
     source: int
@@ -29,8 +31,7 @@ class Channel:
     flow: Flow
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What one task sends to another. `pp_stage` is the receiver's."""
 
     channel: Channel

@@ -11,6 +11,7 @@ from rlhfuse.config import Config
 from rlhfuse.launch import train_run, verify_run
 from rlhfuse.resolve import resolve
 from rlhfuse.run_folder import RunFolder
+from rlhfuse.run_what_if import SERIAL, simulated_what_if
 from tests.end_to_end.tiny_run import make_assets, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -74,6 +75,18 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(assets: Path, tmp_path: Pa
         train_run(resolve(_with_steps(stopped, steps)), resume=steps > 1)
     for step in range(1, 5):
         assert _digests(stopped, step) == _digests(whole, step)
+    _check_what_if(RunFolder(whole.trainer).path)
+
+
+def _check_what_if(folder: Path) -> None:
+    """The profiler simulates a recorded step without its fusions, validated or not."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "val-core/test/reward/mean@1": 0.5}\n')
+    for step in (3, 4):
+        what, told = simulated_what_if(folder, step)
+        assert what.name == SERIAL
+        assert what.makespan_s > 0
+        assert "the step as it ran takes" in told
 
 
 def _with_steps(config: Config, steps: int) -> Config:
