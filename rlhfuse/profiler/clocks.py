@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhfuse.profiler.arrays import Floats
-from rlhfuse.profiler.joint_clocks import USUAL_DRIFT, Points, Shift, refined
+from rlhfuse.profiler.joint_clocks import (
+    LOW,
+    ROUNDS,
+    USUAL_DRIFT,
+    Points,
+    Shift,
+    expectile,
+    refined,
+)
 from rlhfuse.profiler.rounds import TRAINING_KINDS, find_rounds, parse_task, remote_inputs
 from rlhfuse.profiler.table import SpanTable
 from rlhfuse.profiler.transfers import Meeting, meetings, named_collectives
@@ -180,18 +188,33 @@ def _fitted(start: tuple[float, float], times: Floats, slack: Floats, sign: Floa
     """
     found = np.array([start[0], 0.0, start[1]])
     reach = max(start[1], 1e-6) + USUAL_DRIFT * float(np.ptp(times))
+    kept = np.ones(len(times), dtype=np.bool_)
+    scale = reach
     for _ in range(6):
         off = np.abs(slack - found[2] - sign * (found[0] + found[1] * times))
         kept = off <= max(reach, float(off.min()))
         scale = 1.5 * float(np.median(off[kept])) + 1e-9
-        rows = np.stack([sign[kept], sign[kept] * times[kept], np.ones(int(kept.sum()))], axis=1)
-        # Drift is small unless the messages say otherwise, louder than they scatter; and without
-        # messages of both ways, nothing tells offset and latency apart.
-        prior = np.diag([0.0, scale / USUAL_DRIFT, scale / max(start[1], 1e-6)])
-        wanted = np.append(slack[kept], prior @ np.array([0.0, 0.0, start[1]]))
-        found, *_ = np.linalg.lstsq(np.concatenate([rows, prior]), wanted, rcond=None)
+        found = _least(times[kept], slack[kept], sign[kept], start[1], scale, None)
         reach = 3 * scale
+    for _ in range(ROUNDS):
+        late = slack[kept] > found[2] + sign[kept] * (found[0] + found[1] * times[kept])
+        weight = expectile(late, LOW)
+        found = _least(times[kept], slack[kept], sign[kept], start[1], scale, weight)
     return (float(found[0]), float(found[1]))
+
+
+def _least(
+    times: Floats, slack: Floats, sign: Floats, latency: float, scale: float, weight: Floats | None
+) -> Floats:
+    """Offset, drift and latency by weighted least squares."""
+    root = np.sqrt(weight) if weight is not None else np.ones(len(times))
+    rows = np.stack([sign, sign * times, np.ones(len(times))], axis=1) * root[:, None]
+    # Drift is small unless the messages say otherwise, louder than they scatter; and without
+    # messages of both ways, nothing tells offset and latency apart.
+    prior = np.diag([0.0, scale / USUAL_DRIFT, scale / max(latency, 1e-6)])
+    wanted = np.append(slack * root, prior @ np.array([0.0, 0.0, latency]))
+    found: Floats = np.linalg.lstsq(np.concatenate([rows, prior]), wanted, rcond=None)[0]
+    return found
 
 
 def _tree(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench.profiler_truth import FORWARD_S, disturbed, make
 from rlhfuse.profiler.attribution import attribute
 from rlhfuse.profiler.clocks import align
 from rlhfuse.schedules.ir import Pipeline, Problem
@@ -88,3 +89,20 @@ def test_jitter_drift_and_late_hosts_are_seen_through(replicas: int, drift: floa
     for mine, theirs in zip(before.lanes, after.lanes, strict=True):
         for cause, seconds in mine.causes.items():
             assert abs(theirs.causes.get(cause, 0.0) - seconds) < 0.02 * before.wall_s
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_link_with_few_waits_stays_as_its_messages_say(seed: int) -> None:
+    """Two stages, two replicas, one slower: most inputs are there before they are needed, and
+    tasks that start late for no reason must not pass for messages."""
+    rng = random.Random(2020 + seed)
+    truth = make(2, 2, 8, rng, gathers=seed % 2 == 1)
+    shown, clocks = disturbed(truth, rng)
+    found = align(shown)
+    for moment in (0.0, truth.wall_s / 2):
+        errors = []
+        for lane, (offset, rate) in clocks.items():
+            reads = moment + offset + rate * moment
+            shift = found.offsets_s[lane] + found.drifts[lane] * (reads - shown.start_s)
+            errors.append(reads + shift - moment)
+        assert max(errors) - min(errors) < 0.01 * FORWARD_S
