@@ -119,8 +119,10 @@ class Exchange:
         form = self._links.form(message)
         opened = self._sending.setdefault(message.channel, deque())
         _settle(opened, 1 if form.shape is None else 0, message)
-        tensor = tensor.detach().contiguous()
-        if form.shape is not None and tuple(tensor.shape) != tuple(form.shape):
+        tensor = tensor.detach()
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if form.shape is not None and tensor.shape != form.shape:
             raise ValueError(
                 f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(form.shape)}"
                 + (f"; {form.advice}" if form.advice else "")
