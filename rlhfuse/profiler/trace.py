@@ -1,6 +1,6 @@
 """A trace that can be profiled: what made it, which steps it holds, and their timelines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from rlhfuse.profiler.summary import WhatIf
@@ -42,6 +42,30 @@ class Trace:
             known = _ranges(self.steps) if self.steps else "none: the trace is not cut into steps"
             raise ValueError(f"--step {step}: not in the trace (steps: {known})")
         return step
+
+
+def common_steps(
+    ranks: Mapping[int, Collection[int]], place: str
+) -> tuple[tuple[int, ...], list[str]]:
+    """The steps that every rank has, in order, and what to say of others.
+
+    Raises:
+        ValueError: each rank has some, but all have none in common.
+    """
+    common = set.intersection(*(set(mine) for mine in ranks.values()))
+    every = set().union(*ranks.values())
+    if every and not common and all(ranks.values()):
+        known = "; ".join(
+            f"rank {rank}: {_ranges(tuple(sorted(ranks[rank])))}" for rank in sorted(ranks)[:3]
+        )
+        raise ValueError(f"{place}: the ranks have no step in common ({known})")
+    told = []
+    if every - common:
+        left = _ranges(tuple(sorted(every - common)))
+        told = [f"steps {left} are not on all ranks, and left out"]
+        if not common:
+            told = ["some ranks are not cut into steps: the whole trace is taken as one"]
+    return tuple(sorted(common)), told
 
 
 def _ranges(steps: tuple[int, ...]) -> str:

@@ -144,6 +144,31 @@ def test_ranks_of_different_jobs_are_refused(tmp_path: Path) -> None:
         open_trace([tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("steps", "known", "told"),
+    [
+        ([(1, 2), (2, 3)], (2,), "steps 1, 3 are not on all ranks"),
+        ([(1, 2), ()], (), "some ranks are not cut into steps"),
+        ([(1, 2), (3, 4)], None, r"no step in common \(rank 0: 1-2; rank 1: 3-4\)"),
+    ],
+)
+def test_mixed_steps_are_told(
+    tmp_path: Path, steps: list[tuple[int, ...]], known: tuple[int, ...] | None, told: str
+) -> None:
+    for rank, mine in enumerate(steps):
+        events = [_kernel("k", 100 * n + 1, 9) for n in (1, 2, 3, 4)]
+        for n in mine:
+            events.append(_kernel(f"ProfilerStep#{n}", 100 * n, 99, "user_annotation"))
+        (tmp_path / f"{rank}.json").write_text(json.dumps(_kineto(rank, events)))
+    if known is None:
+        with pytest.raises(ValueError, match=told):
+            open_trace([tmp_path])
+        return
+    trace = open_trace([tmp_path])
+    assert trace.steps == known
+    assert any(told in text for text in trace.load(trace.pick(None)).warnings)
+
+
 def test_clear_lines_for_what_is_no_trace(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         open_trace([tmp_path / "nothing"])

@@ -17,7 +17,7 @@ import numpy as np
 from rlhfuse.profiler.readers.batches import Launches, Record
 from rlhfuse.profiler.readers.kernels import RankKernels, load_kernels
 from rlhfuse.profiler.readers.stream import OnProgress, TraceStream
-from rlhfuse.profiler.trace import Trace
+from rlhfuse.profiler.trace import Trace, common_steps
 
 _DEVICE = frozenset({"kernel", "Kernel", "gpu_memcpy", "gpu_memset", "Memcpy", "Memset"})
 _RUNTIME = frozenset({"cuda_runtime", "cuda_driver", "Runtime"})
@@ -213,11 +213,10 @@ def open_kineto(paths: list[Path], on_progress: OnProgress | None = None) -> Tra
     world = next(iter(worlds), len(ranks))
     if world > len(ranks):
         warnings.insert(0, f"{len(ranks)} of the job's {world} ranks are here; sums are over these")
-    steps = set.intersection(*(set(rank.steps) for rank in ranks.values()))
     place = str(paths[0])
-    return Trace(
-        "kineto", tuple(sorted(steps)), lambda step: load_kernels(ranks, step, warnings, place)
-    )
+    steps, told = common_steps({r: found.steps for r, found in ranks.items()}, place)
+    warnings += told
+    return Trace("kineto", steps, lambda step: load_kernels(ranks, step, warnings, place))
 
 
 def _read(

@@ -17,7 +17,7 @@ import numpy as np
 from rlhfuse.profiler.arrays import Ints
 from rlhfuse.profiler.readers.batches import Launches, Record
 from rlhfuse.profiler.readers.kernels import RankKernels, load_kernels
-from rlhfuse.profiler.trace import Trace
+from rlhfuse.profiler.trace import Trace, common_steps
 
 _KERNELS = "CUPTI_ACTIVITY_KIND_KERNEL"
 _COPIES = ("CUPTI_ACTIVITY_KIND_MEMCPY", "CUPTI_ACTIVITY_KIND_MEMSET")
@@ -49,12 +49,10 @@ def open_nsys(paths: list[Path]) -> Trace:
     named = [int(number[1]) for number in numbers if number is not None]
     ranks = named if len(set(named)) == len(found) else list(range(len(found)))
     by_rank = {rank: kernels for rank, (_, kernels) in zip(ranks, found, strict=True)}
-    steps = set.intersection(*(set(rank.steps) for rank in by_rank.values()))
-    warnings = [text for rank in by_rank.values() for text in rank.warnings]
     place = str(paths[0])
-    return Trace(
-        "nsys", tuple(sorted(steps)), lambda step: load_kernels(by_rank, step, warnings, place)
-    )
+    steps, told = common_steps({r: kernels.steps for r, kernels in by_rank.items()}, place)
+    warnings = [text for rank in by_rank.values() for text in rank.warnings] + told
+    return Trace("nsys", steps, lambda step: load_kernels(by_rank, step, warnings, place))
 
 
 def _read(path: Path, base: sqlite3.Connection) -> list[RankKernels]:

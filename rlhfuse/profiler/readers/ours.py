@@ -52,9 +52,15 @@ def open_files(paths: list[Path]) -> Trace:
 
 def _trace(name: str, files: dict[int, list[Path]]) -> Trace:
     steps = tuple(sorted(files))
+    most = max(map(len, files.values()))
 
     def load(step: int | None) -> Loaded:
-        parts = [load_chrome(path) for path in files[steps[-1] if step is None else step]]
-        return Loaded(parts[0] if len(parts) == 1 else Timeline.merged(parts))
+        chosen = files[steps[-1] if step is None else step]
+        parts = [load_chrome(path) for path in chosen]
+        told: tuple[str, ...] = ()
+        if len(chosen) < most:
+            told = (f"files of {len(chosen)} ranks for this step, of {most} for others",)
+        whole = parts[0] if len(parts) == 1 else Timeline.merged(parts)
+        return Loaded(whole, warnings=told)
 
     return Trace(name, steps, load)

@@ -6,11 +6,12 @@ over micro-batches, counted from the iteration's start. (AMD-AGI/Primus, tools/v
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from rlhfuse.profiler.trace import Loaded, Trace
+from rlhfuse.profiler.trace import Loaded, Trace, common_steps
 from rlhfuse.timeline import Kind, Span, Timeline
 
 _NAME = re.compile(r".*?(\d+)\.json(\.gz)?")
@@ -47,14 +48,16 @@ def open_primus(paths: list[Path]) -> Trace:
     missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
     if missing:
         raise ValueError(f"{paths[0].parent}: pp_rank files of ranks {missing} are missing")
-    steps = sorted(set.intersection(*(set(rank) for rank in ranks.values())))
+    steps, told = common_steps(ranks, str(paths[0].parent))
     if not steps:
         raise ValueError(f"{paths[0].parent}: the ranks have no iteration in common")
 
     def load(step: int | None) -> Loaded:
-        return _load({rank: ranks[rank][steps[-1] if step is None else step] for rank in ranks})
+        chosen = {rank: ranks[rank][steps[-1] if step is None else step] for rank in ranks}
+        found = _load(chosen)
+        return replace(found, warnings=(*told, *found.warnings))
 
-    return Trace("primus", tuple(steps), load)
+    return Trace("primus", steps, load)
 
 
 def _read(path: Path) -> Rank:
