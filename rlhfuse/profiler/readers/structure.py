@@ -2,9 +2,11 @@
 
 Autograd launches backward kernels from threads of its own, so a kernel's launching thread says
 forward or backward. A stage sends its result as soon as it is computed, and computes nothing whose
-input has not come: the k-th send after forward kernels ends the k-th forward pass, and so on. What
-is found is kept only if it explains every message of every rank; a schedule of which that cannot
-be said (chunks of several stages on one rank, a weight gradient split off) is not guessed.
+input has not come: the k-th send after forward kernels ends the k-th forward pass, and so on. Where
+messages go round in a circle, ranks have several chunks: they are taken to have had turns as in
+Megatron's interleaved schedule, and the messages from the last rank to the first must agree. What
+is found is kept only if it explains every message of every rank; what cannot be told so (a weight
+gradient split off, chunks on two ranks) is not guessed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from rlhfuse.profiler.arrays import Bools, Floats, Ints
+from rlhfuse.schedules.ir import Op, Pipeline, Problem
 from rlhfuse.timeline import Kind
 
 _SLACK_S = 2e-5
@@ -73,21 +76,31 @@ def find_tasks(ranks: Mapping[int, Traffic]) -> dict[int, list[Found]]:
     """
     chains = _chains(ranks)
     found = {}
-    for number, chain in enumerate(chains):
+    for number, (chain, circle) in enumerate(chains):
         name = "model" if len(chains) == 1 else f"replica{number}"
         links = [_Link.between(ranks[a], a, ranks[b], b) for a, b in pairwise(chain)]
-        for stage, rank in enumerate(chain):
-            before = links[stage - 1] if stage else None
-            after = links[stage] if stage < len(links) else None
+        ends = [None, *links, None]
+        passes = []
+        for rank, before, after in zip(chain, ends, ends[1:], strict=False):
             try:
-                found[rank] = _stage_tasks(ranks[rank], name, stage, before, after)
+                passes.append(_passes(ranks[rank], before, after))
             except ValueError as error:
                 raise ValueError(f"rank {rank}: {error}") from error
+        if circle:
+            a, b = chain[-1], chain[0]
+            orders = _chunk_orders(passes, _Link.between(ranks[a], a, ranks[b], b))
+        else:
+            orders = [
+                [[(stage, k) for k in range(len(mine[0]))]] * 2 for stage, mine in enumerate(passes)
+            ]
+        for rank, mine, order in zip(chain, passes, orders, strict=True):
+            found[rank] = _in_order(name, mine, order)
     return found
 
 
-def _chains(ranks: Mapping[int, Traffic]) -> list[list[int]]:
-    """Ranks in the order of their stages, per pipeline."""
+def _chains(ranks: Mapping[int, Traffic]) -> list[tuple[list[int], bool]]:
+    """Ranks in the order of their stages, per pipeline; and whether the last one's results go to
+    the first, as they do where each rank has several chunks of the model."""
     peers = {rank: set(traffic.peer.tolist()) for rank, traffic in ranks.items()}
     silent = [rank for rank, mine in peers.items() if not mine]
     if silent:
@@ -98,14 +111,27 @@ def _chains(ranks: Mapping[int, Traffic]) -> list[list[int]]:
     if any(len(mine) > 2 for mine in peers.values()):
         raise ValueError("a rank exchanges messages with more than two others")
     chains, seen = [], set[int]()
-    for rank in sorted(peers):
-        if len(peers[rank]) == 1 and rank not in seen:
-            chain = _walk(peers, rank)
-            chains.append(chain if _is_ahead(ranks[chain[0]], chain[1]) else chain[::-1])
-            seen |= set(chain)
-    if seen != set(peers):
-        raise ValueError("messages go round in a circle (several chunks on each rank?)")
-    return chains
+    for rank in sorted(peers, key=lambda rank: (len(peers[rank]), rank)):
+        if rank in seen:
+            continue
+        chain, circle = _walk(peers, rank), len(peers[rank]) == 2
+        seen |= set(chain)
+        if circle:
+            chain = _opened(ranks, chain)
+        chains.append((chain if _is_ahead(ranks[chain[0]], chain[1]) else chain[::-1], circle))
+    return sorted(chains, key=lambda found: min(found[0]))
+
+
+def _opened(ranks: Mapping[int, Traffic], ring: list[int]) -> list[int]:
+    """A circle cut at the link that carries least: one chunk's results go nowhere from there."""
+    counts = [
+        int((ranks[a].peer == b).sum()) for a, b in zip(ring, [*ring[1:], ring[0]], strict=True)
+    ]
+    least = min(counts)
+    if counts.count(least) > 1 or len(set(counts)) != 2:
+        raise ValueError(f"messages go round in a circle, {counts} on its links")
+    cut = counts.index(least) + 1
+    return ring[cut:] + ring[:cut]
 
 
 def _walk(peers: Mapping[int, set[int]], rank: int) -> list[int]:
@@ -156,10 +182,12 @@ def _messages(source: Traffic, a: int, target: Traffic, b: int) -> tuple[Floats,
     return sent[first], came[each - 1 :: each]
 
 
-def _stage_tasks(
-    traffic: Traffic, name: str, stage: int, before: _Link | None, after: _Link | None
-) -> list[Found]:
-    forward, backward = ~traffic.backward, traffic.backward
+_Passes = tuple[list[tuple[float, float]], list[tuple[float, float]]]  # forward, backward
+_Order = list[list[tuple[int, int]]]  # forward, backward: (stage, micro-batch)
+
+
+def _passes(traffic: Traffic, before: _Link | None, after: _Link | None) -> _Passes:
+    """(start, end) of every forward and every backward pass of a rank, in order."""
     counts = {len(link.down_sent) for link in (before, after) if link is not None}
     counts |= {len(link.up_sent) for link in (before, after) if link is not None}
     if len(counts) != 1:
@@ -167,22 +195,66 @@ def _stage_tasks(
     (count,) = counts
     needed = before.down_came if before is not None else None
     made = after.down_sent if after is not None else None
-    tasks = _tasks(traffic, forward, count, needed, made, "forward")
-    grads = _tasks(
-        traffic,
-        backward,
-        count,
-        after.up_came if after is not None else None,
-        before.up_sent if before is not None else None,
-        "backward",
-    )
-    found = [Found(Kind.F, name, stage, i, a, b) for i, (a, b) in enumerate(tasks)]
-    found += [Found(Kind.B, name, stage, i, a, b) for i, (a, b) in enumerate(grads)]
+    forward = _tasks(traffic, ~traffic.backward, count, needed, made, "forward")
+    back = after.up_came if after is not None else None
+    gone = before.up_sent if before is not None else None
+    return forward, _tasks(traffic, traffic.backward, count, back, gone, "backward")
+
+
+def _in_order(name: str, passes: _Passes, order: _Order) -> list[Found]:
+    found = [
+        Found(kind, name, stage, microbatch, start_s, end_s)
+        for kind, mine, numbers in zip((Kind.F, Kind.B), passes, order, strict=True)
+        for (start_s, end_s), (stage, microbatch) in zip(mine, numbers, strict=True)
+    ]
     found.sort(key=lambda task: task.start_s)
     for one, other in pairwise(found):
         if other.start_s < one.end_s - _SLACK_S:
             raise ValueError(f"{one} and {other} would overlap")
     return found
+
+
+def _chunk_orders(passes: Sequence[_Passes], around: _Link) -> list[_Order]:
+    """Stage and micro-batch of every pass of every rank, if the chunks took turns as in Megatron's
+    interleaved schedule; the messages from the last rank to the first say whether they did."""
+    from rlhfuse.schedules.interleaved import interleaved  # loads the compiler
+
+    ranks, total = len(passes), len(passes[0][0])
+    count = total - len(around.down_sent)
+    if count <= 0 or total % count:
+        raise ValueError(f"{total} passes and {len(around.down_sent)} messages round the circle")
+    pipe = Pipeline.make("model", list(range(ranks)), count, 1.0, 2.0)
+    rows = interleaved(Problem(ranks, (pipe,)), total // count).rows
+    orders = [
+        [[(t.pp_stage, t.microbatch) for t in row if t.op is op] for op in (Op.F, Op.B)]
+        for row in rows
+    ]
+    end, begin = total // count * ranks - 1, 0
+    for op, source, target, sent, came in (
+        (0, ranks - 1, 0, around.down_sent, around.down_came),
+        (1, 0, ranks - 1, around.up_sent, around.up_came),
+    ):
+        # The last stage sends no result on, and the first one takes none; gradients the other way.
+        nowhere, nothing = (end, begin) if op == 0 else (begin, end)
+        made = _of(passes[source][op], orders[source][op], nowhere)
+        used = _of(passes[target][op], orders[target][op], nothing)
+        if not len(made) == len(used) == len(sent) == len(came):
+            raise ValueError("messages round the circle are not one for each chunk's passes")
+        # A result leaves before the next pass of its direction is over.
+        ends = np.array([end_s for _, end_s in passes[source][op]])
+        last = ends[np.searchsorted(ends, sent + _SLACK_S, side="right") - 1]
+        if (last != made[:, 1]).any() or (used[:, 0] < came - _SLACK_S).any():
+            raise ValueError("the chunks did not take turns as in the interleaved schedule")
+    return orders
+
+
+def _of(
+    passes: Sequence[tuple[float, float]], order: Sequence[tuple[int, int]], but: int
+) -> Floats:
+    """(start, end) [n, 2] of the passes of all stages but one."""
+    return np.array(
+        [times for times, (stage, _) in zip(passes, order, strict=True) if stage != but]
+    ).reshape(-1, 2)
 
 
 def _tasks(
@@ -240,6 +312,11 @@ def _runs(traffic: Traffic, rows: Ints, mine: Bools, count: int, came: Floats | 
         return np.where(real, np.cumsum(real) - 1, count)[turn]
     if came is None:
         raise ValueError(f"{int(real.sum())} runs of kernels for {count} micro-batches")
+    middle = (traffic.start_s[rows, None] < came - _SLACK_S) & (
+        traffic.end_s[rows, None] > came + _SLACK_S
+    )
+    if middle.any():
+        raise ValueError("inputs come while it computes: its passes cannot be told apart")
     of = np.searchsorted(came, starts + _SLACK_S, side="right") - 1
     return np.where(starts < last, of, count)
 
