@@ -97,6 +97,28 @@ def test_a_receive_is_wait_and_transfer(tmp_path: Path, batched: bool) -> None:
     assert bubble == pytest.approx(1 - (180 + 201) / 800)
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_names_of_messages_count_where_they_number_the_job(tmp_path: Path, local: bool) -> None:
+    """PyTorch names a message by ranks within its group: both ranks being 0 says nothing."""
+    ranks = _stages(True)
+    for rank in ranks:
+        for event in rank.events:
+            args = event["args"]
+            assert isinstance(args, dict)
+            if event["name"] == "record_param_comms":
+                what, own = args["Collective name"], 1 - rank.rank if local else rank.rank
+                peer = args.get("Dst Rank", args.get("Src Rank"))
+                arrow = "->" if what == "send" else "<-"
+                event.update(cat="user_annotation", name=f"nccl:{what} {own}{arrow}{peer}")
+    (zero, one), bubble, told = _causes(tmp_path, *ranks)
+    if local:
+        assert bubble is None
+        assert "carry no peers" in told
+    else:
+        assert zero == {"compute": 180, "transfer": 20, "wait_downstream": 200}
+        assert one["wait_upstream"] == 100
+
+
 def test_clocks_that_disagree_are_aligned_on_messages(tmp_path: Path) -> None:
     rows, _, told = _causes(tmp_path, *_stages(True, skew=5000.0))
     assert rows[0] == pytest.approx({"compute": 180, "transfer": 20, "wait_downstream": 200})

@@ -58,6 +58,7 @@ class RankKernels:
     host_labels: list[Label] = field(default_factory=list)
     device_labels: list[Label] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    own_numbers: set[int] = field(default_factory=set)  # the rank's, in the names of its messages
     backward_threads: set[int] = field(default_factory=set)  # that autograd runs on
     warnings: list[str] = field(default_factory=list)
 
@@ -284,7 +285,11 @@ def _comms(rank: RankKernels, number: int, kept: Ints) -> tuple[list[Comm], int]
     """Communication kernels whose partners are known, and how many SendRecv ones are not; rows
     are those of the chosen kernels."""
     place = {row: index for index, row in enumerate(kept.tolist())}
-    batches = Batches(rank.records or rank.notes, rank.launches, [c for _, c, _, _ in rank.comms])
+    # Names of messages number ranks within their group; they tell who is meant where that is the
+    # number in the job as well.
+    notes = rank.notes if rank.own_numbers <= {number} else []
+    calls = [call for call in rank.records if call.peer is not None] or notes
+    batches = Batches(calls, rank.launches, [c for _, c, _, _ in rank.comms])
     found, unknown = [], 0
     for row, correlation, send_recv, record in rank.comms:
         if row not in place:

@@ -133,6 +133,7 @@ class _File:
             message = _P2P.match(event.name)
             if message is not None and on_host:
                 peer = int(message[4])
+                self.found.own_numbers.add(int(message[2]))
                 start_s = event.ts / 1e6
                 self.found.notes.append(
                     Record(start_s, self._thread(event), message[1], peer, "", None, "")
