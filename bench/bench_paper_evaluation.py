@@ -19,7 +19,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.record import RESULTS, Row, print_table, write_result
+from bench.record import Row, print_table, write_result
+from bench.results_page import RESULTS
 from rlhfuse.config import (
     ActorConfig,
     Config,

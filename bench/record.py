@@ -1,4 +1,5 @@
-"""How results are kept: JSON with hardware, commit, command and time, below bench/results/."""
+"""How results are kept: JSON with hardware, commit, command and time, below bench/results/, where
+a page shows them all."""
 
 import json
 import statistics
@@ -8,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bench.results_page import RESULTS, write_page
 from rlhfuse.run_folder import environment
 
-RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, float | int | str]
 
 
@@ -30,6 +31,7 @@ def write_result(name: str, rows: Sequence[Row]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
+    write_page()
     return path
 
 

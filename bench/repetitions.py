@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from bench.record import RESULTS, Row, write_result
+from bench.record import Row, write_result
+from bench.results_page import RESULTS
 
 
 def kept(name: str) -> list[Row]:
