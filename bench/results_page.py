@@ -55,7 +55,7 @@ def _section(path: Path) -> str:
     if command:
         lines += [f"`{command}`" + (f" at commit {commit}" if commit else ""), ""]
     rows: list[Row] = record.get("rows") or record.get("kernels") or []
-    for _, alike in groupby(rows, key=lambda row: tuple(row)):
+    for _, alike in groupby(rows, key=list):
         lines += [*_table(list(alike)), ""]
     return "\n".join(lines)
 
