@@ -10,6 +10,7 @@ from rlhfuse.profiler.readers.detect import open_trace
 
 Event = dict[str, object]
 SEND_RECV = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+RCCL = "ncclDevKernel_Generic_4(ncclDevKernelArgsStorage<4096ul>)"
 
 
 class _Rank:
@@ -89,9 +90,13 @@ def _stages(batched: bool, skew: float = 0.0) -> tuple[_Rank, _Rank]:
     return zero, one
 
 
+@pytest.mark.parametrize("name", [SEND_RECV, RCCL])
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_receive_is_wait_and_transfer(tmp_path: Path, batched: bool) -> None:
-    (zero, one), bubble, _ = _causes(tmp_path, *_stages(batched))
+def test_a_receive_is_wait_and_transfer(tmp_path: Path, batched: bool, name: str) -> None:
+    ranks = _stages(batched)
+    for event in (event for rank in ranks for event in rank.events):
+        event["name"] = name if event["name"] == SEND_RECV else event["name"]
+    (zero, one), bubble, _ = _causes(tmp_path, *ranks)
     assert zero == {"compute": 180, "transfer": 20, "wait_downstream": 200}
     assert one == {"compute": 201, "transfer": 20, "wait_upstream": 100, "host_gap": 79}
     assert bubble == pytest.approx(1 - (180 + 201) / 800)

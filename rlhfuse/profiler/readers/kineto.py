@@ -113,9 +113,12 @@ class _File:
     def _take_comm(self, event: _Event, row: int) -> None:
         record = _record(event, self._thread(event))
         known = record.what or "unnamed"
-        if "SendRecv" in event.name:
-            self.found.seen[f"SendRecv kernel, {known}"] += 1
-        self.found.comms.append((row, _correlation(event), "SendRecv" in event.name, record))
+        # RCCL has kernels for whatever there is to do; only the call behind one says what it was.
+        generic = "Generic" in event.name and record.what in ("", "send", "recv")
+        messages = generic or "SendRecv" in event.name
+        if messages:
+            self.found.seen[f"{'generic' if generic else 'SendRecv'} kernel, {known}"] += 1
+        self.found.comms.append((row, _correlation(event), messages, record))
 
     def _take_record(self, event: _Event) -> None:
         record = _record(event, self._thread(event))
