@@ -2,7 +2,9 @@
 
 PPO's actor and critic are one pair among many: a student beside its forward-only teacher, an actor
 beside a reward model in training, several policies. Each model is a pipeline of plain modules;
-what is computed does not depend on the schedule, only when.
+what is computed does not depend on the schedule, only when. A forward-only model may hold the
+modules of one that trains: what it finds is of the weights before the step, such as old
+log-probabilities of later mini-batches.
 
     policy = Model("policy", ranks=(0, 1), stages={rank: stage}, optimizer=adam)
     teacher = Model("teacher", ranks=(1, 0), stages={1 - rank: frozen}, forward_only=True)

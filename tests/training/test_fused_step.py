@@ -156,17 +156,22 @@ def test_two_models_train_together_as_each_alone(beside: str) -> None:
             assert per_rank[1 - last][1][number][name].finished == ()
 
 
-def test_a_forward_only_teacher_runs_in_a_student_s_bubbles() -> None:
-    """The teacher's answers for the next batch come out while the student learns from the last."""
-    schedule = fuse(problem(second_forward_only=True), iterations=20)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_forward_only_model_runs_in_a_trained_one_s_bubbles(own: bool) -> None:
+    """A teacher's answers for the next batch come out while the student learns from the last; and
+    a policy's own log-probabilities of later mini-batches are those of before its step."""
+    ranks = (0, 1) if own else (1, 0)
+    schedule = fuse(
+        problem(second_forward_only=True, second=ranks), iterations=20, split_weight=own
+    )
 
     def run(rank: int) -> list[torch.Tensor]:
         mine = {s: stages(1)[s] for s in range(2) if s == rank}
-        frozen = {s: stages(2)[s] for s in range(2) if 1 - s == rank}
+        frozen = {s: stages(2)[s] for s in range(2) if ranks[s] == rank}
         step = FusedStep(
             [
-                Model("one", (0, 1), mine, adam(list(mine.values()))),
-                Model("two", (1, 0), frozen, forward_only=True),
+                Model("one", (0, 1), mine, adam(list(mine.values())), split_weight=own),
+                Model("two", ranks, mine if own else frozen, forward_only=True),
             ],
             rank=rank,
             device=torch.device("cpu"),
@@ -180,11 +185,11 @@ def test_a_forward_only_teacher_runs_in_a_student_s_bubbles() -> None:
         step.close()
         return list(result["two"].finished)
 
-    teacher = stages(2)
+    before = stages(1 if own else 2)
     answers = run_ranks(2, run)
-    assert answers[1] == []
-    for got, row in zip(answers[0], rows(3), strict=True):
-        assert torch.equal(got, teacher[1](teacher[0](row)))
+    assert answers[ranks[0]] == []
+    for got, row in zip(answers[ranks[1]], rows(3), strict=True):
+        assert torch.equal(got, before[1](before[0](row)))
 
 
 @pytest.mark.parametrize(
