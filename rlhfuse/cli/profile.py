@@ -65,7 +65,7 @@ def profile(
     PATH is a run folder of ours, a timeline file, or a trace by others: PyTorch profiler JSON per
     rank, nsys SQLite exports, Primus pp_rank JSON, Chrome events with step, micro-batch and stage,
     FlexFusion text, torch schedule CSV, rollout dumps, or the step metrics that verl and others log
-    (JSONL, console, TensorBoard).
+    (JSONL, console, TensorBoard). Metrics and rollout dumps of one run are best given together.
     """
     with user_errors():
         if attach:

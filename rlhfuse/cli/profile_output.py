@@ -58,13 +58,12 @@ def _print_what_ifs(summary: "ProfileSummary") -> None:
         return
     width = max(len(what.name) for what in summary.what_if)
     known = any(what.bubble_recovered is not None for what in summary.what_if)
-    click.echo(f"\n{'what if':<{width + 2}}{'step':>11}{'saved':>9}{'of bubble' * known:>11}")
+    title = f"{'what if':<{width + 2}}{'step':>11}{'saved':>9}{'of bubble' * known:>11}"
+    click.echo(f"\n{title.rstrip()}")
     for what in summary.what_if:
         share = f"{what.bubble_recovered:.0%}" if what.bubble_recovered is not None else ""
-        click.echo(
-            f"  {what.name:<{width}}{what.makespan_s:>9.4g} s{what.saving_fraction:>+9.1%}"
-            f"{share:>11}"
-        )
+        figures = f"{what.makespan_s:>9.4g} s{what.saving_fraction:>+9.1%}{share:>11}"
+        click.echo(f"  {what.name:<{width}}{figures}".rstrip())
 
 
 def plain(text: str) -> str:

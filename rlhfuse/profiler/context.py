@@ -41,7 +41,7 @@ class Context:
         begin = min((start for start, _ in extents.values()), default=0.0)
         finish = max((end for _, end in extents.values()), default=0.0)
         scoring = here & table.is_kind((Kind.SCORE,))
-        after = np.maximum(0.0, table.end_s - finish) * scoring
+        after = np.maximum(0.0, table.end_s - np.maximum(table.start_s, finish)) * scoring
         held = np.bincount(table.lane, after, minlength=len(table.lanes))
         rounds = find_rounds(table.spans(here & table.is_kind((*TRAINING_KINDS, Kind.OPTIMIZER))))
         return Context(

@@ -21,6 +21,7 @@ from rlhfuse.timeline import Kind
 
 _WAIT = KIND_CODE[Kind.WAIT]
 _LONGEST_S = 1e13
+_SHORTEST_S = 1e-200  # below it, a tick is no number
 # Causes that a wait inside a training round may name; else the round knows better.
 _NAMED_IN_ROUNDS = np.array(
     [CODE[c] for c in (Cause.STRAGGLER, Cause.UPSTREAM, Cause.DOWNSTREAM)], dtype=np.int8
@@ -45,7 +46,7 @@ class Grid:
         length = end_s - start_s
         if not abs(start_s) + abs(end_s) < _LONGEST_S:
             raise ValueError(f"spans from {start_s:g} to {end_s:g} s: no clock shows such times")
-        if not length > 0:
+        if not length > _SHORTEST_S:
             return Grid(start_s, 0.0, 1.0)
         exponent = math.frexp(length)[1] + max(8, num_lanes.bit_length())
         tick_s = 2.0 ** (exponent - 53)

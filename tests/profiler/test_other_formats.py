@@ -167,3 +167,26 @@ def test_rollout_dumps_tell_the_tail(tmp_path: Path, how: str) -> None:
     assert any("guessed" in text for text in summary.warnings) == (how == "text")
     low, high = summary.what_if
     assert 0 < low.saving_fraction <= high.saving_fraction < 0.15
+
+
+def test_metrics_and_rollouts_of_one_run_are_read_together(tmp_path: Path) -> None:
+    """Seconds from the metrics, the tail from the rollouts: a tenth of the steps runs them all."""
+    for step in (1, 2, 3):
+        values = {"timing_s/gen": 100.0, "timing_s/ref": 4.0, "timing_s/old_log_prob": 6.0}
+        row = {"step": step, "data": values | {"timing_s/step": 150.0}}
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    for step in (1, 2):
+        rows = [{"output": "x", "response_length": 1000 if i == 0 else 100} for i in range(100)]
+        (tmp_path / f"{step}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trace = open_trace([tmp_path])
+    assert trace.steps == (1, 2)
+    _, summary = explain(trace, None)
+    # The barrier hid ten seconds of scoring in the tail; the rest of the tail is its own.
+    expected = {"generate": 10, "stage_wait": 10, "long_tail": 80, "score": 10, "controller": 40}
+    assert summary.causes == pytest.approx(expected)
+    assert [what.makespan_s for what in summary.what_if] == pytest.approx([145.87, 140], abs=0.1)
+    (tmp_path / "1.jsonl").rename(tmp_path / "8.jsonl")
+    (tmp_path / "2.jsonl").unlink()
+    with pytest.raises(ValueError, match="rollouts of steps 8, metrics of steps 1, 2, 3"):
+        open_trace([tmp_path])

@@ -21,6 +21,7 @@ from rlhfuse.profiler.readers.schedule_text import (
 from rlhfuse.profiler.readers.step_metrics import holds_step_metrics, open_step_metrics
 from rlhfuse.profiler.readers.stream import OnProgress
 from rlhfuse.profiler.readers.tensorboard import is_event_file, open_tensorboard
+from rlhfuse.profiler.readers.timed_rollouts import open_timed_rollouts
 from rlhfuse.profiler.trace import Trace
 
 _HEAD = 1 << 16
@@ -83,6 +84,11 @@ def open_trace(
             "FlexFusion text, torch schedule CSV, TensorBoard files, rollout dumps, or step "
             "metrics with timing_s/)"
         )
+    timed = [kind for kind in known if kind in (Format.STEP_METRICS, Format.TENSORBOARD)]
+    if len(timed) == 1 and set(known) == {timed[0], Format.ROLLOUTS}:
+        by_kind = {kind: [file for file in files if kinds[file] is kind] for kind in known}
+        opener = open_step_metrics if timed[0] is Format.STEP_METRICS else open_tensorboard
+        return open_timed_rollouts(opener(by_kind[timed[0]]), by_kind[Format.ROLLOUTS])
     if len(known) > 1:
         raise ValueError(f"{_names(paths)}: files of different formats ({', '.join(known)})")
     mine = [file for file, kind in kinds.items() if kind is known[0]]
@@ -148,7 +154,9 @@ def read_head(path: Path) -> bytes:
 
 
 def _is_run(path: Path) -> bool:
-    return path.is_dir() and ((path / "timeline").is_dir() or (path / "metrics.jsonl").is_file())
+    """A run's folder; before its first step is done, only its metrics and its configuration."""
+    begun = (path / "metrics.jsonl").is_file() and (path / "environment.json").is_file()
+    return path.is_dir() and ((path / "timeline").is_dir() or begun)
 
 
 def _files(path: Path) -> list[Path]:

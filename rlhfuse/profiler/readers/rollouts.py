@@ -54,6 +54,21 @@ def open_rollouts(paths: list[Path]) -> Trace:
     Raises:
         ValueError: no row has a response.
     """
+    lengths, guessed = lengths_by_step(paths)
+    steps = tuple(sorted(lengths))
+
+    def load(step: int | None) -> Loaded:
+        return _load(lengths[steps[-1] if step is None else step], guessed)
+
+    return Trace("rollout dump", steps, load)
+
+
+def lengths_by_step(paths: list[Path]) -> tuple[dict[int, list[float]], bool]:
+    """Tokens of every response, by step; and whether they had to be guessed from texts.
+
+    Raises:
+        ValueError: no row has a response.
+    """
     lengths: dict[int, list[float]] = {}
     guessed = False
     for position, path in enumerate(paths):
@@ -70,12 +85,7 @@ def open_rollouts(paths: list[Path]) -> Trace:
             lengths.setdefault(step, []).append(length)
     if not lengths:
         raise ValueError(f"{paths[0]}: no sample with a response in it")
-    steps = tuple(sorted(lengths))
-
-    def load(step: int | None) -> Loaded:
-        return _load(lengths[steps[-1] if step is None else step], guessed)
-
-    return Trace("rollout dump", steps, load)
+    return lengths, guessed
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, object]]:
@@ -114,7 +124,7 @@ def _length(row: Mapping[str, object]) -> tuple[float, bool] | None:
 def _load(lengths: Sequence[float], guessed: bool) -> Loaded:
     """One lane that generates: as many samples as still run, in fifths."""
     ordered = np.sort(np.array(lengths))
-    tail, low, high = _tail_with_error(ordered)
+    tail, low, high = tail_with_error(ordered)
     longest = float(ordered[-1])
     begin = longest * (1 - tail)
     spans = (
@@ -135,7 +145,7 @@ def _load(lengths: Sequence[float], guessed: bool) -> Loaded:
     )
 
 
-def _tail_with_error(ordered: Floats) -> tuple[float, float, float]:
+def tail_with_error(ordered: Floats) -> tuple[float, float, float]:
     """The tail's share of generation, and the range that 90 % of redrawn batches lie in."""
     rng = random.Random(0)
     drawn = [
@@ -154,17 +164,24 @@ def _tail(ordered: Floats) -> float:
     return float(1 - first / ordered[-1])
 
 
-def _gains(ordered: Floats, longest: float) -> tuple[WhatIf, ...]:
-    """Scoring hidden in the tail: with step times that do not, and that do, depend on the batch.
+def hidden_s(ordered: Floats, generation_s: float, scoring_s: float) -> tuple[float, float]:
+    """Seconds of scoring that the tail hides, at least and at most: with step times of generation
+    that do, and that do not, depend on the batch.
 
     Half of the instances are free in the tail; they score what is finished, at most all of it.
     """
-    flat = 1 - _tail(ordered)
-    steady = float(np.minimum(ordered, longest * flat).sum() / ordered.sum())
+    flat = _tail(ordered)
+    steady = 1 - float(np.minimum(ordered, ordered[-1] * (1 - flat)).sum() / ordered.sum())
+    both = [min(scoring_s, _FREE_SHARE * tail * generation_s) for tail in (steady, flat)]
+    return min(both), max(both)
+
+
+def _gains(ordered: Floats, longest: float) -> tuple[WhatIf, ...]:
     serial_s = longest * (1 + _SCORING)
     found = []
-    for bound, tail in (("at least", 1 - steady), ("at most", 1 - flat)):
-        saved = longest * min(_SCORING, _FREE_SHARE * tail)
+    for bound, saved in zip(
+        ("at least", "at most"), hidden_s(ordered, longest, _SCORING * longest), strict=True
+    ):
         name = f"scoring ({_SCORING:.0%} of generation) hidden in the tail ({bound})"
         found.append(WhatIf(name, serial_s - saved, saved / serial_s))
-    return tuple(sorted(found, key=lambda what: what.saving_fraction))
+    return tuple(found)

@@ -54,6 +54,7 @@ _PAIR = re.compile(
     r"([A-Za-z_][\w./@-]*)\s*[:=]\s*(?:np\.float\d+\()?(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 )
 _STEP = re.compile(r"\bstep\s*[:=]\s*(\d+)")
+BOUNDED = "from the response lengths alone"  # what a note says of a tail that dumps tell better
 TAIL_SHARE = 0.2  # the tail: fewer than this share of the samples still run
 
 
@@ -175,7 +176,7 @@ def tail_bounds(
         high = min(high, 1 - median / longest)
     told = (
         f"long tail (under {TAIL_SHARE:.0%} of samples running): {low:.0%} to {high:.0%} of "
-        "generation, from the response lengths alone"
+        f"generation, {BOUNDED}"
     )
     return (low * generation_s, high * generation_s), [told]
 
