@@ -83,6 +83,20 @@ def _scale(values: Numbers, mean: float, scale: float, added: float, white: Numb
         white[index] = (np.float64(values[index]) - mean) * scale + added
 
 
+@compiled()
+def _whiten(values: Numbers, bounds: Bounds, eps: float, shift_mean: bool, white: Numbers) -> bool:
+    """False, and nothing done, where the bounds are not those of the values."""
+    count = values.shape[0]
+    fits = bounds[0] == 0 and bounds[-1] == count
+    for number in range(bounds.shape[0] - 1):
+        fits = fits and bounds[number] <= bounds[number + 1]
+    if fits:
+        mean, deviation = _moments(values, bounds)
+        scale = 1.0 / np.sqrt(deviation / max(count - 1, 1) + eps)
+        _scale(values, mean, scale, 0.0 if shift_mean else mean, white)
+    return bool(fits)
+
+
 def gae(
     rewards: Tensor, values: Tensor, bootstrap: Tensor | None, cu_seqlens: Tensor, *,
     gamma: float, decay: float,
@@ -119,6 +133,15 @@ def whiten(values: Tensor, mean: float, scale: float, added: float) -> Tensor:
     return white
 
 
+def whiten_batch(
+    values: Tensor, cu_seqlens: Tensor, *, shift_mean: bool, eps: float
+) -> Tensor | None:
+    """Whitened by their own moments; None where `cu_seqlens` is not theirs."""
+    white = torch.empty_like(values, memory_format=_FLAT)
+    bounds = array(cu_seqlens.long())
+    return white if _whiten(array(values), bounds, eps, shift_mean, white.numpy()) else None
+
+
 def warm_up() -> None:
     """Compile all of this, or load it from the cache on disk."""
     ones, bounds = torch.ones(3), torch.tensor([0, 3], dtype=torch.int32)
@@ -126,3 +149,4 @@ def warm_up() -> None:
     discounted_returns(ones, bounds, 1.0)
     moments(ones, bounds)
     whiten(ones, 0.0, 1.0, 0.0)
+    whiten_batch(ones, bounds, shift_mean=True, eps=0.0)

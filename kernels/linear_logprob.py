@@ -19,7 +19,7 @@ from rlhfuse.kernels.rows import RowFold, Temperatures, fold_rows, row_gradient
 # Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
 # a token's result would depend on how many others are computed with it.
 MIN_ROWS = 16
-_MAX_ROWS = 512
+_MAX_ROWS = 1024
 _CHUNK_BYTES = 32 << 20
 
 

@@ -11,6 +11,8 @@ from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
 from rlhfuse.kernels.reference import accumulation_dtype
 
+_SUMMED = (torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -115,7 +117,6 @@ def whiten_masked(
     return white
 
 
-@torch.no_grad()
 def _whiten(
     values: Tensor,
     cu_seqlens: Tensor | None,
@@ -124,18 +125,32 @@ def _whiten(
     eps: float,
 ) -> Tensor:
     """Whiten all of packed sequences, or what a mask keeps (float32 at least). No gradient."""
-    dtype = accumulation_dtype(values)
     if values.numel() == 0:
-        return torch.zeros_like(values, dtype=values.dtype if mask is None else dtype)
-    kept, path = None if mask is None else mask.bool(), choose(values.device)
-    if cu_seqlens is not None and path is Path.COMPILED and dtype == values.dtype:
+        return torch.zeros_like(
+            values, dtype=values.dtype if mask is None else accumulation_dtype(values)
+        )
+    path = choose(values.device)
+    if cu_seqlens is not None and path is Path.COMPILED and values.dtype in _SUMMED:
         from rlhfuse.kernels import compiled_scans  # numba is slow to import
 
-        check_packed(cu_seqlens, values.numel())
-        mean, deviation = compiled_scans.moments(values, cu_seqlens)
-        scale = 1.0 / math.sqrt(deviation / max(values.numel() - 1, 1) + eps)
-        return compiled_scans.whiten(values, mean, scale, 0.0 if shift_mean else mean)
-    if dtype == torch.float32 and path is Path.TRITON:
+        if cu_seqlens.dim() == 1 and cu_seqlens.numel():
+            white = compiled_scans.whiten_batch(values, cu_seqlens, shift_mean=shift_mean, eps=eps)
+            if white is not None:
+                return white
+        check_packed(cu_seqlens, values.numel())  # says what is wrong with it
+    with torch.no_grad():
+        return _whiten_plainly(values, cu_seqlens, mask, shift_mean, eps)
+
+
+def _whiten_plainly(
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    shift_mean: bool,
+    eps: float,
+) -> Tensor:
+    dtype, kept = accumulation_dtype(values), None if mask is None else mask.bool()
+    if dtype == torch.float32 and choose(values.device) is Path.TRITON:
         from rlhfuse.kernels import triton_whiten  # triton is optional
 
         parts = triton_whiten.moments(values, kept)

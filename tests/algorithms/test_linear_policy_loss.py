@@ -13,6 +13,7 @@ from rlhfuse.algorithms.losses import (
     policy_loss,
 )
 from rlhfuse.algorithms.tally import named
+from rlhfuse.kernels import linear_logprob as linear_module
 from rlhfuse.kernels.linear_logprob import linear_logprob
 
 SETTINGS = [
@@ -22,6 +23,12 @@ SETTINGS = [
     PolicyLossSettings(kl_coef=0.1, kl_estimator="k1", kl_gradient_k2=True),
     PolicyLossSettings(ratio_level="sequence", aggregation="seq-mean-token-mean", kl_coef=0.1),
 ]
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hundred tokens are several chunks."""
+    monkeypatch.setattr(linear_module, "_MAX_ROWS", 512)
 
 
 def case(num_tokens: int) -> tuple[list[Tensor], Tensor, PolicyInputs]:

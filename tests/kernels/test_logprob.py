@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhfuse.kernels import compiled_rows, reference, rows
+from rlhfuse.kernels import linear_logprob as linear_module
 from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
 from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
@@ -15,6 +16,12 @@ from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
 def relative(found: Tensor, truth: Tensor) -> float:
     assert not found.isnan().any()
     return float((found.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hundred tokens are several chunks."""
+    monkeypatch.setattr(linear_module, "_MAX_ROWS", 512)
 
 
 def make_logits(num_tokens: int, vocab: int, kind: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhfuse.kernels import linear_logprob as linear_module
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.linear_logprob import linear_logprob
 from tests.training.ranks import run_ranks
@@ -12,6 +13,12 @@ from tests.training.ranks import run_ranks
 CUT = 70  # unequal parts: 70 and 33 tokens of the vocabulary
 VOCAB, HIDDEN, TOKENS = 103, 24, 600
 BATCHES = ("plain", "ignored", "masked", "empty")
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hundred tokens are several chunks."""
+    monkeypatch.setattr(linear_module, "_MAX_ROWS", 512)
 
 
 def batch(kind: str) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
