@@ -1,7 +1,7 @@
 """Which implementation runs: an explicit choice, by device and by `RLHFUSE_KERNELS`.
 
 ``auto`` (the default): Triton on a GPU where it is installed; on a CPU what numba compiles, for
-rows of logits narrower than float64 with at least `rows.COMPILED_VOCAB` columns; else plain torch.
+rows of logits narrower than float64 with at least `COMPILED_VOCAB` columns; else plain torch.
 ``triton``: Triton or an error; on a CPU it needs Triton's interpreter (TRITON_INTERPRET=1).
 ``reference``: the definitions of `reference.py`, on any device.
 """
@@ -11,6 +11,9 @@ import os
 from enum import StrEnum
 
 import torch
+
+
+COMPILED_VOCAB = 1024  # smaller ones do not repay the half second that numba takes to import
 
 
 class Path(StrEnum):
@@ -45,6 +48,17 @@ def choose(device: torch.device) -> Path:
             "TRITON_INTERPRET=1 as well, or leave RLHFUSE_KERNELS at auto"
         )
     return Path.TRITON
+
+
+def describe(device: torch.device) -> str:
+    """What runs on `device`, in words. Raises ValueError as `choose` does."""
+    path = choose(device)
+    if path is not Path.COMPILED:
+        return f"{path.value} on {device.type}"
+    return (
+        f"compiled by numba on {device.type} (log-probabilities from {COMPILED_VOCAB} logits a row "
+        "on, GAE, whitening), plain torch for the rest"
+    )
 
 
 def has_triton() -> bool:

@@ -25,7 +25,8 @@ def token_logprob(
     Args:
         logits: [T, V], any float type; -inf marks a token that cannot occur.
         labels: [T], in [0, V) or `ignore_index`, where both results are 0.
-        temperature: a number, or one per token [T]. No gradient flows to it.
+        temperature: a number, or one per token [T] (of sequences: `packed.expand` gives each token
+            its sequence's). No gradient flows to it.
         inplace_backward: the backward pass writes the gradient over `logits` (nothing else may
             need them then; not under torch.compile).
 

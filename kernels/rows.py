@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhfuse.kernels.dispatch import Path, choose
+from rlhfuse.kernels.dispatch import COMPILED_VOCAB, Path, choose
 from rlhfuse.kernels.reference import accumulation_dtype
 
 # Below this a log-probability adds exactly 0 to every sum (float32 and float64 alike), and -inf
@@ -26,8 +26,6 @@ FLOOR = -1.0e4
 _LOWEST, _HIGHEST = math.exp(-31.0), math.exp(31.0)
 _LN_2 = math.log(2.0)
 _FAR = -1.0e30  # finite, and beyond every logit
-
-COMPILED_VOCAB = 1024  # smaller ones do not repay the half second that numba takes to import
 
 _CACHED_ELEMENTS = 1 << 19  # 2 MB of float32: what is worked on at a time stays in cache
 

@@ -166,12 +166,12 @@ def _devices() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     import torch
 
-    from rlhfuse.kernels.dispatch import choose
+    from rlhfuse.kernels.dispatch import describe
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = os.environ.get("RLHFUSE_KERNELS", "auto")
     try:
-        detail = f"{choose(device).value} on {device.type} (RLHFUSE_KERNELS={asked})"
+        detail = f"{describe(device)} (RLHFUSE_KERNELS={asked})"
         yield Finding("kernels", "ok", detail)
     except ValueError as error:
         yield Finding("kernels", "problem", str(error))
