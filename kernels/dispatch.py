@@ -12,7 +12,6 @@ from enum import StrEnum
 
 import torch
 
-
 COMPILED_VOCAB = 1024  # smaller ones do not repay the half second that numba takes to import
 
 

@@ -75,6 +75,16 @@ def test_gae_and_moments_equal_float64(
             assert abs(row[2] - spread) <= 1e-5 * spread + 1e-9
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="40 s in the interpreter (where it holds)")
+def test_a_long_sequence_without_discount_stays_accurate() -> None:
+    rewards, values, _, cu_seqlens = batch([3, 131_072, 5])
+    on_device = [part.to(DEVICE) for part in (rewards, values, cu_seqlens)]
+    found = gae(*on_device, gamma=1.0, lam=1.0)
+    # With gamma = lam = 1 the return is the plain sum of what is still to come.
+    own = rewards.double()[3:-5].flip(0).cumsum(0).flip(0)
+    assert relative(found.returns[3:-5], own) < 2e-6
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_shaped_rewards_and_whitening_equal_the_steps_apart(estimator: str) -> None:
     noise, values, scores, cu_seqlens = batch([200, 0, 1, 700])
