@@ -245,6 +245,10 @@ class FusionConfig(Section, frozen=True):
     # (the training workers then hold the reference too); auto: as intra_stage, where it is exact.
     reference: Switch = "auto"
     split_weight: bool = False  # schedules with the weight gradient split off
+    # Without a critic and with one optimizer step a step: freed devices train complete groups while
+    # others still generate; auto: where that is possible. Serial steps then cut micro-batches and
+    # sum gradients alike, so that both give the same bits (not those of off).
+    early_training: Literal["auto", "on", "off"] = "off"
     migration: Literal["auto", "paper", "off"] = "auto"
     migration_margin: NonNegativeFloat = 0.02  # least predicted gain, as a share of the rest
     audit_every: NonNegative = 0  # run every Nth step serially and log the speed-up

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.group_training import why_groups_wait
 
 
 def check(config: Config) -> None:
@@ -215,6 +216,9 @@ def _fusion(config: Config) -> Iterator[str]:
     reason = why_reference_stays(config)
     if config.fusion.reference == "on" and reason:
         yield f"fusion.reference: on, but {reason}; set it to auto"
+    reason = why_groups_wait(config)
+    if config.fusion.early_training == "on" and reason:
+        yield f"fusion.early_training: on, but {reason}; set it to auto"
 
 
 _RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _backend, _data, _fusion)

@@ -8,6 +8,7 @@ import torch
 
 from rlhfuse.config import Config
 from rlhfuse.config_check import batch_arithmetic, why_reference_stays
+from rlhfuse.group_training import trains_groups, why_groups_wait
 from rlhfuse.placement import StagePlacement
 from rlhfuse.planner.measured import predict
 from rlhfuse.planner.memory import GIB, memory_plan
@@ -20,6 +21,7 @@ from rlhfuse.run_costs import step_costs
 
 class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     """`reference`: where its log-probabilities come from (empty: there are none).
+    `early_training`: whether groups are trained while others generate (empty: there is a critic).
     `update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and `bubble`
     (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn in
     letters, serial and fused. `memory_bytes`: planned for the fullest device; `memory`: its parts
@@ -31,6 +33,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     pipelines: dict[str, StagePlacement]
     scored_roles: tuple[str, ...]
     reference: str
+    early_training: str
     update_ratio: float
     step_s: Pair
     stages: dict[str, StagePair]
@@ -52,6 +55,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(f"  {role} pipeline: {stages}")
         lines.append(f"  scored on rollout workers: {', '.join(self.scored_roles) or 'nothing'}")
         lines += [f"  reference log-probabilities: {self.reference}"] if self.reference else []
+        lines += [f"  early training: {self.early_training}"] if self.early_training else []
         most = self.memory_bytes / GIB
         lines += ["Memory", f"  {most:.3g} GiB on the fullest device: {self.memory}"]
         return "\n".join([*lines, *self._predicted()])
@@ -96,6 +100,7 @@ def describe(run: Resolved) -> DryRun:
         pipelines=run.pipelines,
         scored_roles=config.scored_roles,
         reference=_reference(config),
+        early_training=_early_training(config),
         update_ratio=found.serial.training / found.fused.training,
         step_s=Pair(found.serial.step, found.fused.step),
         stages=stage_pairs(found.serial, found.fused),
@@ -122,6 +127,23 @@ def _reference(config: Config) -> str:
         "of the first mini-batch on rollout workers; of each later one within the update before "
         "it, in the actor's bubbles (fusion.reference)"
     )
+
+
+def _early_training(config: Config) -> str:
+    """Whether groups are trained while others generate, and why not."""
+    if config.uses_critic:
+        return ""
+    if config.fusion.inter_stage == "off":
+        return "off (fusion.inter_stage)"
+    if trains_groups(config):
+        return (
+            "complete groups, on devices that have nothing left to generate; to the bits of a "
+            "serial step of this configuration (fusion.early_training)"
+        )
+    reason = why_groups_wait(config)
+    if reason:
+        return f"none: {reason}"
+    return "off, and possible here (fusion.early_training=auto)"
 
 
 def _workload(run: Resolved, config: Config) -> Workload:

@@ -12,7 +12,7 @@ import msgspec
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
@@ -175,13 +175,25 @@ class FetchSamples(Message, frozen=True):
     samples: tuple[TrainSample, ...]
 
 
+class TrainGroup(Message, frozen=True):
+    """Pull the per-token data of a complete group, and run its forward and backward passes ahead of
+    its step's update, on this rank alone (`GroupTrained`)."""
+
+    step: int
+    samples: tuple[TrainSample, ...]
+    batch: MiniBatch
+    kl_coef: float
+
+
 class Train(Message, frozen=True):
-    """One PPO update of the samples fetched: advantages, then every mini-batch in order."""
+    """One PPO update of the samples fetched: advantages, then every mini-batch in order. `whole`:
+    response tokens and samples of the batch with the groups that were trained ahead."""
 
     step: int
     minibatches: tuple[MiniBatch, ...]
     kl_coef: float
     policy_version: int  # of the samples: must equal the actor's
+    whole: tuple[int, int]
 
 
 class PrepareWeights(Message, frozen=True):
@@ -298,6 +310,14 @@ class Fetched(Message, frozen=True):
     missing: tuple[str, ...] = ()
 
 
+class GroupTrained(Message, frozen=True):
+    """`missing`: endpoints that did not answer or had lost the data; then nothing was trained."""
+
+    step: int
+    sample_ids: SampleIds
+    missing: tuple[str, ...] = ()
+
+
 class Training(Message, frozen=True):
     """An update in progress: micro-batches whose backward pass is complete on this rank's stages,
     of all that it has; the losses of the last complete mini-batch, by role."""
@@ -405,6 +425,7 @@ Command = (
     | Wake
     | Shutdown
     | FetchSamples
+    | TrainGroup
     | Train
     | PrepareWeights
     | SaveCheckpoint
@@ -423,6 +444,7 @@ Event = (
     | WeightsPrepared
     | Kept
     | Fetched
+    | GroupTrained
     | Training
     | Trained
     | Written

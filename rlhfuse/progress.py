@@ -116,6 +116,10 @@ class Progress:
         """Samples whose scores are all known."""
         self._show(_Stage("scoring", done, total, ""))
 
+    def groups(self, done: int, total: int) -> None:
+        """Groups whose forward and backward passes are done, while others still generate."""
+        self._show(_Stage("training", done, total, "groups"))
+
     def training(self, done: int, total: int, losses: Mapping[str, float]) -> None:
         """Micro-batches of this step, of all roles; `losses` of the last mini-batch by role."""
         shown = [f"{role} loss {loss:.4f}" for role, loss in sorted(losses.items())]
@@ -203,7 +207,7 @@ class TrainingWatch:
         self._total = num_microbatches
         self._shares = dict.fromkeys(ranks, 0.0)
         self._losses: dict[str, float] = {}
-        progress.training(0, num_microbatches, {})
+        self._show(0)
 
     def heard(self, worker: str, event: m.Event) -> None:
         """A rank's word. The slowest rank counts: what it has not done is not done."""
@@ -211,11 +215,15 @@ class TrainingWatch:
         self._shares[worker] = event.done / event.total if event.total else 1.0
         self._losses.update(event.losses)
         done = int(min(self._shares.values()) * self._total)
-        self._progress.training(done, self._total, self._losses)
+        self._show(done)
 
     def finish(self) -> None:
         """Every rank has answered."""
-        self._progress.training(self._total, self._total, self._losses)
+        self._show(self._total)
+
+    def _show(self, done: int) -> None:
+        if self._total:  # else groups have been trained before
+            self._progress.training(done, self._total, self._losses)
 
 
 def _duration(seconds: float) -> str:

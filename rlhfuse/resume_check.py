@@ -51,6 +51,7 @@ _HARMLESS = (
     "reward.retries",
     "reward.timeout_s",
 )
+_ROUNDING = frozenset({"fusion.early_training"})
 _SCHEDULED = frozenset({"trainer.total_training_steps", "trainer.total_epochs"})
 
 
@@ -74,6 +75,8 @@ def compare(before: Config, now: Config) -> Changes:
         elif key in _STAGES:
             stages = True
             told.append(f"{change}: pipeline stages are cut anew, results stay equal to rounding")
+        elif key in _ROUNDING:
+            told.append(f"{change}: results stay equal to rounding")
         elif key.startswith(_HARMLESS) and not (key in _SCHEDULED and _has_schedule(now)):
             told.append(f"{change}: results do not change")
         else:

@@ -55,6 +55,7 @@ def step_metrics(
         "perf/samples_per_device_s": len(rollout.records) / step_s / config.placement.num_devices,
         "actor/kl_coef": kl_coef,
         "fusion/moved_samples": float(rollout.moved),
+        "fusion/groups_trained_ahead": float(rollout.trained_ahead),
         "fusion/predicted_update_s": plan.predicted_s,
         "fusion/predicted_serial_update_s": plan.serial_s,
     }

@@ -7,7 +7,7 @@ on as with both off.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -18,12 +18,16 @@ from rlhfuse.algorithms.tally import Tally, merge, named
 from rlhfuse.batches import training_records
 from rlhfuse.cost import CostModel
 from rlhfuse.fleet import TrainingLost
+from rlhfuse.group_plan import plan_group, plan_groups
+from rlhfuse.group_training import trains_groups
 from rlhfuse.learned_cost import LearnedCost
 from rlhfuse.placement import num_rows
 from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
+from rlhfuse.rollout.groups import TRAIN
+from rlhfuse.rollout.loop import PlanGroup
 from rlhfuse.rollout.records import Record, RolloutResult
-from rlhfuse.rollout.stage import generate_and_score, training_sampling
+from rlhfuse.rollout.stage import generate_and_score, train_samples, training_sampling
 from rlhfuse.run_folder import StepLengths
 from rlhfuse.saving import Saver
 from rlhfuse.schedules.online import OnlineScheduler
@@ -131,15 +135,16 @@ class Trainer:
             records,
             training_sampling(self.config, self.session.run.stop_token_ids),
             roles=self.config.scored_roles,
-            cost=self.learned.model,
+            cost=self.rollout_cost(),
             overlap=fusions.inter_stage,
             lengths=self.session.lengths,
             spared=self.spared(records, step, fusions),
+            plan_group=self.group_planner(step),
         )
-        times.rollout_done_s = time.monotonic()
+        times.rollout_done_s = rollout.done_at_s
         rollout.deliver()
         rollout.rest()
-        plan, metrics = self.update(rollout.result.records, step, fused=fusions.intra_stage)
+        plan, metrics = self.update(rollout.result, step, fused=fusions.intra_stage)
         times.update_done_s = time.monotonic()
         self.advance(step, metrics)
         weights = self.sync_weights()
@@ -155,34 +160,65 @@ class Trainer:
         pairs = [(r.sample_id, r.group) for r in records]
         return {"reference": later_samples(self.config, pairs, step)}
 
-    def update(
-        self, records: Sequence[Record], step: int, *, fused: bool
-    ) -> tuple[UpdatePlan, dict[str, float]]:
-        """Advantages and every mini-batch of actor and critic; returns the merged metrics."""
-        fleet = self.session.fleet
+    def rollout_cost(self) -> CostModel:
+        """What generation and scoring cost, and training a group on one device."""
+        actor = self.costs["actor"]
+        train_s = sum(actor.forward) + sum(actor.backward)
+        model = self.learned.model
+        return replace(model, score_token_s={**model.score_token_s, TRAIN: train_s})
+
+    def group_planner(self, step: int) -> PlanGroup | None:
+        """How a complete group is trained before the batch is complete, where that is done."""
+        if not trains_groups(self.config):
+            return None
         state = self.session.state
+
+        def plan(group: Sequence[Record], replica: int) -> m.TrainGroup:
+            batch = plan_group(self.config, planned(group), replica, state.pipelines, self.costs)
+            return m.TrainGroup(
+                step=step,
+                samples=tuple(train_samples(group)),
+                batch=batch,
+                kl_coef=state.kl_coef,
+            )
+
+        return plan
+
+    def plan_update(
+        self, samples: Sequence[TrainedSample], step: int, *, fused: bool
+    ) -> UpdatePlan:
+        """What the training workers have left to do, `samples`, and in which order."""
+        run, state = self.session.run, self.session.state
+        if trains_groups(self.config):
+            return plan_groups(self.config, samples, state.pipelines, self.costs)
         warming_up = self.config.uses_critic and step <= self.config.algorithm.critic_warmup
-        roles = ("critic",) if warming_up else self.session.roles
-        samples = [
-            TrainedSample(r.sample_id, r.group, len(r.prompt) + len(r.response_ids))
-            for r in records
-        ]
-        plan = plan_update(
+        return plan_update(
             self.config,
             samples,
             state.pipelines,
             self.costs,
-            roles=roles,
+            roles=("critic",) if warming_up else self.session.roles,
             fused=fused,
             step=step,
-            reference=self.session.run.reference if fused else None,
+            reference=run.reference if fused else None,
             search=self.schedules.schedule,
         )
+
+    def update(
+        self, rollout: RolloutResult, step: int, *, fused: bool
+    ) -> tuple[UpdatePlan, dict[str, float]]:
+        """Advantages and every mini-batch of actor and critic; returns the merged metrics."""
+        fleet = self.session.fleet
+        state = self.session.state
+        records = rollout.records
+        samples = planned([r for r in records if r.sample_id not in rollout.trained])
+        plan = self.plan_update(samples, step, fused=fused)
         command = m.Train(
             step=step,
             minibatches=plan.minibatches,
             kl_coef=state.kl_coef,
             policy_version=state.step,
+            whole=(sum(len(r.response) // 4 for r in records), len(records)),
         )
         self.session.settled = False
         fleet.withdraw()
@@ -204,6 +240,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Now and then: what schedules for measured costs gain over those for the first guess."""
         done = len(self.history)
+        if trains_groups(self.config):  # there is nothing to search
+            return {}
         if done not in _LOOK_AT_GAIN and (not done or done % _LOOK_AT_GAIN_EVERY):
             return {}
         run = self.session.run
@@ -329,3 +367,10 @@ class Trainer:
             return {}
         recent = sorted(self.fused_s_per_token[-5:])
         return {"fusion/measured_speedup": per_token / recent[len(recent) // 2]}
+
+
+def planned(records: Sequence[Record]) -> list[TrainedSample]:
+    """Samples as the plan of an update knows them."""
+    return [
+        TrainedSample(r.sample_id, r.group, len(r.prompt) + len(r.response_ids)) for r in records
+    ]

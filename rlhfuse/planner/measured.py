@@ -1,7 +1,7 @@
 """Prediction of a step as configured, from costs that were measured (or given) on this machine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
@@ -9,11 +9,14 @@ import msgspec
 
 from rlhfuse.config import Config
 from rlhfuse.cost import CostModel, fit
+from rlhfuse.group_plan import plan_groups
+from rlhfuse.group_training import trains_groups
 from rlhfuse.placement import StagePlacement, roles_of
 from rlhfuse.planner import rollout
 from rlhfuse.planner.rollout import RolloutLayout
 from rlhfuse.planner.step import Round, StageSeconds, joined
 from rlhfuse.planner.workload import Workload
+from rlhfuse.rollout.groups import TRAIN
 from rlhfuse.schedules.timing import makespan, simulate
 from rlhfuse.timeline import Kind, Timeline
 from rlhfuse.update_plan import (
@@ -85,10 +88,16 @@ def predict_one(
     allowed = rollout.policy_of(config, layout)
     overlap = config.fusion.inter_stage != "off"
     migration = config.fusion.migration if overlap else "serial"
+    ahead = overlap and trains_groups(config)
     line, stats = rollout.run(
-        workload, layout, costs.rollout, rollout.policy_named(allowed, migration), record=True
+        workload,
+        layout,
+        _with_training(costs),
+        rollout.policy_named(allowed, migration),
+        record=True,
+        train=ahead,
     )
-    plan = _update(config, workload, pipelines, costs, step)
+    plan = _update(config, workload, pipelines, costs, step, trained=ahead)
     rounds = [
         # The optimizers step once, after the last schedule of the mini-batch.
         Round(
@@ -102,10 +111,16 @@ def predict_one(
     start_s = stats.end_s + costs.update_s
     timeline = joined(line, start_s, rounds, costs.weights_s, lambda i: (f"rank{i}", i), devices)
     training = costs.update_s + sum(r.makespan_s + r.exchange_s for r in rounds)
-    seconds = StageSeconds(
-        stats.generation_s, stats.end_s - stats.generation_s, training, costs.weights_s
-    )
-    return seconds, timeline
+    after_s = stats.end_s - stats.generation_s  # scoring, or training and some scoring within
+    if ahead:
+        training, after_s = training + after_s + costs.minibatch_s, 0.0
+    return StageSeconds(stats.generation_s, after_s, training, costs.weights_s), timeline
+
+
+def _with_training(costs: StepCosts) -> CostModel:
+    actor, model = costs.stages["actor"], costs.rollout
+    train_s = sum(actor.forward) + sum(actor.backward)
+    return replace(model, score_token_s={**model.score_token_s, TRAIN: train_s})
 
 
 def _update(
@@ -114,11 +129,15 @@ def _update(
     pipelines: Mapping[str, StagePlacement],
     costs: StepCosts,
     step: int,
+    *,
+    trained: bool,
 ) -> UpdatePlan:
     samples = [
         TrainedSample(i, i // workload.per_prompt, length + prompt)
         for i, (length, prompt) in enumerate(zip(workload.lengths, workload.prompts, strict=True))
     ]
+    if trains_groups(config):
+        return plan_groups(config, [] if trained else samples, pipelines, costs.stages)
     return plan_update(
         config,
         samples,

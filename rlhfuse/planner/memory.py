@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.group_training import trains_groups
 from rlhfuse.model_shape import ModelShape
 from rlhfuse.placement import Seat, StagePlacement, replicas, role_of
 from rlhfuse.planner.costs import GRADIENT_BYTES, KEPT_VALUES, MASTER_BYTES, MOMENT_BYTES, USABLE
@@ -22,6 +23,7 @@ _TRAINING_BYTES = GIB * 3 // 8
 _CONTEXTS_BYTES = GIB
 CONTROLLER_BYTES = GIB  # of a CPU's memory: the controller, Ray, and what workers are forked from
 _VLLM_BLOCK_TOKENS = 32
+_ANY_ORDER_BYTES = 8  # a gradient's sum over groups that are trained one by one, in any order
 _PARTS = ("weights", "gradients", "optimizer", "keys and values", "scoring", "training", "programs")
 
 
@@ -101,7 +103,7 @@ def _device(
         trained = _trained(shape, model, placed, stage) if model.lora_rank else count
         shards = len(replicas(pipelines, role)) if config.placement.shard_optimizer else 1
         weights += (count + (trained if model.lora_rank else 0)) * size
-        gradients += trained * GRADIENT_BYTES
+        gradients += trained * (_ANY_ORDER_BYTES if trains_groups(config) else GRADIENT_BYTES)
         optimizer += trained * (MOMENT_BYTES + (MASTER_BYTES if size < 4 else 0)) // shards
         replica = len(replicas(pipelines, role))
         training += _activations(workload, model, shape, placed, stage, replica) * size

@@ -72,8 +72,9 @@ def run(
     policy: Policy,
     *,
     record: bool = False,
+    train: bool = False,
 ) -> tuple[Timeline, Stats]:
-    """One simulated rollout."""
+    """One simulated rollout. `train`: with forward and backward of complete groups."""
     return simulate(
         cost,
         policy,
@@ -81,7 +82,9 @@ def run(
         workload.prompts,
         layout.instances,
         workload.scored,
+        groups=[i // workload.per_prompt for i in range(workload.num_samples)] if train else None,
         history=workload.history,
+        train=train,
         record=record,
     )
 

@@ -69,10 +69,12 @@ class Dropped(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
-    """The worker is gone, with its running samples and the scores that it held."""
+    """The worker is gone, with its running samples and the scores that it held. `trains_on`: not
+    with the groups that it trained and trains (another process of the device does)."""
 
     now_s: float
     instance: int
+    trains_on: bool = False
 
 
 class InstanceReady(msgspec.Struct, frozen=True, gc=False):
@@ -105,6 +107,14 @@ class Trained(msgspec.Struct, frozen=True, gc=False):
     sample_ids: tuple[int, ...]
 
 
+class NotTrained(msgspec.Struct, frozen=True, gc=False):
+    """One `Train` command came to nothing: what it needs is gone, and has to be scored again."""
+
+    now_s: float
+    worker: int
+    sample_ids: tuple[int, ...]
+
+
 class Tick(msgspec.Struct, frozen=True, gc=False):
     """Time has passed. Send one every second or so; decisions need no other clock."""
 
@@ -124,6 +134,7 @@ Event = (
     | ScorerLost
     | RewardTimedOut
     | Trained
+    | NotTrained
     | Tick
 )
 

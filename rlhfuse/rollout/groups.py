@@ -111,10 +111,16 @@ class Groups:
     def lose(self, worker: int) -> None:
         """What the worker was training has to be trained again."""
         for group in [g for g, w in self.out.items() if w == worker]:
-            del self.out[group]
-            self.untrained_tokens += self.tokens[group]
-            if not self.open_members[group]:
-                self._complete(group)
+            self.give_back(worker, group)
+
+    def give_back(self, worker: int, group: int) -> None:
+        """The worker has not trained the group."""
+        if self.out.get(group) != worker:
+            return
+        del self.out[group]
+        self.untrained_tokens += self.tokens[group]
+        if not self.open_members[group]:
+            self._complete(group)
 
     def validate(self, samples: Mapping[int, Sample]) -> None:
         """Assert that groups and samples tell the same story."""

@@ -16,6 +16,7 @@ from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.again import Again
 from rlhfuse.rollout.records import Record, RolloutResult, TokenIds
 from rlhfuse.rollout.scheduler import RolloutScheduler
+from rlhfuse.rollout.turns import Turns
 from rlhfuse.rollout.workers import Workers
 from rlhfuse.sample import Sample
 
@@ -29,6 +30,9 @@ _ROLES: dict[str, m.Role] = {
 _TICK_S = 1.0
 _PROGRESS_S = 0.2
 _QUIET_S = 5.0  # then the loop says what it waits for
+
+PlanGroup = Callable[[Sequence[Record], int], m.TrainGroup]
+"""A complete group, on the replica of a device."""
 
 
 class RolloutLoop:
@@ -46,10 +50,12 @@ class RolloutLoop:
         score_clip: float | None = None,
         show: bool = True,
         needs_logprobs: bool = False,
+        plan_group: PlanGroup | None = None,
     ) -> None:
         """`score_clip`: limit of a reward model's scores, either way. `needs_logprobs`: the
         engine's log-probabilities enter the loss, so that those which die with a worker are made
-        again; else they are only missing from metrics."""
+        again; else they are only missing from metrics. `plan_group`: where the scheduler has groups
+        trained."""
         self._fleet = fleet
         self._scheduler = scheduler
         self._rewards = rewards
@@ -64,6 +70,11 @@ class RolloutLoop:
         self._serving: dict[int, tuple[str, str]] = {}  # instance -> process, payload endpoint
         self._homes: dict[int, int] = {}  # sample being generated -> instance
         self._again = Again()
+        self._plan_group = plan_group
+        self._turns = Turns(self._send)
+        self._held: list[ev.Train] = []  # until their samples are generated again
+        self._trained: set[int] = set()
+        self._trained_ahead = 0
         self._waking: set[int] = set()  # told to sleep, and not known to
         self._lost = 0
         self._rescued = 0
@@ -122,7 +133,14 @@ class RolloutLoop:
             instances_lost=self._lost,
             samples_rescued=self._rescued,
             tokens_prefilled_again=self._refilled,
+            trained=frozenset(self._trained),
+            trained_ahead=self._trained_ahead,
         )
+
+    @property
+    def done_at_s(self) -> float:
+        """When the last score was there."""
+        return self._done_at_s
 
     def finish(self) -> None:
         """Go on until every sample has all that it needs; also after a worker that held some of it
@@ -130,7 +148,7 @@ class RolloutLoop:
         ticked = quiet_since = time.monotonic()
         say_after_s = _QUIET_S
         self._reconcile()
-        while not self._scheduler.done or self._to_generate_again():
+        while self._to_generate_again() or not self._scheduler.done:
             heard = self._listen()
             now = time.monotonic()
             if heard:
@@ -146,7 +164,7 @@ class RolloutLoop:
             if now - ticked > _TICK_S:
                 ticked = now
                 self._execute(self._scheduler.handle(ev.Tick(now)))
-        self._done_at_s = time.monotonic()
+        self._note_scored()
         self._scheduler.validate()
 
     def rest(self) -> None:
@@ -195,7 +213,8 @@ class RolloutLoop:
         return changed
 
     def _lose(self, instance: int, endpoint: str) -> None:
-        """What the worker had is gone: tokens not yet reported, log-probabilities, scores."""
+        """What the worker had is gone: tokens not yet reported, log-probabilities, scores. The
+        device's training worker lives on."""
         self._lost += 1
         self._waking.discard(instance)
         running = {sample_id for sample_id, home in self._homes.items() if home == instance}
@@ -210,16 +229,29 @@ class RolloutLoop:
                     record.response.clear()
                 self._refilled += len(record.prompt) + len(record.response) // 4
         self._again.lose(instance)
+        self._turns.lose(instance)
         for sample_id in running:
             del self._homes[sample_id]
-        self._execute(self._scheduler.handle(ev.InstanceLost(time.monotonic(), instance)))
+        lost = ev.InstanceLost(time.monotonic(), instance, trains_on=True)
+        self._execute(self._scheduler.handle(lost))
 
     def _to_generate_again(self) -> bool:
         """Whether log-probabilities that the loss needs are missing; their samples are generated
-        again, from the start, and give the same tokens."""
-        if not self._needs_logprobs or not self._scheduler.done:
+        again, from the start, and give the same tokens. At the end, or when a group is to be
+        trained: groups that had to wait for that go on."""
+        held, self._held = self._held, []
+        for command in held:
+            self._train_if_scored(command)
+        if not self._needs_logprobs or not (self._held or self._scheduler.done):
             return False
-        missing = [r for r in self._records.values() if not r.rollout_endpoint]
+        awaited = {i for command in self._held for i in command.sample_ids}
+        missing = [
+            r
+            for r in self._records.values()
+            if not r.rollout_endpoint
+            and r.sample_id not in self._trained
+            and (not awaited or r.sample_id in awaited)
+        ]
         for instance, items in self._again.begin(missing, sorted(self._serving)):
             self._tell(instance, m.Generate(items=items, sampling=self._checked_sampling))
         return bool(missing)
@@ -230,10 +262,15 @@ class RolloutLoop:
         return self._sampling
 
     def _tell(self, instance: int, command: m.Command) -> None:
+        self._turns.tell(instance, command)
+
+    def _send(self, device: int, command: m.Command) -> None:
         """Not to a process that has taken the place of the one the scheduler means: what a lost
         instance was to do is given out again when the scheduler hears of the loss."""
-        if instance in self._serving and self._holder(instance) == self._endpoint(instance):
-            self._fleet.send(self._fleet.rollout[instance], command)
+        if isinstance(command, m.TrainGroup):
+            self._fleet.send(self._fleet.training[device], command)
+        elif device in self._serving and self._holder(device) == self._endpoint(device):
+            self._fleet.send(self._fleet.rollout[device], command)
 
     # --- events ----------------------------------------------------------------------------
 
@@ -245,10 +282,20 @@ class RolloutLoop:
             self._absorb(worker, event)
         changed = self._reconcile()
         answered = self._absorb_rewards() if waiting_reward else False
+        self._note_scored()
         self._show_progress()
         return bool(received) or answered or changed
 
+    def _note_scored(self) -> None:
+        if not self._scheduler.all_scored:
+            self._done_at_s = 0.0
+        elif not self._done_at_s:
+            self._done_at_s = time.monotonic()
+
     def _absorb(self, worker: str, event: m.Event) -> None:
+        if isinstance(event, m.GroupTrained):
+            self._absorb_trained(self._fleet.training.index(worker), event)
+            return
         instance = self._fleet.rollout.index(worker)
         match event:
             case m.Grown():
@@ -261,8 +308,10 @@ class RolloutLoop:
                 for growth in event.growths:
                     self._absorb_left(instance, growth)
             case m.Scored():
+                self._turns.answered(instance)
                 self._absorb_scores(instance, event)
             case m.Ack(command="Sleep"):
+                self._turns.answered(instance)
                 self._waking.discard(instance)
             case m.Ack():
                 pass
@@ -293,6 +342,7 @@ class RolloutLoop:
         for event in finished:
             self._finished += 1
             self._generated_at_s = now
+            self._trained_ahead = self._scheduler.groups_trained
             self._execute(self._scheduler.handle(event))
 
     def _absorb_left(self, instance: int, growth: m.Growth) -> None:
@@ -324,6 +374,15 @@ class RolloutLoop:
                 ev.Scored(time.monotonic(), instance, event.role, event.sample_ids)
             )
         )
+
+    def _absorb_trained(self, device: int, event: m.GroupTrained) -> None:
+        self._turns.trained(device)
+        now, ids = time.monotonic(), event.sample_ids
+        if event.missing:
+            self._execute(self._scheduler.handle(ev.NotTrained(now, device, ids)))
+            return
+        self._trained.update(ids)
+        self._execute(self._scheduler.handle(ev.Trained(now, device, ids)))
 
     def _absorb_rewards(self) -> bool:
         assert self._rewards is not None
@@ -358,6 +417,8 @@ class RolloutLoop:
                     self._migrate(command)
                 case ev.Score():
                     self._score(command)
+                case ev.Train():
+                    self._train(command)
                 case ev.Sleep():
                     self._tell(command.instance, m.Sleep())
                 case ev.Wake():
@@ -392,6 +453,23 @@ class RolloutLoop:
             m.Score(role=_ROLES[command.role], samples=samples, temperature=temperature),
         )
 
+    def _train(self, command: ev.Train) -> None:
+        assert self._plan_group is not None, "a group is to be trained, and nobody said how"
+        group = [self._records[i] for i in command.sample_ids]
+        if self._needs_logprobs and not all(record.rollout_endpoint for record in group):
+            self._held.append(command)
+        else:
+            self._turns.tell(command.worker, self._plan_group(group, command.worker))
+
+    def _train_if_scored(self, command: ev.Train) -> None:
+        """A group that had to wait, whose scores may have died meanwhile."""
+        roles = {*self._scheduler.roles} - {"reward"}
+        if all(roles <= self._records[i].endpoints.keys() for i in command.sample_ids):
+            self._train(command)
+            return
+        gone = ev.NotTrained(time.monotonic(), command.worker, command.sample_ids)
+        self._execute(self._scheduler.handle(gone))
+
     def _reward(self, sample_ids: Sequence[int]) -> None:
         assert self._rewards is not None, "a reward was asked for, but there is no reward source"
         self._rewards.submit([self._reward_input(self._records[i]) for i in sample_ids])
@@ -414,3 +492,6 @@ class RolloutLoop:
         self._progress.generation(self._finished, len(self._records), self._tokens, self._moved)
         if self._scored:
             self._progress.scoring(self._scored, self._scores_wanted)
+        if self._trained:
+            groups = len({record.group for record in self._records.values()})
+            self._progress.groups(self._scheduler.groups_trained, groups)

@@ -56,7 +56,8 @@ class Record:
 class RolloutResult:
     """`generated_s` and `done_s`: when the last response and the last score were there, in
     seconds from the start. `instances_lost`: how many samples went on elsewhere for it, and how
-    many of their tokens had to be prefilled again."""
+    many of their tokens had to be prefilled again. `trained`: samples whose gradients are summed up
+    already; `trained_ahead`: groups of which that was so when the last response was there."""
 
     records: tuple[Record, ...]
     generated_s: float
@@ -66,3 +67,5 @@ class RolloutResult:
     instances_lost: int = 0
     samples_rescued: int = 0
     tokens_prefilled_again: int = 0
+    trained: frozenset[int] = frozenset()
+    trained_ahead: int = 0

@@ -94,6 +94,16 @@ class RolloutScheduler:
         return self._num_open == 0 and self._groups.all_trained
 
     @property
+    def all_scored(self) -> bool:
+        """Every sample is SCORED or DROPPED; groups may be left to train."""
+        return self._num_open == 0
+
+    @property
+    def groups_trained(self) -> int:
+        """Complete groups whose gradients are summed up."""
+        return len(self._groups.trained)
+
+    @property
     def num_generating(self) -> int:
         """Samples whose response is not complete."""
         return self._num_generating
@@ -142,14 +152,19 @@ class RolloutScheduler:
                 self._left(event)
             case ev.Trained():
                 self._trained(event)
+            case ev.NotTrained():
+                self._fleet.answered(event.worker, TRAIN, event.sample_ids)
+                group = self._samples[event.sample_ids[0]].group
+                self._groups.give_back(event.worker, group)
             case ev.Dropped():
                 self._dropped(event.sample_id, event.reason, out)
             case ev.RewardTimedOut():
                 self._timed_out(event.sample_id, out)
             case ev.InstanceLost():
-                self._lost(event.instance)
+                self._lost(event)
             case ev.ScorerLost():
                 self._fleet.lose_scorer(event.worker)
+                self._groups.lose(event.worker)
                 self._scores_lost(event.worker)
             case ev.InstanceReady():
                 self._fleet.revive(event.instance)
@@ -280,17 +295,19 @@ class RolloutScheduler:
         if times:
             self._dropped(sample_id, f"its reward timed out ({times} times asked)", out)
 
-    def _lost(self, instance: int) -> None:
+    def _lost(self, event: ev.InstanceLost) -> None:
+        instance = event.instance
         if not self._fleet.workers[instance].alive:
             return
         for sample_id in self._fleet.lose(instance):
             sample = self._samples[sample_id]
             self._fleet.remove(sample)
             self._requeue(sample)
+        if not event.trains_on:
+            self._groups.lose(instance)
         self._scores_lost(instance)
 
     def _scores_lost(self, worker: int) -> None:
-        self._groups.lose(worker)
         for sample_id in sorted(self._board.lose(worker)):
             sample = self._samples[sample_id]
             if sample.state is S.SCORED:

@@ -1,7 +1,7 @@
 """Generation and inference of one batch, from records to scores."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rlhfuse import messages as m
@@ -10,7 +10,7 @@ from rlhfuse.cost import CostModel
 from rlhfuse.fleet import WorkerFailed
 from rlhfuse.planner.memory import sleeps
 from rlhfuse.rollout.lengths import LengthModel
-from rlhfuse.rollout.loop import RolloutLoop
+from rlhfuse.rollout.loop import PlanGroup, RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
 from rlhfuse.rollout.records import Record
 from rlhfuse.rollout.scheduler import RolloutScheduler
@@ -24,10 +24,11 @@ class Rollout:
         self._session = session
         self._loop = loop
         self.result = loop.result()
+        self.done_at_s = loop.done_at_s
 
     def deliver(self) -> None:
-        """The training workers fetch what the rollout workers hold. What has died with a worker
-        since is made again first.
+        """The training workers fetch what the rollout workers hold of samples that they have not
+        trained on yet. What has died with a worker since is made again first.
 
         Raises:
             WorkerFailed: it could not be had within the time limit.
@@ -36,7 +37,11 @@ class Rollout:
         limit_s = self._session.run.config.trainer.wait_timeout_s
         deadline = time.monotonic() + limit_s
         while True:
-            samples = tuple(_train_sample(record) for record in self.result.records)
+            done = self.result.trained
+            left = [r for r in self.result.records if r.sample_id not in done]
+            samples = tuple(train_samples(left))
+            if not samples:
+                return
             fleet.broadcast(fleet.training, m.FetchSamples(step=step, samples=samples))
             fetched = fleet.gather(m.Fetched, fleet.training, f"the samples of step {step}")
             missing = sorted({endpoint for _, event in fetched for endpoint in event.missing})
@@ -72,10 +77,12 @@ def generate_and_score(
     lengths: LengthModel | None = None,
     show: bool = True,
     spared: Mapping[str, frozenset[int]] | None = None,
+    plan_group: PlanGroup | None = None,
 ) -> Rollout:
     """Every record gets a response and what `roles` have to say of it. `overlap` off is the
     serial baseline: all generation, then all inference. `lengths` predicts from earlier batches
-    and learns from this one. `spared`: samples that a role need not score."""
+    and learns from this one. `spared`: samples that a role need not score. With
+    `plan_group` and overlap, complete groups are trained too."""
     config = session.run.config
     version = session.state.step
     fleet = session.fleet
@@ -91,6 +98,7 @@ def generate_and_score(
         function_reward=session.rewards is not None,
         lengths=lengths,
         spared=spared,
+        train_groups=overlap and plan_group is not None,
     )
     loop = RolloutLoop(
         fleet,
@@ -102,6 +110,7 @@ def generate_and_score(
         score_clip=config.reward.clip,
         show=show,
         needs_logprobs=needs_logprobs(session),
+        plan_group=plan_group,
     )
     scores = len(records) * len(roles) - sum(map(len, (spared or {}).values()))
     loop.run(records, sampling, version, scores)
@@ -167,7 +176,8 @@ def validation_sampling(
     )
 
 
-def _train_sample(record: Record) -> m.TrainSample:
-    return m.TrainSample(
-        record.tokens, record.group, record.score, record.endpoints, record.rollout_endpoint
-    )
+def train_samples(records: Iterable[Record]) -> Iterator[m.TrainSample]:
+    """What training workers need to know of scored samples."""
+    for r in records:
+        # A copy: the command may have to wait, and holders to be forgotten meanwhile.
+        yield m.TrainSample(r.tokens, r.group, r.score, {**r.endpoints}, r.rollout_endpoint)

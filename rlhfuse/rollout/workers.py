@@ -17,6 +17,10 @@ class Workers(Protocol):
     def rollout(self) -> Sequence[str]:
         """The worker of each instance."""
 
+    @property
+    def training(self) -> Sequence[str]:
+        """The training worker of each device; used where groups are trained one by one."""
+
     def serving(self) -> dict[int, str]:
         """The process of each instance that takes part now."""
 

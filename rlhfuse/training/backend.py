@@ -42,6 +42,10 @@ class Backend(Protocol):
     def finish_gradients(self, roles: Sequence[str]) -> None:
         """Wait until all gradients are the sums of all replicas. Collective."""
 
+    def settle(self, factor: float) -> None:
+        """Where groups are trained one by one: losses and gradients are to be times `factor`, now
+        that the batch's normaliser is known."""
+
     def numbers(self, roles: Sequence[str]) -> dict[str, Numbers]:
         """Gradient norm and loss of every role, the same on all ranks. Collective."""
 

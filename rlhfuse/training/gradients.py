@@ -1,9 +1,13 @@
-"""Sums of gradients over micro-batches, in float32 at least, in the order in which they arise."""
+"""Sums of gradients over micro-batches, in float32 at least: in the order in which they arise, or
+such that no order shows."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+# Units of sums that no order shows in: small beside the float32 rounding of what counts.
+_UNITS = 2.0**48
 
 
 class GradientSums:
@@ -11,13 +15,19 @@ class GradientSums:
 
     float32 parameters sum in ``.grad``, as autograd does. Narrower ones would lose small
     contributions there: each of their gradients is moved to a float32 sum as soon as it is made.
+
+    With `any_order`, what a backward pass makes is rounded to a multiple of 2^-48 and summed in
+    float64. Such sums are exact up to 32 (beyond: float64 rounding), and so the same bits in every
+    order and however they are divided over ranks (reproducible summation by pre-rounding: Demmel
+    and Nguyen, ARITH 2013). `settle` turns them into gradients.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, any_order: bool = False) -> None:
         self._parameters = tuple(parameters)
+        self._any_order = any_order
         self._wide: dict[nn.Parameter, torch.Tensor] = {}
         for parameter in self._parameters:
-            if _is_narrow(parameter):
+            if any_order or _is_narrow(parameter):
                 parameter.register_post_accumulate_grad_hook(self._move)
 
     @torch.no_grad()
@@ -27,12 +37,26 @@ class GradientSums:
             parameter.grad = gradient
         else:
             parameter.grad += gradient
-        if _is_narrow(parameter):
+        if self._any_order or _is_narrow(parameter):
             self._move(parameter)
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """The sum so far; None where nothing has been added."""
-        return self._wide.get(parameter) if _is_narrow(parameter) else parameter.grad
+        wide = self._wide.get(parameter)
+        return parameter.grad if wide is None else wide
+
+    def fill(self) -> None:
+        """With `any_order`: nothing more comes, and what got nothing has a sum of zeros."""
+        for parameter in self._parameters if self._any_order else ():
+            if parameter not in self._wide:
+                self._wide[parameter] = torch.zeros_like(parameter, dtype=torch.float64)
+
+    @torch.no_grad()
+    def settle(self, factor: float) -> None:
+        """With `any_order`: the sums, times `factor`, are gradients in float32 from here on."""
+        assert self._any_order
+        for parameter, total in self._wide.items():
+            self._wide[parameter] = total.mul_(factor / _UNITS).float()
 
     def clear(self) -> None:
         """Forget all sums."""
@@ -43,13 +67,14 @@ class GradientSums:
     @torch.no_grad()
     def _move(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
-        if parameter.grad is None:  # a split backward pass: its product comes later
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:  # a split backward pass: its product comes later
             return
+        wide = gradient.double().mul_(_UNITS).round_() if self._any_order else gradient.float()
         if parameter in self._wide:
-            self._wide[parameter] += parameter.grad
+            self._wide[parameter] += wide
         else:
-            self._wide[parameter] = parameter.grad.float()
-        parameter.grad = None
+            self._wide[parameter] = wide
 
 
 def _is_narrow(parameter: nn.Parameter) -> bool:

@@ -69,6 +69,7 @@ class TorchBackend:
         self._stages[key].begin(batches, num_tokens, num_samples)
 
     def gradients_complete(self, key: Key) -> None:
+        self._stages[key].sums.fill()
         self._replicas.start(self._stages[key])
 
     def finish_gradients(self, roles: Sequence[str]) -> None:
@@ -76,6 +77,10 @@ class TorchBackend:
             self._replicas.finish(stage)
         for stage in self._of(*roles):
             self._tied.sum_up(stage)
+
+    def settle(self, factor: float) -> None:
+        for stage in self._stages.values():
+            stage.settle(factor)
 
     def numbers(self, roles: Sequence[str]) -> dict[str, Numbers]:
         stages = {role: len(self._pipelines[role].ranks) for role in roles}

@@ -7,6 +7,7 @@ from torch import nn
 
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.group_training import trains_groups
 from rlhfuse.kernels.linear_logprob import chunk_rows
 from rlhfuse.models.loading import load_stage
 from rlhfuse.models.lora import add_adapters, merged_weights
@@ -63,7 +64,8 @@ class TrainedStage:
                 targets=model.target_modules,
                 seed=config.trainer.seed,
             )
-        self.sums = GradientSums(self.trained_parameters().values())
+        self._by_groups = trains_groups(config)
+        self.sums = GradientSums(self.trained_parameters().values(), any_order=self._by_groups)
         self._store = store = WeightStore(self.sums) if config.fusion.split_weight else None
         if store is not None:
             split_linears(self.stage, store)
@@ -86,6 +88,8 @@ class TrainedStage:
         self._batches: Sequence[MicroBatch] = ()
         self._loss: LossFunction | None = None
         self._losses: dict[int, tuple[torch.Tensor, Stats]] = {}
+        self._past: list[tuple[torch.Tensor, Stats]] = []  # of groups trained one by one
+        self._factor = 1.0
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Those that the optimizer changes: all, or the adapters (and a scalar head)."""
@@ -97,7 +101,10 @@ class TrainedStage:
 
     def begin(self, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int) -> None:
         """Get ready for the micro-batches of one mini-batch; the counts are those of all
-        replicas: what losses are divided by."""
+        replicas: what losses are divided by. Where groups are trained one by one, what came before
+        stays, up to `clear`."""
+        if self._by_groups:
+            self._past += self._seen()
         self._batches = batches
         self._losses = {}
         if self.stage.last:
@@ -111,11 +118,19 @@ class TrainedStage:
 
     def loss(self) -> float:
         """Sum of the micro-batches' losses; 0 on a stage that is not the last."""
-        return sum(float(self._losses[mb][0]) for mb in sorted(self._losses))
+        return sum(float(loss) for loss, _ in self._past + self._seen()) * self._factor
 
     def stats(self) -> list[Stats]:
         """What the losses of the mini-batch saw."""
-        return [self._losses[mb][1] for mb in sorted(self._losses)]
+        return [stats for _, stats in self._past + self._seen()]
+
+    def settle(self, factor: float) -> None:
+        """All groups have been trained: their losses and gradients are to be times `factor`."""
+        self._factor = factor
+        self.sums.settle(factor)
+
+    def _seen(self) -> list[tuple[torch.Tensor, Stats]]:
+        return [self._losses[microbatch] for microbatch in sorted(self._losses)]
 
     def held(self) -> Held:
         """Bytes that the stage holds now, by kind."""
@@ -134,6 +149,7 @@ class TrainedStage:
         """Give up the mini-batch: no gradient and no saved activation remains."""
         self.runner.clear()
         self.sums.clear()
+        self._losses, self._past, self._factor = {}, [], 1.0
 
     def _compute(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
         batch = self._batches[microbatch]

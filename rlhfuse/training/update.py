@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from rlhfuse.algorithms.losses import normalizer
 from rlhfuse.algorithms.tally import Tally, merge
 from rlhfuse.config import Config
+from rlhfuse.group_training import BatchSize, nominal_size, trains_groups
 from rlhfuse.models.loading import load_config
 from rlhfuse.models.packed import laid_out, padded_rows
 from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
@@ -77,6 +79,9 @@ class RankTrainer:
         self._config = config
         self._rank = rank
         self._row, self._column = divmod(rank, config.placement.tp)
+        self._by_groups = trains_groups(config)
+        self._ahead = -1  # the step of which groups have been trained ahead
+        self._ahead_tallies: list[Tally] = []
         self._lane = f"rank{rank}"
         self._pipelines = dict(pipelines)
         self._device = device
@@ -122,6 +127,35 @@ class RankTrainer:
             tp=config.placement.tp,
         )
 
+    def accumulate(
+        self,
+        step: int,
+        samples: Sequence[SampleData],
+        plan: MiniBatchPlan,
+        kl_coef: float,
+        spans: list[Span],
+    ) -> None:
+        """Forward and backward of complete groups, ahead of the `update` of the same step, which
+        knows the batch's normaliser and steps. For this rank alone; only where groups are trained
+        one by one (`trains_groups`).
+
+        Raises:
+            StepFailed: as `update`.
+        """
+        assert self._by_groups, "groups are trained together"
+        with self._failing_together(f"step {step}"):
+            self._start_batch(step)
+            data = self._loss_data(samples, kl_coef, ())
+            self._begin(plan, {sample.sample_id: sample for sample in samples}, data)
+            for schedule in plan.rounds:
+                self._executor.run(schedule, self._shapes, spans)
+            self._ahead_tallies += [stats.tally() for stats in data.stats]
+
+    def _start_batch(self, step: int) -> None:
+        if self._ahead != step:
+            self._backend.clear()
+            self._ahead, self._ahead_tallies = step, []
+
     def update(
         self,
         step: int,
@@ -130,8 +164,11 @@ class RankTrainer:
         kl_coef: float,
         spans: list[Span],
         tell: Tell | None = None,
+        whole: BatchSize | None = None,
     ) -> Tally:
         """Every mini-batch in order: schedules, then one optimizer step per role. Collective.
+        Where groups are trained one by one, there is one mini-batch, of the groups that no rank has
+        accumulated; `whole` is then the size of the batch with all of them.
 
         Returns what this rank knows of the metrics (ranks that hold a loss know some). Appends what
         was measured to `spans`. `tell` hears of progress, a few times a second.
@@ -143,6 +180,8 @@ class RankTrainer:
         with self._failing_together(f"step {step}"):
             tallies: list[Tally] = []
             data = None
+            if self._by_groups:
+                self._start_batch(step)
             later = {i for plan in minibatches for i in plan.forward_samples}
             if any(self._is_last(*key) for key in self._stages):
                 with self._span(spans, Kind.ADVANTAGE, "advantages"):
@@ -158,13 +197,15 @@ class RankTrainer:
                     found = self._references.gather(plan, by_id, self._control)
                     by_id |= {i: replace(by_id[i], reference_logprobs=x) for i, x in found.items()}
                     data = data and with_reference(data, found)
-                tallies += self._finish(step, index, plan, spans, progress)
+                tallies += self._finish(step, index, plan, spans, progress, whole)
             self._backend.end_update()
             if self._knows_batch():
                 if later:
                     data = self._loss_data([by_id[s.sample_id] for s in samples], kl_coef, ())
                 assert data is not None
                 tallies += [stats.tally() for stats in data.stats]
+            tallies += self._ahead_tallies
+            self._ahead, self._ahead_tallies = -1, []
             return merge(tallies)
 
     def named_tensors(self, role: str) -> dict[str, torch.Tensor]:
@@ -199,6 +240,7 @@ class RankTrainer:
         Raises:
             ValueError: a part is missing, damaged, or of another model.
         """
+        self._ahead = -1
         self._backend.load(folder)
         checkpoint.load_rng(folder, self._rank, self._device)
 
@@ -238,6 +280,8 @@ class RankTrainer:
     def _loss_data(
         self, samples: Sequence[SampleData], kl_coef: float, later: Collection[int]
     ) -> LossData:
+        if not samples:  # all groups have been trained ahead
+            return LossData({}, ())
         truncate = self._truncate
         return loss_data(self._config, samples, kl_coef, truncate=truncate, later=later)
 
@@ -253,14 +297,17 @@ class RankTrainer:
                 for ids in plan.microbatches[name]
                 for i in ids
             ]
+            size = BatchSize(sum(len(sample.response) for sample in whole), len(whole))
+            if self._by_groups:
+                size = nominal_size(self._config)
             self._backend.begin(
                 (pipeline, pp_stage),
                 [
                     make_microbatch([by_id[i] for i in ids], mine, self._device, padded=padded)
                     for ids in plan.microbatches[pipeline]
                 ],
-                num_tokens=sum(len(sample.response) for sample in whole),
-                num_samples=len(whole),
+                num_tokens=size.tokens,
+                num_samples=size.samples,
             )
         self._references.begin(plan, by_id)
         self._shapes: dict[str, list[Shape]] = {
@@ -285,7 +332,7 @@ class RankTrainer:
             if task.op in (Op.B, Op.W):
                 key = (task.pipeline, task.pp_stage)
                 left[key] -= 1
-                if left[key] == 0:
+                if left[key] == 0 and not self._by_groups:
                     self._backend.gradients_complete(key)
 
         for number, schedule in enumerate(plan.rounds):
@@ -301,10 +348,15 @@ class RankTrainer:
         plan: MiniBatchPlan,
         spans: list[Span],
         progress: UpdateProgress,
+        whole: BatchSize | None,
     ) -> list[Tally]:
         """Exchange norms and losses, stop on what is not finite, clip, and step."""
-        roles = roles_of(plan.microbatches)
-        if len(self._pipelines) > len(roles_of(self._pipelines)):
+        taking_part = self._stages if self._by_groups else self._present(plan)
+        roles = roles_of(self._pipelines if self._by_groups else plan.microbatches)
+        if self._by_groups:
+            assert whole is not None, "the batch's normaliser is not known"
+            self._settle(whole, spans)
+        elif len(self._pipelines) > len(roles_of(self._pipelines)):
             with self._span(spans, Kind.WAIT, "gradients of all replicas"):
                 self._backend.finish_gradients(roles)
         else:
@@ -313,11 +365,11 @@ class RankTrainer:
             numbers = self._backend.numbers(roles)
         self._stop_on_non_finite(step, index, numbers)
         progress.minibatch_done({role: both.loss for role, both in numbers.items()})
-        lasts = {role_of(name) for name, s in self._present(plan) if self._is_last(name, s)}
+        lasts = {role_of(name) for name, s in taking_part if self._is_last(name, s)}
         lasts = lasts if self._column == 0 else set()  # tensor-parallel ranks know the same
         tallies = []
         with self._span(spans, Kind.OPTIMIZER, "optimizer step"):
-            for role in dict.fromkeys(role_of(name) for name, _ in self._present(plan)):
+            for role in dict.fromkeys(role_of(name) for name, _ in taking_part):
                 norm = numbers[role].norm
                 if role in lasts:
                     own = {"grad_norm": norm, "lr": self._backend.lr(role)}
@@ -326,6 +378,19 @@ class RankTrainer:
                     tallies.append(Tally(means, {}, {}))
                 self._backend.step(role, norm)
         return tallies
+
+    def _settle(self, whole: BatchSize, spans: list[Span]) -> None:
+        """Gradients from the sums of all groups, on every replica."""
+        with self._span(spans, Kind.WAIT, "gradients of all replicas"):
+            for key in self._stages:
+                self._backend.gradients_complete(key)
+            self._backend.finish_gradients(("actor",))
+        aggregation = self._config.actor.loss_agg_mode
+        nominal, actual = (
+            normalizer(aggregation, num_tokens=size.tokens, num_samples=size.samples)
+            for size in (nominal_size(self._config), whole)
+        )
+        self._backend.settle(nominal / actual)
 
     def _present(self, plan: MiniBatchPlan) -> list[Key]:
         """This rank's stages that take part in a mini-batch."""

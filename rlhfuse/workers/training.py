@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from rlhfuse import messages as m
 from rlhfuse.config import Config
+from rlhfuse.group_training import BatchSize
 from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.timeline import Kind, Span
@@ -84,6 +85,7 @@ class TrainingWorker:
         )
         self._client = PeerClient(spec.config.trainer.wait_timeout_s, spec.keys)
         self._samples: list[SampleData] = []
+        self._ahead: tuple[int, list[SampleData]] = (-1, [])  # step, samples trained ahead
         self._writer = AsideWriter()
         self._ticket = 0
         self._running = True
@@ -112,6 +114,8 @@ class TrainingWorker:
         match command:
             case m.FetchSamples():
                 self._fetch(command)
+            case m.TrainGroup():
+                self._train_group(command)
             case m.Train():
                 self._train(command)
             case m.PrepareWeights():
@@ -135,26 +139,54 @@ class TrainingWorker:
         if self._needs_data:
             floats, missing = fetch_all(self._client, command.samples)
         if not missing:
-            recomputed = self._config.rollout.old_log_probs == "recompute"
-            self._samples = [
-                _sample_data(sample, floats, recomputed, self._needs_data)
-                for sample in command.samples
-            ]
+            self._samples = self._data(command.samples, floats)
         span = Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {})
         self._link.send(m.Spans(spans=(span,)))
         self._link.send(m.Fetched(step=command.step, missing=tuple(sorted(missing))))
+
+    def _data(
+        self, samples: Sequence[m.TrainSample], floats: dict[tuple[str, int], FloatArray]
+    ) -> list[SampleData]:
+        recomputed = self._config.rollout.old_log_probs == "recompute"
+        return [_sample_data(sample, floats, recomputed, self._needs_data) for sample in samples]
+
+    def _train_group(self, command: m.TrainGroup) -> None:
+        """The weights stay as they are, and may be fetched all the while."""
+        start_s = time.monotonic()
+        floats, missing = fetch_all(self._client, command.samples)
+        spans = [Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {})]
+        if not missing:
+            samples = self._data(command.samples, floats)
+            step, ahead = self._ahead
+            self._ahead = command.step, [*(ahead if step == command.step else []), *samples]
+            batch = command.batch
+            plan = MiniBatchPlan(batch.microbatches, batch.rounds)
+            self._trainer.accumulate(command.step, samples, plan, command.kl_coef, spans)
+        ids = tuple(sample.tokens.sample_id for sample in command.samples)
+        self._link.send(m.Spans(spans=tuple(spans)))
+        self._link.send(
+            m.GroupTrained(step=command.step, sample_ids=ids, missing=tuple(sorted(missing)))
+        )
 
     def _train(self, command: m.Train) -> None:
         self._outbox.withdraw()
         spans: list[Span] = []
         samples, self._samples = self._samples, []
+        (step, ahead), self._ahead = self._ahead, (-1, [])
         plans = [MiniBatchPlan(b.microbatches, b.rounds, b.forward) for b in command.minibatches]
         try:
             seen = self._trainer.update(
-                command.step, samples, plans, command.kl_coef, spans, self._tell
+                command.step,
+                samples,
+                plans,
+                command.kl_coef,
+                spans,
+                self._tell,
+                BatchSize(*command.whole),
             )
         except NonFiniteLoss:
-            self._keep_batch(command.step, samples)
+            mine = [*(ahead if step == command.step else []), *samples]
+            self._keep_batch(command.step, mine)
             raise
         give_back(self._device)
         self._link.send(m.Spans(spans=tuple(spans)))

@@ -16,6 +16,7 @@ import msgspec
 import psutil
 import pytest
 
+import rlhfuse.config as c
 from rlhfuse import messages as m
 from rlhfuse.config import Config
 from rlhfuse.config_file import dump
@@ -28,7 +29,7 @@ from rlhfuse.rollout.stage import rollout_policy
 from rlhfuse.run_folder import RunFolder, load_state
 from rlhfuse.saving import Saver
 from rlhfuse.session import Session, open_session
-from rlhfuse.trainer import StepResult, Trainer
+from rlhfuse.trainer import Fusions, StepResult, Trainer
 from tests.end_to_end.sabotage import Fault, sabotage, start_over
 from tests.end_to_end.tiny_run import make_assets, tiny_config
 
@@ -116,6 +117,50 @@ def test_results_do_not_depend_on_who_dies_when(
         _a_full_disk_leaves_the_older_checkpoint(session)
         processes = [psutil.Process(pid) for pid in session.fleet.pids.values()]
     assert _all_gone(processes)
+
+
+def test_groups_trained_while_others_generate_whoever_dies(assets: Path, tmp_path: Path) -> None:
+    """Scored by a rule. Serial, with groups trained ahead, and the same with deaths meanwhile."""
+    config = _in_groups(_config(assets, tmp_path, 4), tmp_path / "rule.py")
+    with open_session(resolve(config), resume=False) as session:
+        kept = tmp_path / "start"
+        shutil.copytree(Trainer(session).save(), kept)
+        serial = Trainer(session, Fusions(inter_stage=False, intra_stage=False))
+        serial.fit()
+        start_over(session, kept)
+        ahead = Trainer(session)
+        ahead.fit()
+        start_over(session, kept)
+        disturbed = Trainer(session)
+        faults = [
+            Fault(1, m.TrainGroup, "training", victim="holder"),
+            Fault(2, m.TrainGroup, "training-0", delay_s=0.01),
+            Fault(3, m.TrainGroup, "training", victim="other"),
+        ]
+        with sabotage(session, faults, together={2, 3, 4}) as saboteur:
+            disturbed.fit()
+        assert not saboteur.left, f"never came to pass: {saboteur.left}"
+    numbers = [h.metrics["fusion/groups_trained_ahead"] for h in (*serial.history, *ahead.history)]
+    assert numbers[:4] == [0, 0, 0, 0]
+    assert max(numbers[4:]) > 0
+    assert _digests(serial.history) == _digests(ahead.history) == _digests(disturbed.history)
+
+
+def _in_groups(config: Config, rule: Path) -> Config:
+    rule.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return float(len(solution_str.split()) % 7)\n"
+    )
+    return replace(
+        config,
+        reward=c.RewardConfig(function=c.RewardFunctionConfig(path=str(rule))),
+        algorithm=replace(config.algorithm, adv_estimator="grpo"),
+        actor=replace(config.actor, use_kl_loss=True, num_microbatches=0),
+        rollout=replace(config.rollout, n=4),
+        data=replace(config.data, train_batch_size=8),
+        placement=replace(config.placement, actor_pp=1),
+        fusion=replace(config.fusion, early_training="on"),
+    )
 
 
 def _let_tails_move(monkeypatch: pytest.MonkeyPatch) -> None:

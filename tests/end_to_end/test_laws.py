@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import rlhfuse.config as c
 from rlhfuse.config import Config
 from rlhfuse.launch import train_run, verify_run
 from rlhfuse.resolve import resolve
@@ -105,16 +104,3 @@ def _digests(config: Config, step: int) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
-
-
-def test_a_rule_based_reward_trains(assets: Path, tmp_path: Path) -> None:
-    rule = tmp_path / "rule.py"
-    rule.write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    return float(len(solution_str.split()) % 7)\n"
-    )
-    config = tiny_config(assets, tmp_path, num_devices=2)
-    config = replace(config, reward=c.RewardConfig(function=c.RewardFunctionConfig(path=str(rule))))
-    result = verify_run(config, 1, tmp_path)
-    assert result.first_difference is None
-    assert result.equal

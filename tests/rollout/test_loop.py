@@ -1,8 +1,11 @@
 """Laws of the live loop: however often samples move, whoever dies, and in whatever order workers
-answer, every sample ends with its own tokens and with scores that a living worker holds."""
+answer, every sample ends with its own tokens and with scores that a living worker holds, or in a
+group that was trained once with all of them."""
 
 import random
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from io import StringIO
 
 import numpy as np
@@ -15,10 +18,12 @@ from rlhfuse import messages as m
 from rlhfuse.cost import CostModel
 from rlhfuse.data import Row
 from rlhfuse.progress import Progress
+from rlhfuse.rollout.groups import TRAIN
 from rlhfuse.rollout.loop import RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
 from rlhfuse.rollout.records import Record
 from rlhfuse.rollout.scheduler import RolloutScheduler
+from rlhfuse.rollout.stage import train_samples
 
 ROLES = ("critic", "reference", "reward")
 SAMPLING = m.Sampling(1.0, 0, 1.0, 0.0, 64, 0, ())
@@ -66,6 +71,10 @@ class _InMemory:
         self._deaths = deaths
         self._born = 0
         self.rollout = tuple(f"rollout{i}" for i in range(instances))
+        self.training = tuple(f"training{i}" for i in range(instances))
+        self.groups: dict[str, list[m.TrainGroup]] = {worker: [] for worker in self.training}
+        self.trained: Counter[int] = Counter()
+        self.needs_logprobs = False
         self.living: dict[str, _Process] = {name: self._spawn() for name in self.rollout}
         self.left_twice: set[int] = set()
         self._left: dict[int, int] = {}
@@ -82,19 +91,51 @@ class _InMemory:
         return f"memory://{self.living[worker].name}" if worker in self.living else ""
 
     def send(self, worker: str, command: m.Command) -> None:
-        if worker in self.living:  # what is sent to the dead is lost
+        if isinstance(command, m.TrainGroup):
+            self.groups[worker].append(command)
+        elif worker in self.living:  # what is sent to the dead is lost
             self.living[worker].inbox.append(command)
 
     def receive(self, timeout_s: float) -> list[tuple[str, m.Event]]:
         assert timeout_s > 0
         for _ in range(self._random.randint(1, 6)):
             self._advance()
-        heard: list[tuple[str, m.Event]] = []
+        heard: list[tuple[str, m.Event]] = self._train_one()
         for worker, process in self.living.items():
             count = self._random.randint(0, len(process.outbox))
             heard += [(worker, event) for event in process.outbox[:count]]
             del process.outbox[:count]
         return heard
+
+    def _train_one(self) -> list[tuple[str, m.Event]]:
+        """A training worker does what it was told, if all that it needs is there."""
+        busy = [worker for worker, told in self.groups.items() if told]
+        if not busy or self._random.random() < 0.5:
+            return []
+        worker = self._random.choice(busy)
+        samples = self.groups[worker].pop(0).samples
+        rollout = self.living.get(self.rollout[self.training.index(worker)])
+        if rollout is not None:
+            assert self.needs_logprobs or not rollout.running, "trains while it generates"
+            assert not any(isinstance(c, m.Score) for c in rollout.inbox), "trains while it scores"
+        held = {f"memory://{p.name}": p.held for p in self.living.values()}
+        missing = {
+            endpoint
+            for sample in samples
+            for role, endpoint in sample.endpoints.items()
+            if (role, sample.tokens.sample_id) not in held.get(endpoint, ())
+        }
+        if self.needs_logprobs:
+            assert all(sample.rollout_endpoint for sample in samples)
+            missing |= {s.rollout_endpoint for s in samples} - held.keys()
+        ids = tuple(sample.tokens.sample_id for sample in samples)
+        if not missing:
+            self.trained.update(ids)
+            for sample in samples:
+                assert bytes(sample.tokens.response) == _response(sample.tokens.sample_id + 100)
+                assert {*sample.endpoints, "reward"} == set(ROLES)
+                assert sample.score == float(sample.tokens.sample_id)
+        return [(worker, m.GroupTrained(step=1, sample_ids=ids, missing=tuple(missing)))]
 
     def _advance(self) -> None:
         worker = self._random.choice(self.rollout)
@@ -118,7 +159,8 @@ class _InMemory:
             case m.Export():
                 self._export(process, command.sample_ids)
             case m.Score():
-                assert not process.running, "scores while it generates"
+                # What died with a worker is generated again wherever there is one.
+                assert self.needs_logprobs or not process.running, "scores while it generates"
                 ids = tuple(sample.sample_id for sample in command.samples)
                 for sample in command.samples:
                     assert bytes(sample.response) == _response(sample.sample_id + 100)
@@ -169,12 +211,25 @@ class _InMemory:
             del process.running[sample_id]
 
 
-def _run(policy: Policy, seed: int, deaths: int = 0) -> tuple[_InMemory, tuple[Record, ...]]:
+def _run(
+    policy: Policy, seed: int, deaths: int = 0, *, train: bool = False, needs_logprobs: bool = False
+) -> tuple[_InMemory, tuple[Record, ...]]:
     workers = _InMemory(seed, instances=4, deaths=deaths)
-    scheduler = RolloutScheduler(4, ROLES, CostModel.default(), policy)
+    workers.needs_logprobs = needs_logprobs
+    cost = CostModel.default()
+    cost = replace(cost, score_token_s={**cost.score_token_s, TRAIN: 5e-4})
+    scheduler = RolloutScheduler(4, ROLES, cost, policy, train_groups=train)
     progress = Progress(1, console=Console(file=StringIO()))
     loop = RolloutLoop(
-        workers, scheduler, None, progress, lambda ids: "", timeout_s=20.0, show=False
+        workers,
+        scheduler,
+        None,
+        progress,
+        lambda ids: "",
+        timeout_s=20.0,
+        show=False,
+        needs_logprobs=needs_logprobs,
+        plan_group=_plan_group if train else None,
     )
     records = [
         Record(i, i // 2, np.arange(3, dtype=np.int32), i + 100, Row("p", "s", None, {}, "f:1"))
@@ -182,6 +237,11 @@ def _run(policy: Policy, seed: int, deaths: int = 0) -> tuple[_InMemory, tuple[R
     ]
     loop.run(records, SAMPLING, 0, len(ROLES))
     return workers, loop.result().records
+
+
+def _plan_group(group: Sequence[Record], replica: int) -> m.TrainGroup:
+    samples = tuple(train_samples(group))
+    return m.TrainGroup(step=1, samples=samples, batch=m.MiniBatch({}, ()), kl_coef=0.0)
 
 
 def _check(workers: _InMemory, records: tuple[Record, ...]) -> None:
@@ -206,6 +266,16 @@ def test_every_sample_ends_with_its_own_tokens_and_scores(name: str, seed: int) 
 @given(seed=st.integers(0, 10**6), deaths=st.integers(1, 6))
 def test_whoever_dies_and_comes_back(name: str, seed: int, deaths: int) -> None:
     _check(*_run(POLICIES[name], seed, deaths))
+
+
+@pytest.mark.parametrize("name", ["auto", "paper", "restless"])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), deaths=st.integers(0, 6), needs_logprobs=st.booleans())
+def test_every_sample_is_trained_on_once_whoever_dies(
+    name: str, seed: int, deaths: int, needs_logprobs: bool
+) -> None:
+    workers, records = _run(POLICIES[name], seed, deaths, train=True, needs_logprobs=needs_logprobs)
+    assert workers.trained == Counter(record.sample_id for record in records)
 
 
 def test_a_sample_that_has_just_arrived_may_be_told_to_move_on() -> None:
