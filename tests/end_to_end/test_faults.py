@@ -121,7 +121,7 @@ def test_results_do_not_depend_on_who_dies_when(
 
 def test_groups_trained_while_others_generate_whoever_dies(assets: Path, tmp_path: Path) -> None:
     """Scored by a rule. Serial, with groups trained ahead, and the same with deaths meanwhile."""
-    config = _in_groups(_config(assets, tmp_path, 4), tmp_path / "rule.py")
+    config = _in_groups(_config(assets, tmp_path, 2), tmp_path / "rule.py")
     with open_session(resolve(config), resume=False) as session:
         kept = tmp_path / "start"
         shutil.copytree(Trainer(session).save(), kept)
@@ -135,14 +135,13 @@ def test_groups_trained_while_others_generate_whoever_dies(assets: Path, tmp_pat
         faults = [
             Fault(1, m.TrainGroup, "training", victim="holder"),
             Fault(2, m.TrainGroup, "training-0", delay_s=0.01),
-            Fault(3, m.TrainGroup, "training", victim="other"),
         ]
-        with sabotage(session, faults, together={2, 3, 4}) as saboteur:
+        with sabotage(session, faults, together={2}) as saboteur:
             disturbed.fit()
         assert not saboteur.left, f"never came to pass: {saboteur.left}"
     numbers = [h.metrics["fusion/groups_trained_ahead"] for h in (*serial.history, *ahead.history)]
-    assert numbers[:4] == [0, 0, 0, 0]
-    assert max(numbers[4:]) > 0
+    assert numbers[:2] == [0, 0]
+    assert max(numbers[2:]) > 0
     assert _digests(serial.history) == _digests(ahead.history) == _digests(disturbed.history)
 
 
@@ -157,7 +156,7 @@ def _in_groups(config: Config, rule: Path) -> Config:
         algorithm=replace(config.algorithm, adv_estimator="grpo"),
         actor=replace(config.actor, use_kl_loss=True, num_microbatches=0),
         rollout=replace(config.rollout, n=4),
-        data=replace(config.data, train_batch_size=8),
+        data=replace(config.data, train_batch_size=8, validation=()),
         placement=replace(config.placement, actor_pp=1),
         fusion=replace(config.fusion, early_training="on"),
     )
