@@ -27,6 +27,7 @@ def render_profile(
     """The page as text. `trend`: the attributions of several steps, where there are several."""
     name = "All" if summary.step is None else f"Step {summary.step}"
     data = lane_data(timeline, name)
+    ranks = f"{summary.num_ranks} ranks" if summary.num_ranks != 1 else "1 lane"
     body = [
         _tiles(summary),
         markup.section(
@@ -46,7 +47,7 @@ def render_profile(
     return markup.page(
         title=title,
         kicker="rlhfuse profile",
-        lead=f"{summary.format}, {summary.num_ranks} ranks, {name.lower()}",
+        lead=f"{summary.format}, {ranks}, {name.lower()}",
         body="\n".join(part for part in body if part),
         data={"timeline": data},
     )
