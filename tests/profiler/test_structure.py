@@ -2,11 +2,14 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhfuse.profiler.explain import Explained, explain_step
 from rlhfuse.profiler.readers.detect import open_trace
@@ -181,6 +184,14 @@ def _no_evidence(folder: Path) -> None:
         path.write_text(json.dumps(whole | {"traceEvents": kept}))
 
 
+def _to_itself(folder: Path) -> None:
+    path = folder / "rank1.json"
+    whole = json.loads(path.read_text())
+    for event in whole["traceEvents"]:
+        event["args"] = {k: 1 if k == "Dst Rank" else v for k, v in event["args"].items()}
+    path.write_text(json.dumps(whole))
+
+
 def _one_rank_less(folder: Path) -> None:
     (folder / "rank2.json").unlink()
 
@@ -192,6 +203,7 @@ def _one_rank_less(folder: Path) -> None:
         (_depth_first(interleaved(_problem(4, 4), 2)), None, "did not take turns"),
         (interleaved(_problem(2, 4), 2), None, "not told by messages"),
         (one_f_one_b(_problem(3, 4)), _no_evidence, "no backward kernels"),
+        (one_f_one_b(_problem(3, 4)), _to_itself, "rank 1 exchanges messages with itself"),
         (one_f_one_b(_problem(3, 4)), _one_rank_less, "ranks [2] are not in the trace"),
     ],
 )
@@ -204,3 +216,39 @@ def test_what_structure_does_not_tell_is_not_guessed(
     summary = _explained(tmp_path).summary
     assert summary.schedule is None
     assert why in " ".join(summary.warnings)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traces")
+    _write(folder, interleaved(_problem(3, 3), 2), batched=True)
+    return folder
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_odd_events_end_in_a_clear_line(traces: Path, data: st.DataObject) -> None:
+    """Events lost, moved, doubled, or with other ranks and times, in any number."""
+    odd = data.draw(st.sampled_from([-1, 0, 1, 2, 7, 2**40, 2**70, 1e300, None, "1", True]))
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(3):
+            whole = json.loads((traces / f"rank{number}.json").read_text())
+            events = whole["traceEvents"]
+            for _ in range(data.draw(st.integers(0, 4))):
+                at = data.draw(st.integers(0, len(events) - 1))
+                key = data.draw(st.sampled_from(["drop", "ts", "dur", "tid", "args", "double"]))
+                if key == "drop":
+                    del events[at]
+                elif key == "double":
+                    events.append(dict(events[at]))
+                elif key == "args":
+                    events[at]["args"] = dict.fromkeys(events[at]["args"], odd)
+                else:
+                    events[at][key] = odd if key == "tid" or isinstance(odd, int) else 5.0
+            (Path(folder) / f"rank{number}.json").write_text(json.dumps(whole))
+        told = ""
+        try:
+            _explained(Path(folder))
+        except ValueError as error:
+            told = str(error)
+        assert "\n" not in told

@@ -186,7 +186,7 @@ def _record(event: _Event, thread: int) -> Record:
         event.ts / 1e6,
         thread,
         what,
-        peer if isinstance(peer, int) and not isinstance(peer, bool) else None,
+        peer if isinstance(peer, int) and 0 <= peer < 2**31 else None,
         f"{group} {ranks}".strip(),
         args.sequence if isinstance(args.sequence, int) else None,
         args.group_of if isinstance(args.group_of, str) else "",

@@ -105,6 +105,9 @@ def _chains(ranks: Mapping[int, Traffic]) -> list[tuple[list[int], bool]]:
     silent = [rank for rank, mine in peers.items() if not mine]
     if silent:
         raise ValueError(f"rank {silent[0]} exchanges no messages")
+    for rank, mine in peers.items():
+        if rank in mine:
+            raise ValueError(f"rank {rank} exchanges messages with itself")
     absent = sorted(set().union(*peers.values()) - set(peers))
     if absent:
         raise ValueError(f"the pipeline's ranks {absent} are not in the trace")
