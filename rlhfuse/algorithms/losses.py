@@ -125,7 +125,7 @@ def policy_loss(inputs: PolicyInputs, settings: PolicyLossSettings, *, normalize
         inputs.cu_seqlens, settings.aggregation, normalizer, num_tokens
     )
     terms = _token_terms(inputs, settings)
-    count = coefficients.new_tensor(float(num_tokens))
+    count = coefficients.new_full((), float(num_tokens))
     share = _share(inputs.cu_seqlens, settings.aggregation, normalizer)
     means = {
         "actor/pg_loss": (_weighted(coefficients, terms.policy.loss), share),
@@ -220,7 +220,7 @@ def value_loss(
     check_packed(cu_seqlens, num_tokens)
     coefficients = token_coefficients(cu_seqlens, aggregation, normalizer, num_tokens)
     terms = value_terms(values, old_values, returns, clip=clip)
-    count = coefficients.new_tensor(float(num_tokens))
+    count = coefficients.new_full((), float(num_tokens))
     means = {
         "critic/vf_loss": (
             _weighted(coefficients, terms.loss),
@@ -295,7 +295,9 @@ def _share(cu_seqlens: Tensor, aggregation: Aggregation, normalizer: float) -> T
     """This micro-batch's part of its mini-batch: over a mini-batch these add up to 1."""
     if aggregation == "token-mean":
         return cu_seqlens[-1].double() / normalizer
-    return cu_seqlens.new_tensor(float(cu_seqlens.numel() - 1), dtype=torch.float64) / normalizer
+    # Filled on the device: a copy of a number from the host would wait for it.
+    samples = float(cu_seqlens.numel() - 1)
+    return cu_seqlens.new_full((), samples, dtype=torch.float64) / normalizer
 
 
 def _weighted(coefficients: Tensor, terms: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def importance_weights(
         weights, low = ratio.clamp(max=correction.cap), torch.zeros_like(high)
     else:
         weights = torch.where(high | low, 0.0, ratio)
-    count = ratio.new_tensor(float(ratio.numel()))
+    count = ratio.new_full((), float(ratio.numel()))
     means = {
         "rollout_corr/rollout_is_mean": (weights.double().sum(), count),
         "rollout_corr/rollout_is_ratio_fraction_high": (high.sum(), count),
@@ -79,7 +79,7 @@ def mismatch_stats(rollout_logprobs: Tensor, train_logprobs: Tensor) -> Stats:
     train) as k1 and k3, correlation of the probabilities, effective sample size.
     """
     rollout, train = rollout_logprobs.detach().double(), train_logprobs.detach().double()
-    count = rollout.new_tensor(float(rollout.numel()))
+    count = rollout.new_full((), float(rollout.numel()))
     gap = (rollout - train).abs()
     x, y = rollout.exp(), train.exp()
     probability_gap = (x - y).abs()
