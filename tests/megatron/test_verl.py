@@ -1,7 +1,7 @@
 """verl's own Megatron engine, fused: its update loop, batching and post-processing, unchanged.
 
-Only where verl is installed (0.9.1 passes). The engine's model is ours: verl builds its own through
-a bridge that needs a GPU.
+Only where verl is on the path (`make test` has it in a folder of its own: requirements-verl.txt).
+The engine's model is ours: verl builds its own through a bridge that needs a GPU.
 """
 
 from functools import partial
