@@ -30,7 +30,6 @@ from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.memory import Held
 from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.snapshot import Keep, Part
-from rlhfuse.training.trained_stage import model_config
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,8 @@ class MegatronBackend:
         control: dist.ProcessGroup,
     ) -> None:
         """See `MakeBackend`."""
-        check(config, pipelines, device)
+        if device.type == "cpu":
+            logger.warning("Megatron on a CPU (gloo): for tests and trials")
         self._control = control
         self._on_cpu = device.type == "cpu"
         row = rank // config.placement.tp
@@ -181,23 +181,6 @@ class MegatronBackend:
 
     def _shims(self) -> contextlib.AbstractContextManager[None]:
         return on_cpu() if self._on_cpu else contextlib.nullcontext()
-
-
-def check(config: Config, pipelines: Mapping[str, StagePlacement], device: torch.device) -> None:
-    """What this backend cannot do here.
-
-    Raises:
-        ValueError: it is asked for.
-    """
-    if device.type != "cpu":
-        return
-    logger.warning("Megatron on a CPU (gloo): for tests and trials")
-    for role in roles_of(pipelines):
-        if model_config(config, role).gradient_checkpointing:
-            raise ValueError(
-                f"{role}.gradient_checkpointing: Megatron's recomputation needs a GPU; set it to "
-                "false, or actor.backend to torch"
-            )
 
 
 def _own_stage(pipelines: Mapping[str, StagePlacement], role: str, row: int) -> Key:

@@ -12,30 +12,42 @@ from rlhfuse.training.links import Flow
 
 
 class FlowGroups:
-    """Process groups for one pipeline's messages: one per direction of flow."""
+    """Process groups for one pipeline's messages: one per direction of flow, and where shapes
+    travel too, another one (gloo) per direction for those."""
 
-    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
+    def __init__(self, ranks: Sequence[int], device: torch.device, *, shapes: bool) -> None:
         """`ranks`: global, in stage order. Collective over all ranks of the world, of which each
         brings its own pipeline; uses every link once."""
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, tuple(ranks))
         self._groups: dict[Flow, dist.ProcessGroup] = {}
+        self._shapes: dict[Flow, dist.ProcessGroup] = {}
         # Local synchronization would not do: it names groups by how many a rank knows.
         for members in sorted(set(everywhere)):
             for flow in Flow:
                 group = dist.new_group(sorted(members), timeout=_timeout(device))
                 if members == tuple(ranks):
                     self._groups[flow] = group
+                if not shapes:
+                    continue
+                group = dist.new_group(sorted(members), timeout=_timeout(device), backend="gloo")
+                if members == tuple(ranks):
+                    self._shapes[flow] = group
         self.device = device
         self._warm_up(ranks)
 
     def of(self, flow: Flow) -> dist.ProcessGroup:
         return self._groups[flow]
 
+    def shapes_of(self, flow: Flow) -> dist.ProcessGroup:
+        return self._shapes[flow]
+
     def close(self) -> None:
         """Leave the groups: peers that wait for this rank then fail at once."""
-        while self._groups:
-            _, group = self._groups.popitem()
+        left = [*self._groups.values(), *self._shapes.values()]
+        self._groups.clear()
+        self._shapes.clear()
+        for group in left:
             try:
                 dist.destroy_process_group(group)
             except (RuntimeError, AssertionError):

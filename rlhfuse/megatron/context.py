@@ -1,6 +1,7 @@
 """Megatron's process-wide state, one copy for each model, so that two models can take turns."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,18 +9,25 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import (
+    MTPLossAutoScaler,
+    MTPLossLoggingHelper,
+)
 
 State = dict[str, Any]
 _MOE_LOG = "_MOE_LAYER_WISE_LOGGING_TRACKER"
+_TRAINING = "megatron.training.global_vars"
+_ARGUMENTS = "_GLOBAL_ARGS"
 
 
 class ModelContext:
     """What Megatron keeps per process and a model needs as its own.
 
-    Process groups and ranks of parallel_state, the scales of auxiliary losses, and, if asked for,
-    the random number streams (dropout then draws from a stream of the model's own, whatever runs in
-    between). Build the model, its optimizer and its checkpoint inside ``with context.active()``.
+    Process groups and ranks of parallel_state, the scales and logs of auxiliary losses, what
+    megatron.training's ``get_args`` returns if that is loaded (call ``set_args`` inside for other
+    arguments), and, if asked for, the random number streams (dropout then draws from a stream of
+    the model's own, whatever runs in between). Build the model, its optimizer and its checkpoint
+    inside ``with context.active()``.
     """
 
     def __init__(self, state: State, rng: State | None = None) -> None:
@@ -41,7 +49,10 @@ class ModelContext:
         models fill each other's bubbles. The present state is untouched.
         """
         before = _state()
-        _set_state({name: {} if isinstance(v, dict) else None for name, v in before.items()})
+        empty: State = {name: {} if isinstance(v, dict) else None for name, v in before.items()}
+        if _ARGUMENTS in before:
+            empty[_ARGUMENTS] = before[_ARGUMENTS]  # `initialize` may ask for sizes there
+        _set_state(empty)
         MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
         try:
             with _reversed_pipelines() if reverse else contextlib.nullcontext():
@@ -49,6 +60,11 @@ class ModelContext:
             return cls.current(own_rng=own_rng)
         finally:
             _set_state(before)
+
+    @property
+    def arguments(self) -> object:
+        """What megatron.training's ``get_args`` returns here; None where it is not loaded."""
+        return self._state.get(_ARGUMENTS)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -112,6 +128,9 @@ def _state() -> State:
         state[_MOE_LOG] = getattr(moe_utils, _MOE_LOG)
     state["MoE"] = moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale
     state["MTP"] = MTPLossAutoScaler.main_loss_backward_scale
+    state["MTP log"] = MTPLossLoggingHelper.tracker
+    if _TRAINING in sys.modules:
+        state[_ARGUMENTS] = getattr(sys.modules[_TRAINING], _ARGUMENTS, None)
     return state
 
 
@@ -119,6 +138,9 @@ def _set_state(state: State) -> None:
     names = dict(state)
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = names.pop("MoE")
     MTPLossAutoScaler.main_loss_backward_scale = names.pop("MTP")
+    MTPLossLoggingHelper.tracker = names.pop("MTP log")
+    if _ARGUMENTS in names:
+        setattr(sys.modules[_TRAINING], _ARGUMENTS, names.pop(_ARGUMENTS))
     if hasattr(moe_utils, _MOE_LOG):
         setattr(moe_utils, _MOE_LOG, names.pop(_MOE_LOG))
     vars(parallel_state).update(names)

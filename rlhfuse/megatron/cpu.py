@@ -39,6 +39,8 @@ def on_cpu() -> Iterator[None]:
         WrappedTorchNorm.__new__ = _norm_of_a_part(WrappedTorchNorm.__new__)
     moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine is missing
     tp_random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
+    tp_random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # recomputation asks for it
+    tp_random._set_cuda_rng_state = lambda *_, **__: None
     with CpuForCuda():
         yield
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.call import Call
+from rlhfuse.megatron.delayed import delaying, refuse_stock_schedule
 from rlhfuse.megatron.engine import Engine, Model, Placed, Recorder, recorder_for
 from rlhfuse.megatron.groups import groups_of
 from rlhfuse.megatron.orders import (
@@ -57,6 +58,7 @@ class Scheduler:
             placed, reasons = self._place(call, schedule_pg_collection)
             if placed is None:
                 self._tell("Megatron's own schedule is used", *reasons)
+                refuse_stock_schedule(call.config, call.forward_only)
                 own = stock.stock_func(pp_size, vp_size, schedule_pg_collection)
                 return own(**call.arguments())
             return self.run(call, placed)
@@ -115,12 +117,12 @@ def nothing_to_split(call: Call) -> tuple[str, ...]:
 
     No ground to fall back: other ranks, with other layers, would not.
     """
-    if any(map(splittable, call.chunks)):
+    if any(splittable(chunk) or delaying(chunk, call.config) for chunk in call.chunks):
         return ()
     return (
         "weight gradients stay in the input gradients' tasks",
-        "no layer here is one of Megatron's local parallel linear layers (Transformer Engine's are "
-        "not split)",
+        "no layer here is one of Megatron's local parallel linear layers, or one of Transformer "
+        "Engine's built with delay_wgrad_compute (rlhfuse.megatron.delayed)",
     )
 
 

@@ -15,6 +15,7 @@ from rlhfuse.megatron.context import ModelContext, Turns
 from rlhfuse.megatron.groups import Groups
 from rlhfuse.megatron.model_run import ModelRun
 from rlhfuse.megatron.orders import most_in_flight
+from rlhfuse.megatron.timers import quiet_timers
 from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.clock import Clock, Mark, clock_of
@@ -91,6 +92,13 @@ class Engine:
             StepFailed: a task failed, or a peer did: all ranks name the same first failure.
                 Nothing more can be run.
         """
+        device = next(iter(models.values())).call.device
+        with quiet_timers([model.call.config for model in models.values()], device):
+            return self._run(placed, models, recorder)
+
+    def _run(
+        self, placed: Placed, models: Mapping[str, Model], recorder: Recorder | None
+    ) -> dict[str, list[Any]]:
         runs = {name: _model_run(placed, name, model) for name, model in models.items()}
         turns = _turns(models)
         at: Step | None = None
@@ -123,16 +131,19 @@ class Engine:
     def _exchange(self, placed: Placed, models: Mapping[str, Model]) -> Exchange:
         groups, forms = {}, {}
         for name, model in models.items():
-            key = (name, model.groups.pp_ranks, model.call.device, _world())
-            if key not in self._flows:
-                self._flows[key] = FlowGroups(model.groups.pp_ranks, model.call.device)
-            groups[name] = self._flows[key]
             forms[name] = _form(model)
+            shapes = forms[name].shape is None
+            key = (name, model.groups.pp_ranks, model.call.device, shapes, _world())
+            if key not in self._flows:
+                ranks, device = model.groups.pp_ranks, model.call.device
+                self._flows[key] = FlowGroups(ranks, device, shapes=shapes)
+            groups[name] = self._flows[key]
         links = Links(
             next(iter(models.values())).call.device,
             placed.ranks.__getitem__,
             lambda way: groups[way.pipeline].of(way.flow),
             lambda message: forms[message.channel.pipeline],
+            headers=lambda way: groups[way.pipeline].shapes_of(way.flow),
         )
         return Exchange(links, placed.plan.expected)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.call import Call
 from rlhfuse.megatron.context import ModelContext, Turns
+from rlhfuse.megatron.delayed import refuse_stock_schedule
 from rlhfuse.megatron.dropin import nothing_to_split, splits
 from rlhfuse.megatron.engine import Engine, Model, Placed, Recorder, recorder_for
 from rlhfuse.megatron.groups import Groups, groups_of
@@ -21,7 +22,7 @@ from rlhfuse.megatron.orders import (
     make_schedule,
     problem_for,
 )
-from rlhfuse.megatron.support import fall_back_reasons, refusals
+from rlhfuse.megatron.support import fall_back_reasons, refusals, serial_reasons
 from rlhfuse.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class FusedScheduler:
             for reason in fall_back_reasons(model.call, split_weight=split)
         ]
         alone = [name for name, model in models.items() if len(model.groups.pp_ranks) == 1]
+        reasons += serial_reasons({name: model.call.config for name, model in models.items()})
         if alone and len(models) > 1:
             reasons.append(f"{', '.join(alone)}: one pipeline stage has no bubbles")
         return reasons
@@ -178,6 +180,7 @@ def layout_of(where: tuple[tuple[str, tuple[int, ...]], ...]) -> Layout:
 
 def _alone(name: str, model: Model) -> list[Any]:
     """One model on Megatron's own schedule, in its own state."""
+    refuse_stock_schedule(model.call.config, model.call.forward_only)
     turns = Turns({name: model.context})
     turns.to(name)
     try:

@@ -17,7 +17,9 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, Stats]]
 class PpoBatch:
     """One micro-batch of B samples, padded to S tokens.
 
-    `response` marks response tokens [B, S]; the other fields are [B, S] too and read there only.
+    `response` marks response tokens [B, S], never a row's first; the other fields are [B, S] too
+    and read there only. Leave `response` on the CPU: elsewhere the host waits for the device, to
+    learn how many they are.
     """
 
     tokens: torch.Tensor
@@ -31,15 +33,15 @@ class PpoBatch:
     def cu_seqlens(self) -> torch.Tensor:
         """Ends of the samples' responses, packed: int32 [B + 1]."""
         counts = self.response.sum(-1, dtype=torch.int32)
-        return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return self._there(torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
 
-    def packed(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [B, S] of the response tokens, sample after sample."""
-        return values[self.response]
+    @property
+    def places(self) -> torch.Tensor:
+        """Where the response tokens are in [B * S], sample after sample: int64 [T]."""
+        return self._there(self.response.flatten().nonzero()[:, 0])
 
-    def before(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What the model said one token earlier, for each response token: [T, ...]."""
-        return outputs[:, :-1][self.response[:, 1:]]
+    def _there(self, counted: torch.Tensor) -> torch.Tensor:
+        return counted.to(self.tokens.device, non_blocking=True)
 
 
 def actor_loss_func(
@@ -58,13 +60,17 @@ def actor_loss_func(
     """
 
     def loss(logits: torch.Tensor) -> tuple[torch.Tensor, Stats]:
+        places = batch.places
         logprobs = vocab_parallel_logprob(
-            batch.before(logits), batch.packed(batch.tokens), tp_group, temperature=temperature
+            logits.flatten(0, 1)[places - 1],  # said one token earlier
+            batch.tokens.flatten()[places],
+            tp_group,
+            temperature=temperature,
         )
         inputs = PolicyInputs(
             logprobs=logprobs,
-            old_logprobs=batch.packed(batch.old_logprobs),
-            advantages=batch.packed(batch.advantages),
+            old_logprobs=batch.old_logprobs.flatten()[places],
+            advantages=batch.advantages.flatten()[places],
             cu_seqlens=batch.cu_seqlens,
         )
         found = policy_loss(inputs, settings, normalizer=normalizer)
@@ -79,10 +85,11 @@ def critic_loss_func(
     """The value loss of values [B, S, 1]; numbers as `actor_loss_func`."""
 
     def loss(values: torch.Tensor) -> tuple[torch.Tensor, Stats]:
+        places = batch.places
         found = value_loss(
-            batch.before(values[..., 0]),
-            batch.packed(batch.old_values),
-            batch.packed(batch.returns),
+            values.flatten()[places - 1],
+            batch.old_values.flatten()[places],
+            batch.returns.flatten()[places],
             batch.cu_seqlens,
             clip=clip,
             normalizer=normalizer,

@@ -1,6 +1,5 @@
 """One model's part of a forward-backward call on one rank: its tasks, hooks and results."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.call import Call
+from rlhfuse.megatron.delayed import DelayedLayers
 from rlhfuse.megatron.groups import Groups
 from rlhfuse.megatron.split import ProductStore, split_linears
 from rlhfuse.megatron.sync import GradientSync
@@ -18,10 +18,10 @@ class ModelRun:
     """Runs the tasks of one model through Megatron's own forward and backward steps."""
 
     def __init__(
-        self, call: Call, groups: Groups, *, split: frozenset[int], in_flight: Mapping[int, int]
+        self, call: Call, groups: Groups, *, split: frozenset[int], in_flight: int
     ) -> None:
         """`split`: micro-batches whose backward is I and W, on any stage of this rank.
-        `in_flight`: most micro-batches that the schedule holds, by stage (for
+        `in_flight`: most forwards that this rank holds at a time (for
         ``num_microbatches_with_partial_activation_checkpoints``)."""
         self._call = call
         self._groups = groups
@@ -30,10 +30,13 @@ class ModelRun:
         self._iterators = call.data_iterators
         self._split = split
         self._in_flight = in_flight
+        self._forwards = 0
         self._last_chunk = len(self._chunks) - 1
         self._sync = GradientSync(self._config, self._chunks, groups.first)
         self._held: dict[tuple[int, int], tuple[torch.Tensor | None, list[torch.Tensor]]] = {}
         self._products = [ProductStore(chunk) for chunk in self._chunks] if split else []
+        training = [] if call.forward_only else self._chunks
+        self._delayed = [DelayedLayers(chunk, self._config) for chunk in training]
         self._splitting = ExitStack()
         self._embedding: object = None
         self._tokens = torch.zeros([], dtype=torch.int, device=call.device)
@@ -63,10 +66,14 @@ class ModelRun:
         ):
             if task.op is Op.W:
                 self._products[chunk].compute(task.microbatch)
+                self._delayed[chunk].compute()
                 return None
             deferring = task.op is Op.I
             with self._products[chunk].deferring(task.microbatch) if deferring else nullcontext():
-                return self._backward(chunk, task.microbatch, received)
+                by_input = self._backward(chunk, task.microbatch, received)
+            if not deferring:
+                self._delayed[chunk].compute()
+            return by_input
 
     def sent(self, task: Task) -> None:
         """The output of a forward is on its way: only its graph is needed from here on."""
@@ -126,7 +133,7 @@ class ModelRun:
             config=self._config,
             cp_group_size=self._groups.cp_size,
             collect_non_loss_data=call.collect_non_loss_data,
-            checkpoint_activations_microbatch=self._checkpoints(task),
+            checkpoint_activations_microbatch=self._checkpoints(),
             is_first_microbatch=stock.first_validation(
                 call.first_val_step, call.forward_only, first
             ),
@@ -135,6 +142,7 @@ class ModelRun:
             is_last_stage=last_stage,
         )
         self._tokens += tokens
+        self._forwards += 1
         if not call.forward_only:
             self._held[chunk, task.microbatch] = (received, output)
         return None if last_stage else output[0]
@@ -145,9 +153,10 @@ class ModelRun:
         received, output = self._held.pop((chunk, microbatch))
         return stock.backward_step(self._chunks[chunk], received, output, gradient, self._config)
 
-    def _checkpoints(self, task: Task) -> bool | None:
-        """Whether all layers are recomputed; as many micro-batches are not as the config says."""
+    def _checkpoints(self) -> bool | None:
+        """Whether all layers of the next forward are recomputed: of those that are held at a time,
+        as many are not as the config says (with model chunks counted together, as Megatron)."""
         partial = self._config.num_microbatches_with_partial_activation_checkpoints
         if partial is None:
             return None
-        return bool(task.microbatch % self._in_flight[task.pp_stage] >= partial)
+        return bool(self._forwards % self._in_flight >= partial)

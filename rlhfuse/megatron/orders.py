@@ -160,15 +160,13 @@ def forwards_only(problem: Problem) -> Schedule:
     return Schedule(problem, tuple(map(tuple, rows)))
 
 
-def most_in_flight(row: Sequence[Task], pipeline: str) -> dict[int, int]:
-    """Most micro-batches between forward and backward, by pp_stage of this row."""
-    held: dict[int, int] = {}
-    most: dict[int, int] = {}
+def most_in_flight(row: Sequence[Task], pipeline: str) -> int:
+    """Most forwards whose backward has not been, at any time of this row; at least 1."""
+    held, most = 0, 1
     for task in row:
-        if task.pipeline != pipeline or task.op is Op.W:
-            continue
-        held[task.pp_stage] = held.get(task.pp_stage, 0) + (1 if task.op is Op.F else -1)
-        most[task.pp_stage] = max(most.get(task.pp_stage, 1), held[task.pp_stage])
+        if task.pipeline == pipeline and task.op is not Op.W:
+            held += 1 if task.op is Op.F else -1
+            most = max(most, held)
     return most
 
 

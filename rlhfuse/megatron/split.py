@@ -186,6 +186,8 @@ def _fused_product(weight: Any, gradient: torch.Tensor, rows: torch.Tensor) -> t
     else:
         kernels.wgrad_gemm_accum_fp16(rows, gradient, weight.main_grad)
     weight.grad_added_to_main_grad = True
+    if getattr(weight, "zero_out_wgrad", False):  # the DDP adds it all the same: tied embeddings
+        return torch.zeros_like(weight)
     return torch.empty_like(weight)
 
 

@@ -56,6 +56,10 @@ _SUPPORTED = (
     ("expert_model_parallel_size", "auxiliary losses are scaled per model"),
     ("calculate_per_token_loss", "tokens are counted as Megatron does"),
     (
+        "delay_wgrad_compute",
+        "the layers' backward_dw() is the W task; where a backward is not split, it follows",
+    ),
+    (
         "overlap_p2p_comm",
         "our sends never block and receives are posted ahead: the setting has no effect",
     ),
@@ -70,7 +74,6 @@ _NOT_WITH_SPLIT = (
     ("defer_embedding_wgrad_compute", "it defers weight gradients itself"),
     ("enable_autocast", "split layers compute in the weights' type"),
     ("cpu_offloading", "split layers keep their inputs themselves"),
-    ("delay_wgrad_compute", "it belongs to overlap_moe_expert_parallel_comm"),
 )
 
 
@@ -97,6 +100,21 @@ def refusals(configs: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _delayed_scaling(config: Any) -> bool:
+    return bool(getattr(config, "fp8", None)) and getattr(config, "fp8_recipe", "") == "delayed"
+
+
+def serial_reasons(configs: Mapping[str, Any]) -> list[str]:
+    """Why these models run one after the other, though each fits a schedule of its own."""
+    (_, config), *others = configs.items()
+    return [
+        f"{row.setting}={row.value}: {row.reason}"
+        for _, other in others
+        for row in _together(config, other)
+        if row.verdict is Verdict.FALLS_BACK
+    ]
+
+
 def _together(one: Any, other: Any) -> Iterator[Support]:
     """What two models in one call must not share, and what they must."""
     if one is other:
@@ -106,6 +124,14 @@ def _together(one: Any, other: Any) -> Iterator[Support]:
             Verdict.REFUSED,
             "no_sync_func and the other hooks in it belong to one model: the other's gradients "
             "would not be reduced; give each model a config of its own (copy.copy before its DDP)",
+        )
+    if any(_delayed_scaling(config) for config in (one, other)):
+        yield Support(
+            "fp8_recipe",
+            "delayed",
+            Verdict.FALLS_BACK,
+            "Transformer Engine keeps its history of scales per process, not per model: not tried "
+            "fused, models run one after the other; other recipes have no history",
         )
     for name in ("tensor_model_parallel_size", "context_parallel_size"):
         sizes = getattr(one, name, 1), getattr(other, name, 1)
@@ -147,27 +173,49 @@ def _rows(config: Any, split: bool) -> Iterator[Support]:
     for name, reason in _FALLS_BACK:
         if getattr(config, name, False):
             yield _row(config, name, Verdict.FALLS_BACK, reason)
-    if getattr(config, "cuda_graph_impl", "none") == "local":
-        reason = "graphs are captured in the order of Megatron's schedule"
+    if getattr(config, "cuda_graph_impl", None) in _GRAPHS:
+        reason = _GRAPHS[config.cuda_graph_impl]
         yield _row(config, "cuda_graph_impl", Verdict.FALLS_BACK, reason)
-    if getattr(config, "fp8", None):
-        yield _row(config, "fp8", *_FP8[split])
+    yield from _engine_rows(config, split and not getattr(config, "delay_wgrad_compute", False))
     for name, reason in _NOT_WITH_SPLIT if split else ():
         if getattr(config, name, False):
             yield _row(config, name, Verdict.FALLS_BACK, f"with split weights: {reason}")
     for name, reason in _SUPPORTED:
         value = getattr(config, name, None)
-        if value is True or value not in (None, False, 1):  # one of a kind: nothing is cut
+        uncut = name.endswith("_size") and value == 1
+        if value is not None and value is not False and not uncut:
             yield _row(config, name, Verdict.SUPPORTED, reason)
 
 
-_FP8 = {
+def _engine_rows(config: Any, unsplit: bool) -> Iterator[Support]:
+    """Transformer Engine. `unsplit`: the schedule has W, and its layers do not."""
+    for name in ("fp8", "fp4"):
+        if getattr(config, name, None):
+            yield _row(config, name, *_LOW_PRECISION[unsplit])
+    if getattr(config, "transformer_impl", None) == "transformer_engine":
+        yield _row(config, "transformer_impl", Verdict.SUPPORTED, _ENGINE[unsplit])
+
+
+_GRAPHS = {
+    "local": "graphs are captured in the order of Megatron's schedule",
+    "transformer_engine": "graphs are captured for the order of Megatron's schedule, and share "
+    "their buffers between micro-batches",
+}
+_LOW_PRECISION = {
     False: (
         Verdict.SUPPORTED,
         "first_val_step and first micro-batches are passed on; not tried "
         "here: it needs Transformer Engine and a GPU",
     ),
-    True: (Verdict.FALLS_BACK, "with split weights: FP8 layers are not split"),
+    True: (
+        Verdict.FALLS_BACK,
+        "with split weights: only delay_wgrad_compute splits layers of low precision",
+    ),
+}
+_ENGINE = {
+    False: "inside the model",
+    True: "inside the model; with split weights its layers' weight gradients stay in the input "
+    "gradients' tasks, unless delay_wgrad_compute is set (see rlhfuse.megatron.delayed)",
 }
 
 

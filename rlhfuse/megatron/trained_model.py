@@ -98,7 +98,7 @@ class TrainedModel:
             micro_batch_size=1,
         )
         split = frozenset(numbers) if self._config.fusion.split_weight else frozenset()
-        self._run = ModelRun(call, self.groups, split=split, in_flight={})
+        self._run = ModelRun(call, self.groups, split=split, in_flight=1)
         self._run.begin()
 
     def compute(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rlhfuse.megatron import stock
 from rlhfuse.megatron.call import Call
 from rlhfuse.megatron.context import ModelContext
+from rlhfuse.megatron.delayed import refuse_stock_schedule
 from rlhfuse.megatron.dropin import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class VerifyingScheduler:
         self, own: stock.ForwardBackward, ours: stock.ForwardBackward, arguments: dict[str, Any]
     ) -> list[Any]:
         call = Call.from_arguments(arguments)
+        refuse_stock_schedule(call.config, call.forward_only)
         recorded = [_Recorded(iterator) for iterator in call.data_iterators]
         context = ModelContext.current(own_rng=True)
         before = _Saved.of(call)

@@ -6,7 +6,9 @@ one that was taken, when nobody waits for this rank. A send's buffer is kept unt
 and a second one on its channel first waits for it. Where only the sender knows a message's shape,
 one header is posted ahead instead, the body when it is asked for, and two sends may be open: a rank
 then blocks no earlier than with one receive posted ahead, so one proof
-(`rlhfuse.schedules.timing.check_channels`) holds for both.
+(`rlhfuse.schedules.timing.check_channels`) holds for both. Headers are for the host: they travel
+between CPUs, in groups of their own where the bodies' groups are a GPU's, so that to read one is
+not to wait for the device.
 """
 
 from collections import deque
@@ -48,6 +50,8 @@ class Links:
     form: Callable[[Message], Form]
     tag: Callable[[Channel], int] = lambda channel: 0
     """What tells the channels of one group apart, where its backend knows tags."""
+    headers: Callable[[Channel], dist.ProcessGroup] | None = None
+    """Groups for tensors of the CPU; needed where a shape is None."""
 
 
 @dataclass(slots=True)
@@ -65,7 +69,7 @@ class Exchange:
     def __init__(self, links: Links, expected: Mapping[Channel, Iterable[Message]]) -> None:
         """Posts the first receives of each channel. `expected`: all that comes here."""
         self._links = links
-        self._ends: dict[tuple[Channel, int], tuple[dist.ProcessGroup, int, int]] = {}
+        self._ends: dict[tuple[Channel, int, bool], tuple[dist.ProcessGroup, int, int]] = {}
         self._receiving = {way: _Receiving(deque(order)) for way, order in expected.items()}
         self._sending: dict[Channel, deque[list[tuple[dist.Work, torch.Tensor]]]] = {}
         self._handed: dict[Message, torch.Tensor] = {}
@@ -127,8 +131,9 @@ class Exchange:
                 f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(form.shape)}"
                 + (f"; {form.advice}" if form.advice else "")
             )
-        parts = [tensor] if form.shape is not None else [_header(tensor), tensor]
-        opened.append([(self._sent(message, part), part) for part in parts])
+        sent = [] if form.shape is not None else [(_header(tensor), True)]
+        sent.append((tensor, False))
+        opened.append([(self._sent(message, part, header), part) for part, header in sent])
 
     def drain(self) -> None:
         """Wait for the open sends; afterwards nothing of the schedule is left."""
@@ -146,11 +151,12 @@ class Exchange:
     def _post(self, receiving: _Receiving) -> None:
         message = receiving.coming.popleft()
         form = self._links.form(message)
+        header = form.shape is None
         if form.shape is None:
-            buffer = torch.empty(HEADER, dtype=torch.int64, device=self._links.device)
+            buffer = torch.empty(HEADER, dtype=torch.int64)
         else:
             buffer = torch.empty(form.shape, dtype=form.dtype, device=self._links.device)
-        receiving.posted.append((message, buffer, self._coming(message, buffer)))
+        receiving.posted.append((message, buffer, self._coming(message, buffer, header)))
 
     def _body(self, message: Message, buffer: torch.Tensor) -> torch.Tensor:
         """What follows a header; the buffer itself where the shape was known."""
@@ -158,32 +164,37 @@ class Exchange:
         if form.shape is not None:
             return buffer
         numbers = buffer.tolist()
-        body = torch.empty(numbers[1 : 1 + numbers[0]], dtype=form.dtype, device=buffer.device)
-        _wait(self._coming(message, body), "waiting for", message)
+        size = numbers[1 : 1 + numbers[0]]
+        body = torch.empty(size, dtype=form.dtype, device=self._links.device)
+        _wait(self._coming(message, body, header=False), "waiting for", message)
         return body
 
-    def _sent(self, message: Message, tensor: torch.Tensor) -> dist.Work:
-        group, target, tag = self._end(message.channel, message.channel.target)
+    def _sent(self, message: Message, tensor: torch.Tensor, header: bool) -> dist.Work:
+        group, target, tag = self._end(message.channel, message.channel.target, header)
         try:  # gloo notices here, too, that the peer is gone
             return group.send([tensor], target, tag)
         except RuntimeError as error:
             raise PeerLost(f"beginning to send {message}: {error}") from error
 
-    def _coming(self, message: Message, buffer: torch.Tensor) -> dist.Work:
-        group, source, tag = self._end(message.channel, message.channel.source)
+    def _coming(self, message: Message, buffer: torch.Tensor, header: bool) -> dist.Work:
+        group, source, tag = self._end(message.channel, message.channel.source, header)
         try:
             return group.recv([buffer], source, tag)
         except RuntimeError as error:
             raise PeerLost(f"getting ready for {message}: {error}") from error
 
-    def _end(self, way: Channel, row: int) -> tuple[dist.ProcessGroup, int, int]:
+    def _end(self, way: Channel, row: int, header: bool) -> tuple[dist.ProcessGroup, int, int]:
         """The group of a channel, the place of `row` in it, and the channel's tag."""
-        found = self._ends.get((way, row))
+        found = self._ends.get((way, row, header))
         if found is None:
-            group = self._links.group(way)
+            if header:
+                assert self._links.headers is not None, f"{way}: no group for shapes"
+                group = self._links.headers(way)
+            else:
+                group = self._links.group(way)
             place = dist.get_group_rank(group, self._links.peer(row))
             found = group, place, self._links.tag(way)
-            self._ends[way, row] = found
+            self._ends[way, row, header] = found
         return found
 
 
@@ -204,4 +215,4 @@ def _wait(work: dist.Work, what: str, of: object) -> None:
 def _header(tensor: torch.Tensor) -> torch.Tensor:
     numbers = [tensor.dim(), *tensor.shape]
     numbers += [0] * (HEADER - len(numbers))
-    return torch.tensor(numbers, dtype=torch.int64, device=tensor.device)
+    return torch.tensor(numbers, dtype=torch.int64)

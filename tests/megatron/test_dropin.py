@@ -13,6 +13,7 @@ Case = tuple[Setting, tuple[Choice, ...]]
 ONE: tuple[Choice, ...] = ("1f1b",)
 TWO: tuple[Choice, ...] = ("1f1b", "zero-bubble")
 ALL: tuple[Choice, ...] = (*TWO, "fuse-split")
+ENDS: tuple[Choice, ...] = ("1f1b", "fuse-split")
 
 TWO_RANKS: dict[str, Case] = {
     "without DDP": (Setting(ddp=False), ALL),
@@ -27,6 +28,20 @@ TWO_RANKS: dict[str, Case] = {
     "virtual chunks": (Setting(chunks=2), ONE),
     "virtual chunks, reduced in backward": (Setting(chunks=2, overlap=True, steps=2), ONE),
     "partial checkpointing": (Setting(partial_checkpoints=1), ONE),
+    "partial checkpointing, virtual chunks": (
+        Setting(chunks=2, num_microbatches=6, partial_checkpoints=2),
+        ONE,
+    ),
+    "recomputation": (Setting(recompute=True, num_microbatches=2), ENDS),
+    "gradient accumulation fusion": (
+        Setting(accumulation_fusion=True, tied=True, num_microbatches=2),
+        ("zero-bubble",),
+    ),
+    "layers that keep weight gradients back": (
+        Setting(own_linears=True, delayed=True, overlap=True, num_microbatches=3, steps=2),
+        ENDS,
+    ),
+    "further tokens predicted": (Setting(mtp=1, num_microbatches=2), TWO),
     "one micro-batch": (Setting(num_microbatches=1), TWO),
     "experts": (Setting(experts=2, num_microbatches=3, steps=2), TWO),
     "timers, loss scale": (Setting(timers=True, loss_scale=4.0, ddp=False), TWO),

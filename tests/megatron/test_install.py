@@ -3,21 +3,24 @@
 import contextlib
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
 from megatron.core import parallel_state, pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.timers import Timers
 
 import rlhfuse.megatron
 from rlhfuse.megatron import Scheduler, install, installed, stock, uninstall
 from rlhfuse.megatron.cpu import on_cpu
 from rlhfuse.megatron.model_run import ModelRun
-from rlhfuse.schedules.formats import schedule_to_json
+from rlhfuse.schedules.formats import schedule_to_json, to_torch_csv
 from rlhfuse.schedules.ir import Pipeline, Problem
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.training.executor import StepFailed
@@ -192,6 +195,11 @@ def other_calls(path: str) -> tuple[tuple[bool, ...], list[str]]:
         twice = both(adjust_tensor_shapes_fn=lambda a, b: (a, b)) and both(
             adjust_tensor_shapes_fn=lambda a, b: (a, b)
         )
+        later = ours.get_forward_backward_func()(**model.arguments(brand_new=None))
+        from_file = from_file and bool(later) == (model.chunks[0].module.post_process)
+        torchs = Scheduler(Path(path).with_suffix(".csv"), record=True)
+        from_file = from_file and both(torchs.get_forward_backward_func())
+        from_file = from_file and len(torchs.timeline.spans) == 2 * setting.num_microbatches
         frugal = Scheduler(memory_cap=1.0, record=True)
         capped = both(frugal.get_forward_backward_func())
         kinds = "".join(span.kind.value for span in frugal.timeline.spans)
@@ -204,9 +212,68 @@ def test_evaluation_files_and_falling_back(tmp_path: Any) -> None:
     path = tmp_path / "schedule.json"
     problem = Problem(2, (Pipeline.make("actor", (0, 1), 4, 1, 2),))
     path.write_bytes(schedule_to_json(one_f_one_b(problem)))
+    path.with_suffix(".csv").write_text(to_torch_csv(one_f_one_b(problem)))
     for fine, lines in run_ranks(2, lambda rank: other_calls(str(path)), limit_s=60):
         assert fine == (True,) * 5
         assert lines == [
             "Megatron's own schedule is used: adjust_tensor_shapes_fn: several tensors in one "
             "message"
         ]
+
+
+def timed(rank: int) -> tuple[list[int], list[float], float]:
+    """How often the device is waited for under level 1 and 2; what level 2 measured; the call."""
+    waits, elapsed, whole_s = [], [], 0.0
+    with on_cpu():
+        init_parallel(Setting())
+        for level in (1, 2):
+            model = Trained(Setting())
+            timers = model.config.timers = Timers(level, "minmax")
+            waited: list[None] = []
+            torch.cuda.synchronize = lambda *_, waited=waited: waited.append(None)
+            Scheduler("zero-bubble").get_forward_backward_func()(**model.arguments())
+            waits.append(len(waited))
+            assert model.config.timers is timers, "the user's own again"
+        for name in ("forward-compute", "backward-compute"):
+            elapsed.append(timers(name).elapsed(reset=False))
+        whole_s = timers("forward-backward").elapsed()
+    return waits, elapsed, whole_s
+
+
+@pytest.mark.slow
+def test_level_2_timers_do_not_hold_up_the_device() -> None:
+    for waits, elapsed, whole_s in run_ranks(2, timed, limit_s=60):
+        assert waits[1] == waits[0] > 0
+        assert min(elapsed) > 0
+        assert sum(elapsed) < whole_s
+
+
+def left_out(rank: int) -> list[str]:
+    """What is said where weight gradients that layers keep back would be lost."""
+    setting = Setting(own_linears=True, delayed=True)
+    messages = []
+    with on_cpu():
+        init_parallel(setting)
+        model, deaf = Trained(setting), Trained(setting)
+        deaf.chunks[0].ddp_config.delay_wgrad_compute = False
+        several = model.arguments(adjust_tensor_shapes_fn=lambda a, b: (a, b))
+        run = Scheduler().get_forward_backward_func()
+        for call in (several, deaf.arguments()):
+            try:
+                run(**call)
+            except (ValueError, StepFailed) as error:
+                messages.append(str(error))
+        try:
+            with installed(verify_steps=1):
+                schedules.get_forward_backward_func()(**model.arguments())
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.slow
+def test_weight_gradients_that_layers_keep_back_are_never_left_out() -> None:
+    for stock_schedule, deaf, verified in run_ranks(2, left_out, limit_s=60):
+        assert stock_schedule.startswith("delay_wgrad_compute=True: Megatron's own schedule")
+        assert "DistributedDataParallelConfig(delay_wgrad_compute=True)" in deaf
+        assert verified == stock_schedule

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,20 +30,30 @@ CRITIC = Setting(num_microbatches=3, hidden=16, value_head=True, seed=1)
 
 
 def framework() -> Any:
-    """A module with a training loop, which binds Megatron's function at import as all do."""
+    """A module with a training loop, which binds Megatron's function at import as all do, beside
+    the module that keeps the arguments of megatron.training."""
+    arguments = ModuleType("megatron.training.global_vars")
+    vars(arguments)["_GLOBAL_ARGS"] = SimpleNamespace(role="actor", decoder_seq_length=None)
+    sys.modules[arguments.__name__] = arguments
     module = ModuleType("a_framework")
+    vars(module)["get_args"] = lambda: vars(arguments)["_GLOBAL_ARGS"]
+    vars(module)["set_args"] = partial(setattr, arguments, "_GLOBAL_ARGS")
     vars(module)["get_forward_backward_func"] = pipeline_parallel.get_forward_backward_func
     sys.modules[module.__name__] = module
     return module
 
 
 def loop(module: Any, model: Trained, steps: int, breaks: bool = False) -> History:
-    """As verl's ``train_mini_batch``: per mini-batch zero, forward-backward, step."""
+    """As verl's ``train_mini_batch`` and slime's ``train``: per mini-batch zero, forward-backward,
+    step; with slime's lists of one chunk, and its arguments from a global at every step."""
     history: History = []
     with on_cpu():  # modes belong to a thread
         for step in range(steps):
             model.zero()
-            store = module.get_forward_backward_func()(**model.arguments(step))
+            arguments = module.get_args()
+            call = model.arguments(step, decoder_seq_length=arguments.decoder_seq_length)
+            call["model"], call["data_iterator"] = model.chunks, [call["data_iterator"]]
+            store = [*module.get_forward_backward_func()(**call), arguments.role]
             if breaks:
                 raise ZeroDivisionError("the optimizer broke")
             gradients = model.gradients()
@@ -70,6 +80,10 @@ def together(rank: int) -> tuple[list[str], set[str], str, bool]:
             "actor": ModelContext.create(partial(init_parallel, ACTOR)),
             "critic": ModelContext.create(partial(init_parallel, CRITIC), reverse=True),
         }
+        with pytest.raises(ValueError, match="have the same get_args"):
+            train_actor_critic(list, list, FusedScheduler(), contexts)
+        with contexts["critic"].active():
+            module.set_args(SimpleNamespace(role="critic", decoder_seq_length=16))
         steps = {"actor": 3, "critic": 2}
         expected = {}
         for name, model in build(contexts).items():
@@ -144,6 +158,37 @@ def test_explain_tells_what_becomes_of_each_setting() -> None:
     rows = {row.setting: str(row) for row in explain(config)}
     assert "falls back" in rows["overlap_moe_expert_parallel_comm"]
     assert "falls back" in rows["cuda_graph_impl"]
+    verdicts = {row.setting: row.verdict for row in explain(everything_else())}
+    assert verdicts == {
+        "cuda_graph_impl": Verdict.FALLS_BACK,
+        "fp8": Verdict.SUPPORTED,
+        "transformer_impl": Verdict.SUPPORTED,
+        "recompute_granularity": Verdict.SUPPORTED,
+        "mtp_num_layers": Verdict.SUPPORTED,
+        "context_parallel_size": Verdict.SUPPORTED,
+        "expert_model_parallel_size": Verdict.SUPPORTED,
+    }
+    verdicts = {row.setting: row.verdict for row in explain(everything_else(), split_weight=True)}
+    assert verdicts["fp8"] is Verdict.FALLS_BACK
+    delayed = everything_else()
+    delayed.delay_wgrad_compute = True
+    verdicts = {row.setting: row.verdict for row in explain(delayed, split_weight=True)}
+    assert verdicts["fp8"] is verdicts["delay_wgrad_compute"] is Verdict.SUPPORTED
+    together = explain(everything_else(), fused_with=everything_else())
+    assert {row.setting for row in together if row.verdict is Verdict.FALLS_BACK} == {
+        "cuda_graph_impl",
+        "fp8_recipe",
+    }
+
+
+def everything_else() -> Any:
+    """A configuration with all that needs a GPU."""
+    config = config_for(Setting(cp=2, ep=2, experts=4, recompute=True, mtp=1))
+    config.deallocate_pipeline_outputs = False
+    config.transformer_impl = "transformer_engine"
+    config.cuda_graph_impl = "transformer_engine"
+    config.fp8, config.fp8_recipe = "hybrid", "delayed"
+    return config
 
 
 def test_models_that_cannot_run_together_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Megatron on a CPU, and tiny GPT models on it: shared by the tests and the benchmark."""
 
+import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,10 +11,15 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import layers
 from megatron.core.timers import Timers
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 
 VOCAB = 64
 
@@ -46,6 +52,14 @@ class Setting:
     timers: bool = False
     loss_scale: float | None = None
     partial_checkpoints: int | None = None
+    recompute: bool = False
+    mtp: int | None = None
+    """Further tokens that the last stage predicts."""
+    accumulation_fusion: bool = False
+    own_linears: bool = False
+    """`DelayingLinear` in place of Megatron's local layers."""
+    delayed: bool = False
+    """They keep their weight gradients back."""
     seed: int = 0
     steps: int = 1
     """Updates that are compared; the second sees what the first left behind."""
@@ -67,6 +81,8 @@ def init_parallel(setting: Setting) -> None:
 
 
 def config_for(setting: Setting) -> TransformerConfig:
+    layers.fused_weight_gradient_mlp_cuda = FusedKernels
+    layers._grad_accum_fusion_available = True
     config = TransformerConfig(
         num_layers=setting.num_layers,
         hidden_size=setting.hidden,
@@ -88,7 +104,7 @@ def config_for(setting: Setting) -> TransformerConfig:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=setting.accumulation_fusion,
         apply_rope_fusion=False,
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -102,8 +118,74 @@ def config_for(setting: Setting) -> TransformerConfig:
         variable_seq_lengths=setting.variable,
         batch_p2p_comm=False,
         num_microbatches_with_partial_activation_checkpoints=setting.partial_checkpoints,
+        recompute_granularity="full" if setting.recompute else None,
+        recompute_method="uniform" if setting.recompute else None,
+        recompute_num_layers=1 if setting.recompute else None,
+        mtp_num_layers=setting.mtp,
     )
+    config.delay_wgrad_compute = setting.delayed  # made with it, a config wants Megatron's schedule
     return config
+
+
+class FusedKernels:
+    """What Apex's extension computes on a GPU."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor
+    ) -> None:
+        main_grad.add_(gradient.t().matmul(rows))
+
+
+class DelayingLinear(torch.nn.Module):
+    """A linear layer that keeps its weight gradients back as Transformer Engine's do: in a store,
+    first in, first out, until `backward_dw`, which then calls the hooks of Megatron's DDP."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size))
+        init_method(self.weight)
+        self.delays = bool(config.delay_wgrad_compute)
+        if self.delays:
+            vars(self.weight)["skip_backward_post_hook"] = True
+        self.store: queue.Queue[tuple[torch.Tensor, torch.Tensor]] = queue.Queue()
+        self.hooks: list[Callable[[], None]] = []
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out: torch.Tensor = _Delaying.apply(rows, self.weight, self)  # type: ignore[no-untyped-call]
+        return out, None
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
+        self.hooks.append(hook)
+
+    def backward_dw(self) -> None:
+        if not self.delays:
+            return
+        rows, gradient = self.store.get_nowait()
+        self.weight.grad = gradient.t().matmul(rows)
+        for hook in self.hooks:
+            hook()
+
+
+class _Delaying(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, linear: DelayingLinear
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.linear = linear
+        return rows.matmul(weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        rows, weight = ctx.saved_tensors
+        kept = rows.reshape(-1, rows.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if ctx.linear.delays:
+            ctx.linear.store.put(kept)
+        by_weight = None if ctx.linear.delays else kept[1].t().matmul(kept[0])
+        return gradient.matmul(weight), by_weight, None
 
 
 class ValuesAsTheyAre(torch.nn.Module):
@@ -122,8 +204,13 @@ class ValuesAsTheyAre(torch.nn.Module):
 
 def layer_spec(setting: Setting) -> Any:
     spec = get_gpt_layer_local_spec(num_experts=setting.experts, normalization="RMSNorm")
+    attention = spec.submodules.self_attention.submodules
     if setting.cp > 1:
-        spec.submodules.self_attention.submodules.core_attention = ValuesAsTheyAre
+        attention.core_attention = ValuesAsTheyAre
+    if setting.own_linears:
+        mlp = spec.submodules.mlp.submodules
+        attention.linear_qkv = attention.linear_proj = DelayingLinear
+        mlp.linear_fc1 = mlp.linear_fc2 = DelayingLinear
     return spec
 
 
@@ -133,12 +220,17 @@ class Trained:
     def __init__(self, setting: Setting, head: Callable[[Any], object] | None = None) -> None:
         self.setting = setting
         self.config = config_for(setting)
+        self.seen: list[tuple[object, ...]] = []
+        """What Megatron's schedule told of each forward: chunk, micro-batch, first, flags."""
+        self._first = False
         if setting.timers:
             self.config.timers = Timers(2, "minmax")
         if setting.loss_scale is not None:
             self.config.grad_scale_func = partial(torch.mul, torch.tensor(setting.loss_scale))
         self.chunks = [self._chunk(index, head) for index in range(setting.chunks)]
         self.optimizer = None
+        for chunk in self.chunks:
+            vars(chunk)["set_is_first_microbatch"] = self._is_first
         if setting.ddp:
             self._wrap()
             self.optimizer = get_megatron_optimizer(
@@ -156,9 +248,14 @@ class Trained:
         setting = self.setting
         torch.manual_seed(setting.seed)
         stage = {"vp_stage": index} if setting.chunks > 1 else {}
+        spec = layer_spec(setting)
+        further = None
+        if setting.mtp:
+            further = get_gpt_mtp_block_spec(self.config, spec, use_transformer_engine=False)
         model = GPTModel(
             config=self.config,
-            transformer_layer_spec=layer_spec(setting),
+            transformer_layer_spec=spec,
+            mtp_block_spec=further,
             vocab_size=VOCAB,
             max_sequence_length=64,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
@@ -179,12 +276,14 @@ class Trained:
             overlap_param_gather=setting.gather,
             align_param_gather=setting.gather,
             use_distributed_optimizer=setting.distributed_optimizer or setting.gather,
+            delay_wgrad_compute=setting.delayed,
         )
         self.chunks = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
         for chunk in self.chunks:
+            vars(chunk)["set_is_first_microbatch"] = self._is_first
             chunk.broadcast_params()
         no_sync = [chunk.no_sync for chunk in self.chunks]
         self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -200,7 +299,7 @@ class Trained:
         setting = self.setting
         data = [iter(batches(setting, step)) for _ in self.chunks]
         return {
-            "forward_step_func": partial(forward_step, setting),
+            "forward_step_func": self.forward_step,
             "data_iterator": data if len(data) > 1 else data[0],
             "model": self.chunks if len(self.chunks) > 1 else self.chunks[0],
             "num_microbatches": setting.num_microbatches,
@@ -209,6 +308,18 @@ class Trained:
             "forward_only": False,
             **more,
         }
+
+    def forward_step(self, data: Any, model: Any, *flags: Any) -> tuple[Any, Any]:
+        """As `forward_step`, noting what Megatron's schedule tells of a micro-batch."""
+        gpt: Any = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+        number = gpt.decoder.layers[0].current_microbatch
+        self.seen.append((gpt.vp_stage, number, self._first, *flags))
+        self._first = False
+        return forward_step(self.setting, data, model)
+
+    def _is_first(self) -> None:
+        """In place of ``set_is_first_microbatch``, which layers of low precision hear of."""
+        self._first = True
 
     def zero(self) -> None:
         for chunk in self.chunks:
@@ -250,7 +361,7 @@ def batches(setting: Setting, step: int) -> list[torch.Tensor]:
     ]
 
 
-def forward_step(setting: Setting, data: Any, model: Any, *_: Any) -> tuple[Any, Any]:
+def forward_step(setting: Setting, data: Any, model: Any) -> tuple[Any, Any]:
     tokens = next(data)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     length = inputs.shape[1]
