@@ -17,10 +17,13 @@ def warm_up() -> None:
     )
     for split_weight in (False, True):
         fuse(Problem(2, pipelines), iterations=2, split_weight=split_weight)
-    # So small a problem is solved before the search has begun to anneal: two rounds all the same.
+    # So small a problem is solved before the search has begun to anneal: some rounds all the same.
     search = Search(Problem(2, pipelines), False, 0)
     search.begin(False, None)
     for _ in range(2):
+        search.round()
+    search.era, search.descents_lead = 1, True
+    for _ in range(4):
         search.round()
     fuse_robust(Problem(2, pipelines), iterations=1, candidates=1)
 

@@ -26,7 +26,7 @@ def _may_swap(
 
 
 @compiled
-def _last_critical(rows: Rows, bench: Bench, late: Floats, longest: float, state: Ints) -> int:
+def last_critical(rows: Rows, bench: Bench, late: Floats, longest: float, state: Ints) -> int:
     """A random last task of a critical path."""
     task, count = -1, 0.0
     for rank in range(rows.first.shape[0] - 1):
@@ -46,7 +46,9 @@ def _last_critical(rows: Rows, bench: Bench, late: Floats, longest: float, state
 
 
 @compiled
-def _collect(rows: Rows, coded: Coded, bench: Bench, task: int, cap: float, state: Ints) -> int:
+def critical_pairs(
+    rows: Rows, coded: Coded, bench: Bench, task: int, cap: float, state: Ints
+) -> int:
     """Swappable pairs on a random critical path that ends in `task`; their number."""
     tasks, first, place, end = rows.tasks, rows.first, bench.place, bench.end
     held, pairs = bench.held, bench.pairs
@@ -87,7 +89,7 @@ def _way_out(task: int, succ: Ints, tail: Floats, latency: Floats, duration: Flo
 
 
 @compiled
-def _path_after_swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
+def path_after_swap(rows: Rows, coded: Coded, bench: Bench, late: Floats, p: int) -> float:
     """Longest path through either task if the tasks at p and p + 1 changed places."""
     tasks, first, end, tail = rows.tasks, rows.first, bench.end, bench.tail
     pred, succ, latency = coded.pred, coded.succ, coded.latency
@@ -121,7 +123,7 @@ def _pick(
         i = int(draw(state) * found)
         p = pairs[i]
         allowed = threshold - temperature * np.log(draw(state) + 1e-12)
-        if _path_after_swap(rows, coded, bench, late, p) <= allowed + EPS:
+        if path_after_swap(rows, coded, bench, late, p) <= allowed + EPS:
             return int(p)
         found -= 1
         pairs[i] = pairs[found]
@@ -157,8 +159,8 @@ def anneal(
         if best <= target + EPS:
             return best
         temperature *= cooling
-        task = _last_critical(rows, bench, late, longest, state)
-        found = _collect(rows, coded, bench, task, cap, state)
+        task = last_critical(rows, bench, late, longest, state)
+        found = critical_pairs(rows, coded, bench, task, cap, state)
         p = _pick(rows, coded, bench, late, found, longest, temperature, state)
         if p < 0:
             continue

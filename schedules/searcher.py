@@ -17,6 +17,7 @@ from rlhfuse.schedules.compiled import (
     encode,
     encode_rows,
 )
+from rlhfuse.schedules.descents import Descents
 from rlhfuse.schedules.dispatch import NEVER, Policy, dispatch, make_desk
 from rlhfuse.schedules.flows import AFTER, EARLIEST, make_flow
 from rlhfuse.schedules.ir import REL_TOL, Op, Pipeline, Problem, Schedule
@@ -31,6 +32,7 @@ MOVE_TASKS = 1_000_000  # local moves of one round times tasks of the problem
 FIRST_CYCLE, NEW_CYCLE, LONGEST_CYCLE = 2, 16, 64  # rounds
 CLIMB_SHARE = 8  # one round in so many of a cycle climbs, at least one
 STALE_CYCLES = 2  # without improvement, before a new era
+TURNS = 4  # one round in so many is of whatever did not find the best
 HOT = (0.2, 0.8)  # least and highest first temperature, in mean task durations
 COLD = (0.1, 0.5)  # the last temperature, as a share of the first
 
@@ -41,7 +43,9 @@ class Search:
     Rounds are short, so that budgets are kept. They form cycles of 2, 4, 8, ... rounds: a few
     climb by list schedules (see `search`), the others anneal what these found (see `local`); the
     next cycle climbs from there. After some cycles without improvement a new era begins, in
-    turn from nothing and from the best rows so far.
+    turn from nothing and from the best rows so far. From the second era on, descents from fresh
+    list schedules (see `descents`) take turns with the cycles: which of the two found the best
+    gets three rounds of four.
     """
 
     def __init__(self, problem: Problem, split_weight: bool, seed: int) -> None:
@@ -63,6 +67,10 @@ class Search:
         self.rows = Rows(self.desk.tasks.copy(), self.desk.row_first)  # where the annealing stands
         channel = channel_numbers(problem, self.coded)
         self.bench = make_bench(self.coded, self.rows, channel, self.due)
+        self.descents = Descents(
+            self.coded, self.ground, self.desk, self.policy, self.bench, self.late, self.state
+        )
+        self.turn, self.descents_lead = 0, False
         self.best = np.inf  # makespan of the best schedule that keeps all deadlines
         self.best_tasks = self.desk.tasks.copy()
         self.found: Schedule | None = None  # the best, where it did not come from the search
@@ -106,7 +114,25 @@ class Search:
         return None
 
     def round(self) -> None:
+        """A part of a cycle or, from the second era on, of a descent in turn with it."""
+        self.turn += 1
+        if self.era > 0 and (self.turn % TURNS == 0) != self.descents_lead:
+            self._descend()
+        else:
+            self._go_on()
+
+    def _descend(self) -> None:
+        """A part of a descent; cycles go on from what it finds."""
+        best = self.best
+        base = self.best_tasks if best < np.inf and self.found is None else None
+        tasks = self.descents.round(best, base, self._count_climbs(), self._count_moves())
+        if tasks is not None and self._visit(Rows(tasks, self.rows.first)) and self.best < best:
+            self._learn(tasks)
+            self.descents_lead = True
+
+    def _go_on(self) -> None:
         """Some climbs at the beginning of a cycle, then some local moves."""
+        best = self.best
         if self.step == 0:
             self._retune()
             self.start = float(self.elite.length[0])
@@ -119,9 +145,17 @@ class Search:
                 self.bench.best[:] = self.rows.tasks
                 self._heat()
             self._anneal()
+        if self.best < best:
+            self.descents_lead = False
         self.step += 1
         if self.step >= self.length:
             self._next_cycle()
+
+    def _count_climbs(self) -> int:
+        return max(1, CLIMB_TASKS // self.desk.tasks.shape[0])
+
+    def _count_moves(self) -> int:
+        return int(np.clip(MOVE_TASKS // self.rows.tasks.shape[0], 200, 3000))
 
     def _num_climbs(self) -> int:
         """Rounds of the cycle that climb."""
@@ -134,7 +168,7 @@ class Search:
     def _climb(self) -> None:
         before = float(self.elite.length[0])
         tasks, start = self.elite.tasks.copy(), self.elite.start.copy()
-        count = max(1, CLIMB_TASKS // self.desk.tasks.shape[0])
+        count = self._count_climbs()
         climbs(self.coded, self.ground, self.desk, self.policy, self.elite, count, self.state)
         if self.elite.length[0] < before and not self._visit(
             Rows(self.elite.tasks.copy(), self.rows.first)
@@ -152,7 +186,7 @@ class Search:
         turns = self.length - climbs
         cooling = (self.cold / self.hot) ** (1 / turns)
         hot = self.hot * cooling ** (self.step - climbs)
-        moves = int(np.clip(MOVE_TASKS // self.rows.tasks.shape[0], 200, 3000))
+        moves = self._count_moves()
         before = float(self.elite.length[0])
         length = anneal(
             self.rows,
@@ -203,6 +237,7 @@ class Search:
         self.late[:] = np.maximum(0.0, self.best - self.deadline)
         self.ground.forward.task[:, AFTER] = self.late
         self.ground.backward.task[:, EARLIEST] = self.late
+        self.descents.restart()
         if self.elite.length[0] < np.inf:
             self._learn(self.elite.tasks.copy())
 

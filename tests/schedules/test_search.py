@@ -14,6 +14,7 @@ from rlhfuse.schedules.dispatch import NEVER, NO_LIMIT, Policy, dispatch, make_d
 from rlhfuse.schedules.flows import make_flow
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import REL_TOL, Pipeline, Problem, Schedule
+from rlhfuse.schedules.searcher import Search
 from rlhfuse.schedules.timing import check_channels, makespan, makespans
 from tests.schedules.problems import problems
 
@@ -105,6 +106,27 @@ def test_a_warm_start_is_never_lost() -> None:
 def test_more_rounds_are_never_worse() -> None:
     lengths = [makespan(fuse(_pair(12), iterations=n, seed=5)) for n in (0, 1, 4, 16, 64)]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@given(problems(), st.booleans(), st.integers(0, 9))
+@settings(max_examples=12, deadline=None)
+def test_descents_and_kicks_keep_every_rule(problem: Problem, split: bool, seed: int) -> None:
+    """What tabu search finds, from fresh schedules or from the best, is legal and no slower."""
+    search = Search(problem, split, seed)
+    search.begin(split, None)
+    before = search.best
+    search.era, search.descents_lead = 1, True
+    for turn in range(8):
+        if turn == 4:
+            search.descents.restart(fresh=False)
+        search.round()
+    if search.best == np.inf:
+        return  # no deadline kept yet
+    found = search.answer()
+    found.validate()
+    check_channels(found)
+    assert makespan(found) == pytest.approx(search.best)
+    assert search.best <= before
 
 
 def test_an_interrupt_returns_the_best_so_far() -> None:
