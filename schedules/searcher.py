@@ -152,7 +152,7 @@ class Search:
             self._next_cycle()
 
     def _count_climbs(self) -> int:
-        return max(1, CLIMB_TASKS // self.desk.tasks.shape[0])
+        return int(max(1, CLIMB_TASKS // self.desk.tasks.shape[0]))
 
     def _count_moves(self) -> int:
         return int(np.clip(MOVE_TASKS // self.rows.tasks.shape[0], 200, 3000))
