@@ -116,20 +116,26 @@ def in_flight_limits(problem: Problem, pipe: Pipeline) -> tuple[int, ...]:
         ValueError: the cap does not even hold one micro-batch.
     """
     limits: list[int] = []
-    heaviest = max(pipe.microbatch_weights)
-    share = {rank: _least_held(pipe, rank) for rank in pipe.stages}
+    share = _shares(pipe)
     for stage, rank in enumerate(pipe.stages):
         limit = pipe.num_stages - stage
-        held = share[rank] * heaviest
+        held = share[rank]
         if problem.memory_cap is not None and held > 0:
             limit = min(limit, int(problem.memory_cap * (1 + REL_TOL) / held))
         limits.append(min([limit, *limits[-1:]]))
     if min(limits) < 1:
+        least = max(max(_shares(other).values()) for other in problem.pipelines)
         raise ValueError(
             f"memory_cap {problem.memory_cap:g} does not hold one micro-batch of pipeline "
-            f"{pipe.name!r}; the least cap that does is {max(share.values()) * heaviest:g}"
+            f"{pipe.name!r}; for all pipelines the least cap that does is {least:.9g}"
         )
     return tuple(limits)
+
+
+def _shares(pipe: Pipeline) -> dict[int, float]:
+    """Memory of the heaviest micro-batch on each rank with all the pipeline's stages there."""
+    heaviest = max(pipe.microbatch_weights)
+    return {rank: heaviest * _least_held(pipe, rank) for rank in pipe.stages}
 
 
 def _least_held(pipe: Pipeline, rank: int) -> float:

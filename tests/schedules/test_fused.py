@@ -124,10 +124,13 @@ def test_same_seed_and_iterations_give_the_same_schedule() -> None:
 
 
 def test_an_infeasible_cap_names_the_least_one() -> None:
-    problem = Problem(2, (Pipeline.make("actor", [0, 1], 4, 1, 2, activation=2.0),))
-    with pytest.raises(ValueError, match=r"least cap that does is 2\b"):
-        fuse(problem, memory_cap=1.5)
-    fuse(problem, memory_cap=2.0, iterations=1).validate()
+    """Of all pipelines, exactly: what is told is enough."""
+    actor = Pipeline.make("actor", [0, 1], 4, 1, 2, activation=1.5)
+    critic = Pipeline.make("critic", [1, 0], 4, 1, 2, activation=7 / 3)
+    problem = Problem(2, (actor, critic))
+    with pytest.raises(ValueError, match=r"'actor'; .*least cap that does is 2\.33333333$"):
+        fuse(problem, memory_cap=1.0)
+    fuse(problem, memory_cap=2.33333333, iterations=1).validate()
 
 
 @pytest.mark.parametrize("split", [False, True])
