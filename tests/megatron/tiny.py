@@ -122,6 +122,7 @@ def config_for(setting: Setting) -> TransformerConfig:
         recompute_method="uniform" if setting.recompute else None,
         recompute_num_layers=1 if setting.recompute else None,
         mtp_num_layers=setting.mtp,
+        mtp_loss_scaling_factor=0.1,  # None before 0.16
     )
     config.delay_wgrad_compute = setting.delayed  # made with it, a config wants Megatron's schedule
     return config
