@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def run_ranks(world_size: int, function: Callable[[int], Result]) -> list[Result]:
-    """`function(rank)` in every rank, each on a core of its own where there are enough."""
+    """`function(rank)` in every rank, each on a core: of its own where there are enough."""
     context = multiprocessing.get_context("fork")
     ends = [context.Pipe(duplex=False) for _ in range(world_size)]
     with tempfile.TemporaryDirectory() as folder:
@@ -24,8 +24,7 @@ def run_ranks(world_size: int, function: Callable[[int], Result]) -> list[Result
         def child(rank: int) -> None:
             torch.set_num_threads(1)
             cores = sorted(os.sched_getaffinity(0))
-            if world_size <= len(cores):
-                os.sched_setaffinity(0, {cores[rank]})
+            os.sched_setaffinity(0, {cores[rank % len(cores)]})
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder}/meeting",
