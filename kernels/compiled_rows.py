@@ -23,7 +23,9 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _BLOCK = 2048  # logits of a block: 8 KB
-_WORTH_A_THREAD = 1 << 19  # elements: a thread costs as much to start as some 100,000 of them
+# Elements, some ten milliseconds: for about half of that torch's own threads, which wait by
+# spinning after each of its loops, would contend for the cores with ours.
+_WORTH_A_THREAD = 1 << 24
 _ROOM = 1 << 21  # elements that are widened, or laid end to end, at a time
 
 _LN_2 = math.log(2.0)
