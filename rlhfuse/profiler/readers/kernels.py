@@ -116,15 +116,22 @@ def load_kernels(
     rows_of = {r: _rows_within(rank, windows[r]) for r, rank in ranks.items()}
     known_of = {r: _comms(rank, r, rows_of[r]) for r, rank in ranks.items()}
     comms_of = {r: found for r, (found, _) in known_of.items()}
-    labels_of = {r: rank.host_labels if on_host else _labels(rank) for r, rank in ranks.items()}
+    unknown = sum(missed for _, missed in known_of.values())
+    labels_of = {
+        r: [
+            label
+            for label in (rank.host_labels if on_host else _labels(rank))
+            if windows[r][0] <= label.start_s < windows[r][1]
+        ]
+        for r, rank in ranks.items()
+    }
     labelled, told = any(_names_tasks(labels) for labels in labels_of.values()), ""
-    if not labelled and not on_host:
+    if not (labelled or on_host or unknown):
         labels_of, told = _from_structure(ranks, rows_of, comms_of, labels_of)
         labelled = any(_names_tasks(labels) for labels in labels_of.values())
     tables, comms, rows = [], list[Comm](), 0
     for lane, r in enumerate(sorted(ranks)):
-        labels = [x for x in labels_of[r] if windows[r][0] <= x.start_s < windows[r][1]]
-        table = _table(ranks[r], rows_of[r], labels, lanes, lane, on_host)
+        table = _table(ranks[r], rows_of[r], labels_of[r], lanes, lane, on_host)
         tables.append(table)
         comms += [replace(comm, row=comm.row + rows) for comm in comms_of[r]]
         rows += len(table)
@@ -133,7 +140,6 @@ def load_kernels(
         raise ValueError(f"{place}: step {step}: no device activity in it")
     starts = [windows[r][0] for r in ranks] if step is not None else [whole.begin_s]
     whole = whole.moved(np.full((len(whole), 2), -min(starts)))
-    unknown = sum(missed for _, missed in known_of.values())
     pairs, notes = meetings(comms)
     whole, moved = align_meetings(whole, pairs)
     whole = split(whole, pairs)
