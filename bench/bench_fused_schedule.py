@@ -34,7 +34,6 @@ from bench.schedule_problems import (
     random_orders,
     random_problem,
     step_problem,
-    warm_up,
 )
 from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.compiled import Coded, Rows, run_rows
@@ -44,6 +43,7 @@ from rlhfuse.schedules.ir import REL_TOL, Problem, Schedule
 from rlhfuse.schedules.standard import serial, zb_h1
 from rlhfuse.schedules.timing import makespan, makespans
 from rlhfuse.schedules.zero_bubble import zb_v
+from rlhfuse.warm_up import warm_up
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -83,7 +83,7 @@ SERIAL: tuple[tuple[str, Callable[[Problem], Schedule]], ...] = (
 @click.group()
 def main() -> None:
     """Benchmarks of `rlhfuse.schedules`."""
-    warm_up()
+    warm_up()  # compiling is paid once per installation
 
 
 reference_file = click.argument("reference", type=click.Path(path_type=Path, exists=True))

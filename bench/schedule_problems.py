@@ -15,7 +15,6 @@ from rlhfuse.schedules.ir import REL_TOL, Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import serial
 from rlhfuse.schedules.summary import summarize
 from rlhfuse.schedules.timing import check_channels
-from rlhfuse.warm_up import warm_up as compile_all
 
 Row = dict[str, float | int | str]
 
@@ -177,11 +176,3 @@ def measure(problem: Problem, budget_s: float, *, split: bool, seed: int = 0) ->
         "peak_memory": told.peak_memory,
         "serial_makespan": told.serial_makespan,
     }
-
-
-def warm_up() -> None:
-    """Load or compile all of the search."""
-    problem = Problem(3, (*pair(3, 5).pipelines[:1], pair(3, 4).pipelines[1]), 3.0)
-    for split in (False, True):
-        fuse(problem, iterations=8, split_weight=split)
-    compile_all()
