@@ -12,7 +12,7 @@ import msgspec
 
 from rlhfuse.cli.common import emit_json, stdout_kept_clean, user_errors
 from rlhfuse.cli.pareto_plot import save_pareto_plot
-from rlhfuse.cli.schedule_files import check_ending, read_schedule, write_schedule
+from rlhfuse.cli.schedule_files import check_ending, check_folder, read_schedule, write_schedule
 from rlhfuse.cli.schedule_plot import save_plot
 from rlhfuse.cli.schedule_table import print_explained, print_front, print_summaries
 from rlhfuse.schedules.bounds import latency_bound
@@ -93,6 +93,10 @@ def schedule(
         _check_options(budget_s, iterations, workers, noise, plot)
         check_ending("-o", output)
         check_ending("--from", given)
+        check_folder("-o", output)
+        check_folder("--plot", plot)
+        if points is not None:
+            _check_front(output, given, compare=compare)
         said = None if as_json else _say_placement
         problem = read_problem(problem_path, split_weight=split_weight, on_placement=said)
         if memory_cap is not None:
@@ -102,8 +106,6 @@ def schedule(
         _load_compiled()
         search = _Search(budget_s, iterations, seed, workers, split_weight, noise, quiet=as_json)
         if points is not None:
-            if output is not None:
-                raise ValueError("--pareto finds many schedules: -o cannot say which to write")
             answer: object = _front(search, problem, points, plot)
         else:
             if given is not None:
@@ -119,6 +121,14 @@ def schedule(
             answer = _report(explained, others, quiet=as_json)
     if as_json:
         emit_json(answer)
+
+
+def _check_front(output: Path | None, given: Path | None, *, compare: bool) -> None:
+    """Refuse what is about one schedule where a front has many."""
+    unfit = [("-o", output is not None), ("--from", given is not None), ("--compare", compare)]
+    for option, asked in unfit:
+        if asked:
+            raise ValueError(f"--pareto finds many schedules, {option} is about one: drop either")
 
 
 class _Compared(msgspec.Struct):

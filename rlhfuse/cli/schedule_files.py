@@ -25,6 +25,16 @@ def check_ending(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} is {path}, expected a name that ends in .json, .csv or .txt")
 
 
+def check_folder(option: str, path: Path | None) -> None:
+    """Refuse to search for what could not be written.
+
+    Raises:
+        ValueError: the option, the name and the folder that is missing.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"{option} is {path}, but there is no folder {path.parent}")
+
+
 def write_schedule(schedule: Schedule, path: Path) -> None:
     """Write the schedule in the format of `path`'s ending.
 

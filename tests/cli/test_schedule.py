@@ -54,6 +54,25 @@ def test_an_infeasible_cap_exits_2_and_writes_nothing(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("-o none/out.json", "-o is none/out.json, but there is no folder none"),
+        ("--plot none/out.png", "--plot is none/out.png, but there is no folder none"),
+        ("--pareto 3 --compare", "--compare is about one"),
+        ("--pareto 3 -o out.json", "-o is about one"),
+    ],
+)
+def test_what_cannot_be_answered_is_not_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, told: str
+) -> None:
+    args = [_problem(tmp_path), "--budget-s", "600", *options.split()]
+    assert run_command(schedule, args) == MISTAKE
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_and_a_plot(
     tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
