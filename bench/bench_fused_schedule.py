@@ -100,27 +100,40 @@ save = click.option("--save", is_flag=True, help="write bench/results/")
 @click.option("--budget-s", type=float, default=30.0)
 @click.option("--split", type=click.Choice(["no", "yes", "both"]), default="both")
 @click.option("--seed", type=int, default=0)
+@kept_rows
 @save
 def flexfusion(
-    reference: Path, only: Sequence[int], budget_s: float, split: str, seed: int, save: bool
+    reference: Path,
+    only: Sequence[int],
+    budget_s: float,
+    split: str,
+    seed: int,
+    kept: Path | None,
+    save: bool,
 ) -> None:
     """The 12 published problems at the authors' best published peak memory."""
-    rows: list[Row] = []
+    rows = _kept(kept, seed + 1)
+    done = {(row["id"], row["split"]) for row in rows}
     modes = {"no": (False,), "yes": (True,), "both": (False, True)}[split]
     for instance in _instances(reference, only):
         theirs = instance.flexfusion
         problem = flexfusion_problem(instance.ranks, instance.pipelines, theirs.peak_memory)
         for mode in modes:
-            head: Row = {"id": instance.id, "seed": seed}
-            rows.append(head | measure(problem, budget_s, split=mode, seed=seed))
-            rows[-1] |= {
+            if (instance.id, int(mode)) in done:
+                continue
+            row: Row = {"id": instance.id, "seed": seed}
+            row |= measure(problem, budget_s, split=mode, seed=seed)
+            row |= {
                 "cap": theirs.peak_memory,
                 "flexfusion": theirs.latency,
                 "bound_without_split": instance.latency_lower_bound,
                 "seen_with_split": instance.seen_with_weight_split_at_that_peak,
                 "serial_zb_h1": instance.serial_zero_bubble_h1,
             }
-            click.echo(json.dumps(rows[-1]))
+            rows.append(row)
+            _keep(kept, [row])
+            click.echo(json.dumps(row))
+    rows.sort(key=lambda row: (row["id"], row["split"]))
     _finish(rows, "schedule_flexfusion" + (f"_seed{seed}" if seed else ""), save)
 
 
