@@ -10,7 +10,7 @@ from rlhfuse.config import Config
 from rlhfuse.config_check import batch_arithmetic, why_reference_stays
 from rlhfuse.group_training import trains_groups, why_groups_wait
 from rlhfuse.placement import StagePlacement
-from rlhfuse.planner.measured import predict
+from rlhfuse.planner.measured import StepCosts, predict, predict_one
 from rlhfuse.planner.memory import GIB, memory_plan
 from rlhfuse.planner.step import LEGEND, bubbles, drawn
 from rlhfuse.planner.summary import Pair, StagePair, stage_pairs
@@ -100,7 +100,7 @@ def describe(run: Resolved) -> DryRun:
         pipelines=run.pipelines,
         scored_roles=config.scored_roles,
         reference=_reference(config),
-        early_training=_early_training(config),
+        early_training=_early_training(run, workload, costs),
         update_ratio=found.serial.training / found.fused.training,
         step_s=Pair(found.serial.step, found.fused.step),
         stages=stage_pairs(found.serial, found.fused),
@@ -129,21 +129,30 @@ def _reference(config: Config) -> str:
     )
 
 
-def _early_training(config: Config) -> str:
-    """Whether groups are trained while others generate, and why not."""
+def _early_training(run: Resolved, workload: Workload, costs: StepCosts) -> str:
+    """Whether groups are trained while others generate, what that should gain, or why not."""
+    config = run.config
+    reason = why_groups_wait(config)
     if config.uses_critic:
         return ""
-    if config.fusion.inter_stage == "off":
-        return "off (fusion.inter_stage)"
-    if trains_groups(config):
-        return (
-            "complete groups, on devices that have nothing left to generate; to the bits of a "
-            "serial step of this configuration (fusion.early_training)"
-        )
-    reason = why_groups_wait(config)
     if reason:
         return f"none: {reason}"
-    return "off, and possible here (fusion.early_training=auto)"
+    if config.fusion.inter_stage == "off":
+        return "none: fusion.inter_stage is off"
+    replace_ = msgspec.structs.replace
+    step_s = []
+    for switch in ("off", "on"):
+        fusion = replace_(config.fusion, early_training=switch)
+        changed = replace_(config, fusion=fusion)
+        step_s.append(predict_one(changed, workload, run.pipelines, costs, step=1)[0].step)
+    without_s, with_s = step_s
+    gain = f"{max(0.0, 1 - with_s / without_s):.1%} of the step, as predicted"
+    if trains_groups(config):
+        return (
+            f"complete groups, on devices that have nothing left to generate: saves {gain}; to the "
+            "bits of a serial step of this configuration (fusion.early_training)"
+        )
+    return f"off; possible here, and would save {gain} (fusion.early_training=auto)"
 
 
 def _workload(run: Resolved, config: Config) -> Workload:

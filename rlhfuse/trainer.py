@@ -24,8 +24,8 @@ from rlhfuse.learned_cost import LearnedCost
 from rlhfuse.placement import num_rows
 from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
+from rlhfuse.rollout.ahead import PlanGroup
 from rlhfuse.rollout.groups import TRAIN
-from rlhfuse.rollout.loop import PlanGroup
 from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, train_samples, training_sampling
 from rlhfuse.run_folder import StepLengths

@@ -1,6 +1,7 @@
 """The dry run predicts the step: from data alone, or from what an earlier run measured."""
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -84,3 +85,32 @@ def test_an_earlier_run_of_another_model_is_not_used(
     (folder / "config.yaml").write_text(dump(msgspec.structs.replace(run.config, actor=other)))
     assert "nothing was measured" in describe(run).costs_from
     assert "actor.path" in caplog.text
+
+
+def test_early_training_is_told_with_its_gain_or_a_reason(tmp_path: Path) -> None:
+    make_assets(tmp_path / "assets", hidden=256)
+    replace = msgspec.structs.replace
+    ppo = tiny_config(tmp_path / "assets", tmp_path / "runs", num_devices=2)
+    config = replace(
+        ppo,
+        algorithm=replace(ppo.algorithm, adv_estimator="grpo"),
+        actor=replace(ppo.actor, num_microbatches=0),
+        rollout=replace(ppo.rollout, n=8, old_log_probs="engine", response_length=384),
+        data=replace(ppo.data, train_batch_size=8),
+        placement=replace(ppo.placement, actor_pp=1),
+    )
+
+    def told(sigma: float, early: str, mini_batch: int = 8) -> str:
+        changed = replace(
+            config,
+            actor=replace(config.actor, ppo_mini_batch_size=mini_batch),
+            plan=replace(config.plan, response_sigma=sigma),
+            fusion=msgspec.convert({"early_training": early}, type(config.fusion)),
+        )
+        return describe(resolve(changed)).early_training
+
+    (saved,) = re.findall(r"saves (.*)% of the step", told(0.8, "auto"))
+    assert float(saved) > 5.0
+    assert "possible here, and would save 0.0% of the step" in told(0.01, "off")
+    assert "several optimizer steps" in told(0.8, "auto", mini_batch=4)
+    assert describe(resolve(ppo)).early_training == ""

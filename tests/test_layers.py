@@ -68,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "resolve",
         "rollout.records",
         "rollout.again",
+        "rollout.ahead",
         "rollout.workers",
         "rollout.loop",
         "batches",

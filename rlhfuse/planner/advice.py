@@ -1,5 +1,6 @@
 """What a plan means, in words: does fusion pay, what limits the step, what was assumed."""
 
+from rlhfuse.group_training import why_groups_wait
 from rlhfuse.planner.evaluate import MOST_SAMPLES, Evaluated, sliced
 from rlhfuse.planner.rollout import LEAST_GAIN
 from rlhfuse.planner.summary import Worth, Worthwhile
@@ -28,7 +29,10 @@ def _worth(saving: float, least: float, reason: str) -> Worth:
 def _inter_reason(found: Evaluated, saved_s: float) -> str:
     workload, serial = found.workload, found.serial
     if not workload.scored:
-        return "nothing is scored by a model: freed devices would have nothing to do"
+        idle = "nothing is scored by a model: freed devices would have nothing to do"
+        if why_groups_wait(found.config):
+            return idle
+        return f"{idle} but train complete groups (fusion.early_training; not counted here)"
     share = serial.inference / serial.step
     roles = ", ".join(workload.scored)
     if saved_s < LEAST_GAIN * serial.step:

@@ -14,6 +14,7 @@ from rlhfuse.progress import Progress
 from rlhfuse.rewards import RewardInput, RewardSource
 from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.again import Again
+from rlhfuse.rollout.ahead import Ahead, PlanGroup
 from rlhfuse.rollout.records import Record, RolloutResult, TokenIds
 from rlhfuse.rollout.scheduler import RolloutScheduler
 from rlhfuse.rollout.turns import Turns
@@ -30,9 +31,6 @@ _ROLES: dict[str, m.Role] = {
 _TICK_S = 1.0
 _PROGRESS_S = 0.2
 _QUIET_S = 5.0  # then the loop says what it waits for
-
-PlanGroup = Callable[[Sequence[Record], int], m.TrainGroup]
-"""A complete group, on the replica of a device."""
 
 
 class RolloutLoop:
@@ -70,10 +68,8 @@ class RolloutLoop:
         self._serving: dict[int, tuple[str, str]] = {}  # instance -> process, payload endpoint
         self._homes: dict[int, int] = {}  # sample being generated -> instance
         self._again = Again()
-        self._plan_group = plan_group
+        self._ahead = Ahead(plan_group, needs_logprobs=needs_logprobs)
         self._turns = Turns(self._send)
-        self._held: list[ev.Train] = []  # until their samples are generated again
-        self._trained: set[int] = set()
         self._trained_ahead = 0
         self._waking: set[int] = set()  # told to sleep, and not known to
         self._lost = 0
@@ -133,7 +129,7 @@ class RolloutLoop:
             instances_lost=self._lost,
             samples_rescued=self._rescued,
             tokens_prefilled_again=self._refilled,
-            trained=frozenset(self._trained),
+            trained=frozenset(self._ahead.trained),
             trained_ahead=self._trained_ahead,
         )
 
@@ -239,17 +235,16 @@ class RolloutLoop:
         """Whether log-probabilities that the loss needs are missing; their samples are generated
         again, from the start, and give the same tokens. At the end, or when a group is to be
         trained: groups that had to wait for that go on."""
-        held, self._held = self._held, []
-        for command in held:
+        for command in self._ahead.take_held():
             self._train_if_scored(command)
-        if not self._needs_logprobs or not (self._held or self._scheduler.done):
+        awaited = self._ahead.awaited
+        if not self._needs_logprobs or not (awaited or self._scheduler.done):
             return False
-        awaited = {i for command in self._held for i in command.sample_ids}
         missing = [
             r
             for r in self._records.values()
             if not r.rollout_endpoint
-            and r.sample_id not in self._trained
+            and r.sample_id not in self._ahead.trained
             and (not awaited or r.sample_id in awaited)
         ]
         for instance, items in self._again.begin(missing, sorted(self._serving)):
@@ -294,7 +289,9 @@ class RolloutLoop:
 
     def _absorb(self, worker: str, event: m.Event) -> None:
         if isinstance(event, m.GroupTrained):
-            self._absorb_trained(self._fleet.training.index(worker), event)
+            device = self._fleet.training.index(worker)
+            self._turns.trained(device)
+            self._execute(self._scheduler.handle(self._ahead.heard(device, event)))
             return
         instance = self._fleet.rollout.index(worker)
         match event:
@@ -375,15 +372,6 @@ class RolloutLoop:
             )
         )
 
-    def _absorb_trained(self, device: int, event: m.GroupTrained) -> None:
-        self._turns.trained(device)
-        now, ids = time.monotonic(), event.sample_ids
-        if event.missing:
-            self._execute(self._scheduler.handle(ev.NotTrained(now, device, ids)))
-            return
-        self._trained.update(ids)
-        self._execute(self._scheduler.handle(ev.Trained(now, device, ids)))
-
     def _absorb_rewards(self) -> bool:
         assert self._rewards is not None
         results = self._rewards.poll(0.0)
@@ -454,12 +442,9 @@ class RolloutLoop:
         )
 
     def _train(self, command: ev.Train) -> None:
-        assert self._plan_group is not None, "a group is to be trained, and nobody said how"
-        group = [self._records[i] for i in command.sample_ids]
-        if self._needs_logprobs and not all(record.rollout_endpoint for record in group):
-            self._held.append(command)
-        else:
-            self._turns.tell(command.worker, self._plan_group(group, command.worker))
+        order = self._ahead.order(command, [self._records[i] for i in command.sample_ids])
+        if order is not None:
+            self._turns.tell(command.worker, order)
 
     def _train_if_scored(self, command: ev.Train) -> None:
         """A group that had to wait, whose scores may have died meanwhile."""
@@ -492,6 +477,6 @@ class RolloutLoop:
         self._progress.generation(self._finished, len(self._records), self._tokens, self._moved)
         if self._scored:
             self._progress.scoring(self._scored, self._scores_wanted)
-        if self._trained:
+        if self._ahead.trained:
             groups = len({record.group for record in self._records.values()})
             self._progress.groups(self._scheduler.groups_trained, groups)

@@ -9,8 +9,9 @@ from rlhfuse.config import Config, ValidationConfig
 from rlhfuse.cost import CostModel
 from rlhfuse.fleet import WorkerFailed
 from rlhfuse.planner.memory import sleeps
+from rlhfuse.rollout.ahead import PlanGroup
 from rlhfuse.rollout.lengths import LengthModel
-from rlhfuse.rollout.loop import PlanGroup, RolloutLoop
+from rlhfuse.rollout.loop import RolloutLoop
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
 from rlhfuse.rollout.records import Record
 from rlhfuse.rollout.scheduler import RolloutScheduler
