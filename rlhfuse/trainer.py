@@ -7,7 +7,7 @@ on as with both off.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -25,7 +25,7 @@ from rlhfuse.placement import num_rows
 from rlhfuse.progress import TrainingWatch
 from rlhfuse.recovery import Recovery
 from rlhfuse.rollout.ahead import PlanGroup
-from rlhfuse.rollout.groups import TRAIN
+from rlhfuse.rollout.groups import with_training
 from rlhfuse.rollout.records import Record, RolloutResult
 from rlhfuse.rollout.stage import generate_and_score, train_samples, training_sampling
 from rlhfuse.run_folder import StepLengths
@@ -135,7 +135,7 @@ class Trainer:
             records,
             training_sampling(self.config, self.session.run.stop_token_ids),
             roles=self.config.scored_roles,
-            cost=self.rollout_cost(),
+            cost=with_training(self.learned.model, self.costs["actor"]),
             overlap=fusions.inter_stage,
             lengths=self.session.lengths,
             spared=self.spared(records, step, fusions),
@@ -159,13 +159,6 @@ class Trainer:
             return {}
         pairs = [(r.sample_id, r.group) for r in records]
         return {"reference": later_samples(self.config, pairs, step)}
-
-    def rollout_cost(self) -> CostModel:
-        """What generation and scoring cost, and training a group on one device."""
-        actor = self.costs["actor"]
-        train_s = sum(actor.forward) + sum(actor.backward)
-        model = self.learned.model
-        return replace(model, score_token_s={**model.score_token_s, TRAIN: train_s})
 
     def group_planner(self, step: int) -> PlanGroup | None:
         """How a complete group is trained before the batch is complete, where that is done."""

@@ -1,7 +1,7 @@
 """Prediction of a step as configured, from costs that were measured (or given) on this machine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
@@ -16,7 +16,7 @@ from rlhfuse.planner import rollout
 from rlhfuse.planner.rollout import RolloutLayout
 from rlhfuse.planner.step import Round, StageSeconds, joined
 from rlhfuse.planner.workload import Workload
-from rlhfuse.rollout.groups import TRAIN
+from rlhfuse.rollout.groups import with_training
 from rlhfuse.schedules.timing import makespan, simulate
 from rlhfuse.timeline import Kind, Timeline
 from rlhfuse.update_plan import (
@@ -92,7 +92,7 @@ def predict_one(
     line, stats = rollout.run(
         workload,
         layout,
-        _with_training(costs),
+        with_training(costs.rollout, costs.stages["actor"]),
         rollout.policy_named(allowed, migration),
         record=True,
         train=ahead,
@@ -115,12 +115,6 @@ def predict_one(
     if ahead:
         training, after_s = training + after_s + costs.minibatch_s, 0.0
     return StageSeconds(stats.generation_s, after_s, training, costs.weights_s), timeline
-
-
-def _with_training(costs: StepCosts) -> CostModel:
-    actor, model = costs.stages["actor"], costs.rollout
-    train_s = sum(actor.forward) + sum(actor.backward)
-    return replace(model, score_token_s={**model.score_token_s, TRAIN: train_s})
 
 
 def _update(

@@ -2,13 +2,21 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from rlhfuse.cost import CostModel
 from rlhfuse.sample import Sample, SampleState
+from rlhfuse.update_plan import StageCosts
 
 CLOSED = (SampleState.SCORED, SampleState.DROPPED)
 FINISHED = (SampleState.FINISHED, SampleState.SCORED)
 TRAIN = "train"  # the role, in rates and calls, of forward and backward of a group
+
+
+def with_training(model: CostModel, actor: StageCosts) -> CostModel:
+    """The cost model, which also knows what a group's forward and backward take on one device."""
+    train_s = sum(actor.forward) + sum(actor.backward)
+    return replace(model, score_token_s={**model.score_token_s, TRAIN: train_s})
 
 
 @dataclass(slots=True)

@@ -105,7 +105,8 @@ def test_results_do_not_depend_on_who_dies_when(
             disturbed.fit()
         assert _digests(disturbed.history) == _digests(undisturbed.history)
         assert not saboteur.left, f"never came to pass: {saboteur.left}"
-        assert any(moved)  # in which steps is the machine's to say: samples may end on their way
+        assert moved[2]
+        assert moved[3]
         told = capfd.readouterr().err
         assert "generating (samples " in told
         assert re.search(r"rollout-\d is lost: no sign of life for 3 s", told)
@@ -162,11 +163,12 @@ def _in_groups(config: Config, rule: Path) -> Config:
 
 
 def _let_tails_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a move pays is the cost model's to say; here it is to happen."""
+    """Whether a move pays is the cost model's to say; here it is to happen. With 12 of 16 samples
+    left neither instance can have all of them, whichever lags."""
 
     def forced(config: Config, sampling: m.Sampling, *, overlap: bool) -> Policy:
         policy = rollout_policy(config, sampling, overlap=overlap)
-        return dataclasses.replace(policy, migration=Migration.FORCED, forced=((8, 1),))
+        return dataclasses.replace(policy, migration=Migration.FORCED, forced=((12, 1),))
 
     monkeypatch.setattr(stage, "rollout_policy", forced)
 
