@@ -1,6 +1,7 @@
 """Every sample gets exactly one answer, whatever a function or a service does, and no process or
 thread is left behind."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -253,6 +254,15 @@ class _Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/score?v=1"
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        with self.lock:
+            self.busy += 1
+            self.most_busy = max(self.most_busy, self.busy)
+        yield
+        with self.lock:
+            self.busy -= 1
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
@@ -265,15 +275,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             key = self.headers["Idempotency-Key"]
             self.server.requests.append((key, [sample["id"] for sample in samples]))
             self.server.tokens.add(self.headers.get("Authorization", ""))
-            self.server.busy += 1
-            self.server.most_busy = max(self.server.most_busy, self.server.busy)
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client had enough
             self._serve(mood, samples)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client had enough
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
 
     def _serve(self, mood: str, samples: list[dict[str, Any]]) -> None:
         if mood == "hang":
@@ -293,7 +296,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif mood == "nonsense":
             self._reply(200, b"<html>")
         else:
-            self._reply(200, _scored(samples, mood))
+            with self.server.working():  # ends before the reply: the next request may follow it
+                reply = _scored(samples, mood)
+            self._reply(200, reply)
 
     def _head(self, status: int, length: int) -> None:
         self.send_response(status)
