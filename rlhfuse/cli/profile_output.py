@@ -64,6 +64,8 @@ def _print_what_ifs(summary: "ProfileSummary") -> None:
         share = f"{what.bubble_recovered:.0%}" if what.bubble_recovered is not None else ""
         figures = f"{what.makespan_s:>9.4g} s{what.saving_fraction:>+9.1%}{share:>11}"
         click.echo(f"  {what.name:<{width}}{figures}".rstrip())
+    if summary.what_if_note:
+        click.echo(f"  ({summary.what_if_note})")
 
 
 def plain(text: str) -> str:

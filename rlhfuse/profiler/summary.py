@@ -63,6 +63,13 @@ class ProfileSummary(msgspec.Struct, frozen=True):
     what_if: list[WhatIf] = []
     warnings: list[str] = []
 
+    @property
+    def what_if_note(self) -> str:
+        """What a reader of `what_if` may stumble over; else empty."""
+        if any((what.bubble_recovered or 0.0) > 1.0 for what in self.what_if):
+            return "over 100 % of the bubble: the work itself gets shorter too"
+        return ""
+
 
 def summarize(
     format_name: str,

@@ -138,6 +138,8 @@ def _what_if(summary: ProfileSummary) -> str:
     )
     if any("with a critic" in what.name for what in summary.what_if):
         why += " Fusing with a critic is compared with training both one after the other."
+    if summary.what_if_note:
+        why += f" O{summary.what_if_note[1:]}."
     ideal = (
         [
             f"The schedule that ran would ideally take {ran.ideal_makespan_s:.4g} s of training; "

@@ -5,11 +5,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from rlhfuse.cli.common import run_command
 from rlhfuse.cli.profile import profile
+from rlhfuse.cli.profile_output import print_summary
 from rlhfuse.profiler.explain import explain
 from rlhfuse.profiler.readers.detect import open_trace
+from rlhfuse.profiler.summary import WhatIf, summarize
 from rlhfuse.schedules.problem_file import read_problem
 from rlhfuse.schedules.standard import one_f_one_b
 from rlhfuse.schedules.timing import makespan
@@ -73,6 +76,14 @@ def test_conditions_decide_the_exit_code(
     assert run_command(profile, arguments) == code
     out, err = capsys.readouterr()
     assert (len(out.splitlines()), len(err.splitlines())) == {0: (1, 0), 2: (0, 1), 3: (1, 1)}[code]
+
+
+def test_a_saving_larger_than_the_bubble_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    half = WhatIf("half the work", 1.0, saving_fraction=0.5)
+    lanes = [Span("rank0", 0, 2, Kind.F, "F0"), Span("rank1", 0, 1.5, Kind.F, "F1")]
+    for saved, explained in ((half, True), (replace(half, saving_fraction=0.1), False)):
+        print_summary(summarize("made up", [0], 0, Timeline(tuple(lanes)), what_if=[saved]))
+        assert ("over 100 % of the bubble" in capsys.readouterr().out) is explained
 
 
 def test_an_unknown_bubble_cannot_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
