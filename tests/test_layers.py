@@ -70,6 +70,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rollout.again",
         "rollout.ahead",
         "rollout.workers",
+        "rollout.serving",
+        "rollout.tally",
         "rollout.loop",
         "batches",
         "run_costs",

@@ -17,6 +17,8 @@ from rlhfuse.rollout.again import Again
 from rlhfuse.rollout.ahead import Ahead, PlanGroup
 from rlhfuse.rollout.records import Record, RolloutResult, TokenIds
 from rlhfuse.rollout.scheduler import RolloutScheduler
+from rlhfuse.rollout.serving import Serving
+from rlhfuse.rollout.tally import Display, Tally
 from rlhfuse.rollout.turns import Turns
 from rlhfuse.rollout.workers import Workers
 from rlhfuse.sample import Sample
@@ -29,7 +31,6 @@ _ROLES: dict[str, m.Role] = {
     "reward": "reward",
 }
 _TICK_S = 1.0
-_PROGRESS_S = 0.2
 _QUIET_S = 5.0  # then the loop says what it waits for
 
 
@@ -65,26 +66,15 @@ class RolloutLoop:
         self._needs_logprobs = needs_logprobs
         self._records: dict[int, Record] = {}
         self._moving: dict[int, tuple[int, int]] = {}  # sample -> source, destination instance
-        self._serving: dict[int, tuple[str, str]] = {}  # instance -> process, payload endpoint
+        self._serving = Serving(fleet)
         self._homes: dict[int, int] = {}  # sample being generated -> instance
         self._again = Again()
         self._ahead = Ahead(plan_group, needs_logprobs=needs_logprobs)
         self._turns = Turns(self._send)
-        self._trained_ahead = 0
+        self._tally = Tally()
+        self._display: Display | None = None
         self._waking: set[int] = set()  # told to sleep, and not known to
-        self._lost = 0
-        self._rescued = 0
-        self._refilled = 0
-        self._with_reward_model = False
-        self._finished = 0
-        self._scored = 0
-        self._moved = 0
-        self._tokens = 0
-        self._decisions: list[str] = []
         self._sampling: m.Sampling | None = None
-        self._shown_s = 0.0
-        self._scores_wanted = 0
-        self._start_s = self._generated_at_s = self._done_at_s = 0.0
 
     def run(
         self, records: Sequence[Record], sampling: m.Sampling, policy_version: int, scores: int
@@ -96,7 +86,9 @@ class RolloutLoop:
         """
         self._sampling = sampling
         self._records = {record.sample_id: record for record in records}
-        self._scores_wanted = scores
+        if self._show:
+            groups = len({record.group for record in records})
+            self._display = Display(self._progress, len(records), groups, scores)
         samples = tuple(
             Sample(
                 id=record.sample_id,
@@ -108,35 +100,20 @@ class RolloutLoop:
             )
             for record in records
         )
-        self._start_s = start_s = time.monotonic()
-        serving = self._fleet.serving()
-        for instance in range(len(self._fleet.rollout)):
-            if instance not in serving:
-                self._execute(self._scheduler.handle(ev.InstanceLost(start_s, instance)))
-        for instance, process in serving.items():
-            self._serving[instance] = (process, self._endpoint(instance))
+        self._tally.start_s = start_s = time.monotonic()
+        for instance in self._serving.take_absent():
+            self._execute(self._scheduler.handle(ev.InstanceLost(start_s, instance)))
         self._execute(self._scheduler.handle(ev.Started(start_s, samples)))
         self.finish()
 
     def result(self) -> RolloutResult:
         """What has come of the batch, and when."""
-        return RolloutResult(
-            records=tuple(self._records.values()),
-            generated_s=self._generated_at_s - self._start_s,
-            done_s=self._done_at_s - self._start_s,
-            moved=self._moved,
-            decisions=tuple(self._decisions),
-            instances_lost=self._lost,
-            samples_rescued=self._rescued,
-            tokens_prefilled_again=self._refilled,
-            trained=frozenset(self._ahead.trained),
-            trained_ahead=self._trained_ahead,
-        )
+        return self._tally.result(self._records.values(), self._ahead.trained)
 
     @property
     def done_at_s(self) -> float:
         """When the last score was there."""
-        return self._done_at_s
+        return self._tally.done_at_s
 
     def finish(self) -> None:
         """Go on until every sample has all that it needs; also after a worker that held some of it
@@ -160,7 +137,7 @@ class RolloutLoop:
             if now - ticked > _TICK_S:
                 ticked = now
                 self._execute(self._scheduler.handle(ev.Tick(now)))
-        self._note_scored()
+        self._tally.all_scored(self._scheduler.all_scored)
         self._scheduler.validate()
 
     def rest(self) -> None:
@@ -169,11 +146,11 @@ class RolloutLoop:
         Raises:
             WorkerFailed: one neither did nor died within the time limit.
         """
-        self._waking = set(self._serving)
+        self._waking = set(self._serving.instances)
         for instance in sorted(self._waking):
             self._tell(instance, m.Sleep())
         deadline = time.monotonic() + self._timeout_s
-        while self._waking & self._serving.keys():
+        while self._waking.intersection(self._serving.instances):
             if time.monotonic() > deadline:
                 names = ", ".join(self._fleet.rollout[i] for i in sorted(self._waking))
                 raise WorkerFailed(f"{names}: not asleep within {self._timeout_s:g} s")
@@ -184,37 +161,24 @@ class RolloutLoop:
 
     # --- workers that die and come back ----------------------------------------------------
 
-    def _endpoint(self, instance: int) -> str:
-        return self._fleet.endpoint(self._fleet.rollout[instance])
-
-    def _holder(self, instance: int) -> str:
-        """Endpoint of the process that the scheduler knows as `instance`."""
-        return self._serving[instance][1]
-
     def _reconcile(self) -> bool:
         """Tell the scheduler whose process is gone and who takes part again."""
-        serving = self._fleet.serving()
         # All at once: what the first loss has the scheduler send to another of them must not reach
         # the process that has taken its place.
-        gone = [i for i, (process, _) in self._serving.items() if serving.get(i) != process]
-        endpoints = {instance: self._serving.pop(instance)[1] for instance in gone}
-        for instance, endpoint in endpoints.items():
+        gone = self._serving.take_gone()
+        for instance, endpoint in gone.items():
             self._lose(instance, endpoint)
-        changed = bool(gone)
-        for instance, process in serving.items():
-            if instance not in self._serving:
-                changed = True
-                self._serving[instance] = (process, self._endpoint(instance))
-                self._execute(self._scheduler.handle(ev.InstanceReady(time.monotonic(), instance)))
-        return changed
+        joined = self._serving.take_joined()
+        for instance in joined:
+            self._execute(self._scheduler.handle(ev.InstanceReady(time.monotonic(), instance)))
+        return bool(gone or joined)
 
     def _lose(self, instance: int, endpoint: str) -> None:
         """What the worker had is gone: tokens not yet reported, log-probabilities, scores. The
         device's training worker lives on."""
-        self._lost += 1
+        self._tally.lost += 1
         self._waking.discard(instance)
         running = {sample_id for sample_id, home in self._homes.items() if home == instance}
-        self._rescued += len(running)
         for sample_id, (source, _) in list(self._moving.items()):
             if source == instance:
                 del self._moving[sample_id]
@@ -223,7 +187,7 @@ class RolloutLoop:
             if record.sample_id in running:
                 if self._needs_logprobs:
                     record.response.clear()
-                self._refilled += len(record.prompt) + len(record.response) // 4
+                self._tally.rescue(record)
         self._again.lose(instance)
         self._turns.lose(instance)
         for sample_id in running:
@@ -247,7 +211,7 @@ class RolloutLoop:
             and r.sample_id not in self._ahead.trained
             and (not awaited or r.sample_id in awaited)
         ]
-        for instance, items in self._again.begin(missing, sorted(self._serving)):
+        for instance, items in self._again.begin(missing, self._serving.instances):
             self._tell(instance, m.Generate(items=items, sampling=self._checked_sampling))
         return bool(missing)
 
@@ -264,7 +228,7 @@ class RolloutLoop:
         instance was to do is given out again when the scheduler hears of the loss."""
         if isinstance(command, m.TrainGroup):
             self._fleet.send(self._fleet.training[device], command)
-        elif device in self._serving and self._holder(device) == self._endpoint(device):
+        elif self._serving.in_place(device):
             self._fleet.send(self._fleet.rollout[device], command)
 
     # --- events ----------------------------------------------------------------------------
@@ -277,15 +241,10 @@ class RolloutLoop:
             self._absorb(worker, event)
         changed = self._reconcile()
         answered = self._absorb_rewards() if waiting_reward else False
-        self._note_scored()
-        self._show_progress()
+        self._tally.all_scored(self._scheduler.all_scored)
+        if self._display is not None:
+            self._display.show(self._tally, self._scheduler.groups_trained)
         return bool(received) or answered or changed
-
-    def _note_scored(self) -> None:
-        if not self._scheduler.all_scored:
-            self._done_at_s = 0.0
-        elif not self._done_at_s:
-            self._done_at_s = time.monotonic()
 
     def _absorb(self, worker: str, event: m.Event) -> None:
         if isinstance(event, m.GroupTrained):
@@ -323,33 +282,33 @@ class RolloutLoop:
             record = self._records[growth.sample_id]
             if growth.sample_id in self._again:
                 if self._again.take(record, growth):
-                    record.rollout_endpoint = self._holder(instance)
+                    record.rollout_endpoint = self._serving.holder(instance)
                 continue
             self._take(growth)
             if growth.finish_reason:
                 record.finish_reason = growth.finish_reason
                 del self._homes[growth.sample_id]
                 if growth.whole or not self._needs_logprobs:
-                    record.rollout_endpoint = self._holder(instance)
+                    record.rollout_endpoint = self._serving.holder(instance)
                 finished.append(ev.Finished(now, instance, growth.sample_id, growth.length))
             else:
                 running.append((growth.sample_id, growth.length))
         if running:
             self._execute(self._scheduler.handle(ev.Progress(now, instance, tuple(running))))
         for event in finished:
-            self._finished += 1
-            self._generated_at_s = now
-            self._trained_ahead = self._scheduler.groups_trained
+            self._tally.finished += 1
+            self._tally.generated_at_s = now
+            self._tally.trained_ahead = self._scheduler.groups_trained
             self._execute(self._scheduler.handle(event))
 
     def _absorb_left(self, instance: int, growth: m.Growth) -> None:
         record = self._take(growth)
-        record.left_from = self._holder(instance)
+        record.left_from = self._serving.holder(instance)
         _, destination = self._moving.pop(growth.sample_id)
         del self._homes[growth.sample_id]
         left = ev.Left(time.monotonic(), instance, growth.sample_id, growth.length)
         commands = self._scheduler.handle(left)
-        self._moved += 1
+        self._tally.moved += 1
         redirected = any(
             isinstance(c, ev.Generate) and growth.sample_id in c.sample_ids for c in commands
         )
@@ -364,8 +323,8 @@ class RolloutLoop:
                 limit = self._score_clip
                 record.score = score if limit is None else max(-limit, min(limit, score))
             else:
-                record.endpoints[event.role] = self._holder(instance)
-        self._scored += len(event.sample_ids)
+                record.endpoints[event.role] = self._serving.holder(instance)
+        self._tally.scored += len(event.sample_ids)
         self._execute(
             self._scheduler.handle(
                 ev.Scored(time.monotonic(), instance, event.role, event.sample_ids)
@@ -387,7 +346,7 @@ class RolloutLoop:
     def _take(self, growth: m.Growth) -> Record:
         record = self._records[growth.sample_id]
         record.response.extend(growth.tokens)
-        self._tokens += len(growth.tokens) // 4
+        self._tally.tokens += len(growth.tokens) // 4
         assert len(record.response) == 4 * growth.length, (
             f"sample {growth.sample_id}: {len(record.response) // 4} tokens here, "
             f"{growth.length} at its instance"
@@ -414,7 +373,7 @@ class RolloutLoop:
                 case ev.Reward():
                     self._reward(command.sample_ids)
                 case ev.Decision():
-                    self._decisions.append(command.text)
+                    self._tally.decisions.append(command.text)
 
     def _generate(self, instance: int, sample_ids: Sequence[int]) -> None:
         items = []
@@ -468,15 +427,3 @@ class RolloutLoop:
             ground_truth=row.ground_truth,
             extra_info=row.extra_info,
         )
-
-    def _show_progress(self) -> None:
-        now = time.monotonic()
-        if not self._show or now - self._shown_s < _PROGRESS_S:
-            return
-        self._shown_s = now
-        self._progress.generation(self._finished, len(self._records), self._tokens, self._moved)
-        if self._scored:
-            self._progress.scoring(self._scored, self._scores_wanted)
-        if self._ahead.trained:
-            groups = len({record.group for record in self._records.values()})
-            self._progress.groups(self._scheduler.groups_trained, groups)
