@@ -444,7 +444,7 @@ def test_closing_breaks_off_requests(
     server.moods = ["hang", "trickle"]
     source = service(timeout_s=500.0, max_concurrency=2, batch_size=1)
     source.submit(_inputs("a", "b"))
-    while server.busy < 2:
+    while len(server.requests) < 2:
         time.sleep(0.01)
     start = time.monotonic()
     source.close()
