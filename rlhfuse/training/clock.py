@@ -1,9 +1,13 @@
 """Clocks for spans: the machine's monotonic clock, or events of a CUDA stream."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+
+from rlhfuse.timeline import ArgValue, Kind, Span
 
 Mark = float | torch.cuda.Event
 """A moment, to be read as seconds later, when the device has passed it."""
@@ -70,3 +74,21 @@ def _timing_event() -> torch.cuda.Event:
 def clock_of(device: torch.device) -> Clock:
     """The clock that tells when work on `device` is done."""
     return CudaClock() if device.type == "cuda" else HostClock()
+
+
+class Watch:
+    """Spans of what one rank does beside the tasks of schedules."""
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self._lane = f"rank{rank}"
+        self._device = device
+
+    @contextmanager
+    def measure(self, spans: list[Span], kind: Kind, name: str) -> Iterator[None]:
+        """Append the span of what is done inside, until the device has done it, too."""
+        start_s = time.monotonic()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        args: dict[str, ArgValue] = {"what": "barrier"} if kind is Kind.WAIT else {}
+        spans.append(Span(self._lane, start_s, time.monotonic(), kind, name, args))
