@@ -47,6 +47,8 @@ class TrainedModelConfig(Section, frozen=True):
     gradient_checkpointing: bool = False
     lora_rank: NonNegative = 0  # 0: train all weights; else adapters of this rank (needs peft)
     lora_alpha: Positive = 16
+    # Of what adapters read, while training; by sample and position, whatever the schedule.
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ()  # names of linear layers; empty: all of the decoder's
 
 

@@ -60,6 +60,9 @@ def _models(config: Config) -> Iterator[str]:
             "critic.path: is empty, but algorithm.adv_estimator is gae; "
             f"give the folder of a Hugging Face model{hint}"
         )
+    for role, model in _trained(config):
+        if model.lora_dropout and not model.lora_rank:
+            yield f"{role}.lora_dropout: is of adapters, give {role}.lora_rank too, or use 0"
     if config.algorithm.critic_warmup and not config.uses_critic:
         name = config.algorithm.adv_estimator
         yield f"algorithm.critic_warmup: there is no critic with adv_estimator {name}, set it to 0"

@@ -38,6 +38,7 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
         (["placement.tp=2"], "placement.tp", "need actor.backend: megatron"),
         (["actor.backend=megatron", "placement.tp=3"], "placement.tp", "choose one of 1, 2"),
         (["actor.backend=megatron", "critic.lora_rank=4"], "critic.lora_rank", "use 0"),
+        (["critic.lora_dropout=0.1"], "critic.lora_dropout", "critic.lora_rank"),
         (["reward.path="], "reward", "no source of scores"),
         (["reward.url=http://x"], "reward", "reward.path and reward.url exclude each other"),
         (["reward.path=", "reward.url=x"], "reward.url", "http://"),

@@ -16,30 +16,11 @@ import numpy as np
 import torch
 
 from rlhfuse.engines.base import SamplingParams
+from rlhfuse.kernels.keyed import row_bits, row_keys, signed
 
 NEAR_TIE = 1e-3
 """Largest noise in float32 logits that cannot turn a draw without its being flagged; observed
 noise is about a hundredth of it."""
-
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as torch's int64 has it."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _mix_(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser, in place on int64 (wrapping; `>>` is arithmetic, hence the masks).
-
-    Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-    z ^= (z >> 30).bitwise_and_((1 << 34) - 1)
-    z *= _signed(0xBF58476D1CE4E5B9)
-    z ^= (z >> 27).bitwise_and_((1 << 37) - 1)
-    z *= _signed(0x94D049BB133111EB)
-    z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
-    return z
 
 
 def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -49,9 +30,7 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> tor
     Each row is SplitMix64 started from a hash of (seed, position); `position` is the index of the
     token to be drawn in the whole sequence, prompt included.
     """
-    keys = _mix_(_mix_(seeds + _signed(_GOLDEN)) + (positions + 1) * _signed(_GOLDEN))
-    steps = torch.arange(1, vocab_size + 1, device=seeds.device) * _signed(_GOLDEN)
-    bits = _mix_(keys[:, None] + steps)
+    bits = row_bits(row_keys(seeds, positions), vocab_size)
     # 52 bits and a half: never 0, never 1, exact.
     bits = (bits >> 12).bitwise_and_((1 << 52) - 1)
     uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-52)
@@ -95,7 +74,7 @@ class RowParams:
             device=device,
         ).unbind(1)
         return cls(
-            seeds=torch.tensor([_signed(s) for s in seeds], dtype=torch.int64, device=device),
+            seeds=torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device),
             temperature=columns[0],
             noise_scale=columns[1],
             top_k=columns[2].long(),

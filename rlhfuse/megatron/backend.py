@@ -95,8 +95,14 @@ class MegatronBackend:
         }
 
     def begin(
-        self, key: Key, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int
+        self,
+        key: Key,
+        batches: Sequence[MicroBatch],
+        num_tokens: int,
+        num_samples: int,
+        stream: int,
     ) -> None:
+        """These models are made without dropout: nothing is drawn."""
         with self._turn(role_of(key[0])) as model:
             model.begin(batches, num_tokens, num_samples)
 

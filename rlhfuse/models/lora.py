@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from rlhfuse.models.dropout import RowDropout, Rows
 from rlhfuse.models.stage import SCORE, ModelStage
 
 DECODER_LINEARS = (
@@ -16,12 +17,20 @@ _ADAPTER = "default"
 
 
 def add_adapters(
-    stage: ModelStage, *, rank: int, alpha: int, targets: Sequence[str], seed: int
+    stage: ModelStage,
+    *,
+    rank: int,
+    alpha: int,
+    targets: Sequence[str],
+    seed: int,
+    dropout: float = 0.0,
+    rows: Rows | None = None,
 ) -> None:
     """Freeze the stage but for a scalar head, and give each linear layer of `targets` (all of the
     decoder's where empty) an adapter whose effect is zero to begin with.
 
-    The start depends on `seed` and the layer's name alone, not on how the model is cut.
+    The start depends on `seed` and the layer's name alone, not on how the model is cut. `dropout`:
+    of what an adapter reads, by the keys of `rows`.
 
     Raises:
         ValueError: peft is not installed, or no layer has one of these names.
@@ -38,6 +47,10 @@ def add_adapters(
         inject_adapter_in_model(config, stage, adapter_name=_ADAPTER)
     except ValueError as error:
         raise ValueError(f"target_modules: {', '.join(wanted)}: {error}") from error
+    for name in [name for name, _ in stage.named_modules()]:
+        if dropout and name.endswith(".lora_dropout"):
+            assert rows is not None, "dropout needs the keys of rows"
+            stage.set_submodule(f"{name}.{_ADAPTER}", RowDropout(dropout, name, rows))
     for name, parameter in stage.named_parameters():
         if ".lora_A." in name:
             parameter.data = _start(name, parameter.shape, seed).to(like)

@@ -31,10 +31,16 @@ class Backend(Protocol):
         """What computes the tasks of this rank's stages."""
 
     def begin(
-        self, key: Key, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int
+        self,
+        key: Key,
+        batches: Sequence[MicroBatch],
+        num_tokens: int,
+        num_samples: int,
+        stream: int,
     ) -> None:
         """Get ready for a stage's micro-batches of one mini-batch; the counts are those of all
-        replicas: what losses are divided by."""
+        replicas: what losses are divided by. `stream`: of the mini-batch's random numbers, the same
+        on all ranks."""
 
     def gradients_complete(self, key: Key) -> None:
         """The stage has done its last micro-batch: its sums may start to travel to replicas."""

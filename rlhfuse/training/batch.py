@@ -49,11 +49,13 @@ class LossData:
 class MicroBatch:
     """Some samples, packed. T response tokens in all.
 
-    `rows` int64 [T]: the row of the packed tokens that predicts each response token (the one
-    before it). `labels` int64 [T]: the response tokens. `cu_seqlens` int32 [N + 1]: responses.
+    `sample_ids` int64 [N]. `rows` int64 [T]: the row of the packed tokens that predicts each
+    response token (the one before it). `labels` int64 [T]: the response tokens. `cu_seqlens` int32
+    [N + 1]: responses.
     """
 
     packed: PackedBatch
+    sample_ids: torch.Tensor
     rows: torch.Tensor
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -78,6 +80,7 @@ def make_microbatch(
     columns = {} if data is None else data.columns
     return MicroBatch(
         packed=packed,
+        sample_ids=torch.tensor([s.sample_id for s in samples]).to(device),
         rows=torch.from_numpy(np.concatenate(rows)).to(device),
         labels=torch.from_numpy(np.concatenate([s.response for s in samples])).long().to(device),
         cu_seqlens=_bounds(samples).to(device),

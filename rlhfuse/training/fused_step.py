@@ -32,6 +32,7 @@ from rlhfuse.training.executor import Executor, StageRunner
 from rlhfuse.training.gradients import GradientSums
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner, Compute, ForwardRunner
+from rlhfuse.training.streams import draws, stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +42,8 @@ class Model:
     `stages`: the modules of this rank by pp_stage, tensor in and tensor out. `optimizer`: over
     their parameters; it is stepped and cleared once an update, after clipping by the global norm
     over all stages (`clip_grad`, 0: off). `split_weight`: linear layers may be split into I and W.
+    `recompute`: hold only the inputs of stages, and compute them again in backward. `seed`: of
+    dropout; every update, stage and micro-batch draws from a stream of its own.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Model:
     clip_grad: float = 0.0
     split_weight: bool = False
     forward_only: bool = False
+    recompute: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +111,8 @@ class FusedStep:
         self._device = device
         self._batches: Mapping[str, Batch] = {}
         self._finished: dict[str, dict[int, torch.Tensor]] = {}
+        self._number = 0
+        self._drawing: frozenset[str] = frozenset()
         self._control = dist.new_group(timeout=timeout, backend="gloo")
         self._channels = Channels(
             rank, {m.name: m.ranks for m in models}, device=device, dtype=dtype, timeout=timeout
@@ -124,9 +131,11 @@ class FusedStep:
         batches: Mapping[str, Batch],
         schedule: Schedule,
         spans: list[Span] | None = None,
+        number: int | None = None,
     ) -> dict[str, Result]:
         """Run `schedule`, then one optimizer step of each model that trains. Appends what was
-        measured to `spans`.
+        measured to `spans`. `number`: of this update, for random numbers; one more than the last
+        one's where it is not given (a run that goes on from a checkpoint should).
 
         Raises:
             ValueError: the schedule is not of these models and micro-batches, or would lock up.
@@ -137,6 +146,12 @@ class FusedStep:
         check_channels(schedule)
         self._batches = batches
         self._finished = {name: {} for name in batches}
+        self._number = self._number + 1 if number is None else number
+        self._drawing = frozenset(
+            name
+            for name in batches
+            if any(draws(module) for module in self._models[name].stages.values())
+        )
         shapes = {name: batch.shapes for name, batch in batches.items()}
         self._executor.run(schedule, shapes, [] if spans is None else spans)
         norms = self._norms(sorted(batches))
@@ -158,23 +173,31 @@ class FusedStep:
 
     def _runner(self, model: Model, stage: int, module: nn.Module) -> StageRunner:
         last = stage == len(model.ranks) - 1
-        compute = self._compute(model.name, module, first=stage == 0, last=last)
+        compute = self._compute(model, stage, module)
         if model.forward_only:
             return ForwardRunner(compute, last=last)
         store = WeightStore(GradientSums(module.parameters())) if model.split_weight else None
         if store is not None:
             split_linears(module, store)
-        return AutogradRunner(compute, last=last, weights=store)
+        return AutogradRunner(compute, last=last, weights=store, recompute=model.recompute)
 
-    def _compute(self, name: str, module: nn.Module, *, first: bool, last: bool) -> Compute:
-        def compute(microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-            given = self._batches[name].inputs(microbatch) if first else received
+    def _compute(self, model: Model, stage: int, module: nn.Module) -> Compute:
+        name, last = model.name, stage == len(model.ranks) - 1
+
+        def plain(microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+            given = self._batches[name].inputs(microbatch) if stage == 0 else received
             output: torch.Tensor = module(given)
             if not last:
                 return output
             made = self._batches[name].finish(microbatch, output)
             self._finished[name][microbatch] = made.detach()
             return made
+
+        def compute(microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+            if name not in self._drawing:
+                return plain(microbatch, received)
+            with stream(self._device, model.seed, name, self._number, stage, microbatch):
+                return plain(microbatch, received)
 
         return compute
 

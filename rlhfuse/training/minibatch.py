@@ -11,6 +11,7 @@ from rlhfuse.algorithms.losses import normalizer
 from rlhfuse.algorithms.tally import Tally
 from rlhfuse.config import Config
 from rlhfuse.group_training import BatchSize, nominal_size, trains_groups
+from rlhfuse.kernels.keyed import key_of
 from rlhfuse.models.loading import load_config
 from rlhfuse.models.packed import laid_out, padded_rows
 from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
@@ -75,9 +76,14 @@ class MiniBatches:
         return pp_stage + 1 == len(self._pipelines[pipeline].ranks)
 
     def begin(
-        self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], data: LossData | None
+        self,
+        number: tuple[int, int],
+        plan: MiniBatchPlan,
+        by_id: Mapping[int, SampleData],
+        data: LossData | None,
     ) -> None:
-        """Pack the samples of every micro-batch; `data`: what losses read, where there are any."""
+        """Pack the samples of every micro-batch. `number`: of the step and of the mini-batch in it;
+        `data`: what losses read, where there are any."""
         for pipeline, pp_stage in self._present(plan):
             mine = data if self.is_last(pipeline, pp_stage) else None
             padded = self._padded(pipeline)
@@ -98,6 +104,7 @@ class MiniBatches:
                 ],
                 num_tokens=size.tokens,
                 num_samples=size.samples,
+                stream=key_of(self._config.trainer.seed, *number),
             )
         self._references.begin(plan, by_id)
         self._shapes = {

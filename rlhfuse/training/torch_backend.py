@@ -64,9 +64,14 @@ class TorchBackend:
         return {key: stage.runner for key, stage in self._stages.items()}
 
     def begin(
-        self, key: Key, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int
+        self,
+        key: Key,
+        batches: Sequence[MicroBatch],
+        num_tokens: int,
+        num_samples: int,
+        stream: int,
     ) -> None:
-        self._stages[key].begin(batches, num_tokens, num_samples)
+        self._stages[key].begin(batches, num_tokens, num_samples, stream)
 
     def gradients_complete(self, key: Key) -> None:
         self._stages[key].sums.fill()

@@ -8,7 +8,9 @@ from torch import nn
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.group_training import trains_groups
+from rlhfuse.kernels.keyed import key_of
 from rlhfuse.kernels.linear_logprob import chunk_rows
+from rlhfuse.models.dropout import Rows
 from rlhfuse.models.loading import load_stage
 from rlhfuse.models.lora import add_adapters, merged_weights
 from rlhfuse.models.stage import Head, ModelStage
@@ -56,6 +58,9 @@ class TrainedStage:
             dtype=dtype,
             new_head_seed=config.critic.init_seed if role == "critic" else None,
         )
+        self._rows = Rows()
+        self._drops = model.lora_dropout > 0
+        self._stream = 0
         if model.lora_rank:
             add_adapters(
                 self.stage,
@@ -63,6 +68,8 @@ class TrainedStage:
                 alpha=model.lora_alpha,
                 targets=model.target_modules,
                 seed=config.trainer.seed,
+                dropout=model.lora_dropout,
+                rows=self._rows,
             )
         self._by_groups = trains_groups(config)
         self.sums = GradientSums(self.trained_parameters().values(), any_order=self._by_groups)
@@ -99,13 +106,16 @@ class TrainedStage:
         """(Hugging Face name, tensor) of the model as it computes: adapters merged in."""
         return merged_weights(self.stage)
 
-    def begin(self, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int) -> None:
+    def begin(
+        self, batches: Sequence[MicroBatch], num_tokens: int, num_samples: int, stream: int
+    ) -> None:
         """Get ready for the micro-batches of one mini-batch; the counts are those of all
-        replicas: what losses are divided by. Where groups are trained one by one, what came before
-        stays, up to `clear`."""
+        replicas: what losses are divided by. `stream`: of its random numbers. Where groups are
+        trained one by one, what came before stays, up to `clear`."""
         if self._by_groups:
             self._past += self._seen()
         self._batches = batches
+        self._stream = key_of(self.role, stream)
         self._losses = {}
         if self.stage.last:
             make = actor_loss if self.role == "actor" else critic_loss
@@ -153,6 +163,8 @@ class TrainedStage:
 
     def _compute(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
         batch = self._batches[microbatch]
+        if self._drops:
+            self._rows.set(batch.packed, batch.sample_ids, self._stream)
         inputs = batch.packed.token_ids if received is None else received
         output: torch.Tensor = self.stage(inputs, batch.packed)
         if self._loss is None:

@@ -138,7 +138,7 @@ class RankTrainer:
             self._start_batch(step)
             data = self._loss_data(samples, kl_coef, ())
             by_id = {sample.sample_id: sample for sample in samples}
-            self._minibatches.begin(plan, by_id, data)
+            self._minibatches.begin((step, 0), plan, by_id, data)
             self._minibatches.run_alone(plan, spans)
             self._ahead_tallies += [stats.tally() for stats in data.stats]
 
@@ -184,7 +184,7 @@ class RankTrainer:
             for index, plan in enumerate(minibatches):
                 for schedule in plan.rounds:
                     check_channels(schedule)
-                self._minibatches.begin(plan, by_id, data)
+                self._minibatches.begin((step, index), plan, by_id, data)
                 self._minibatches.run(plan, spans, progress)
                 if plan.forward:
                     found = self._references.gather(plan, by_id, self._control)

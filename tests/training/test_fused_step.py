@@ -192,6 +192,49 @@ def test_a_forward_only_model_runs_in_a_trained_one_s_bubbles(own: bool) -> None
         assert torch.equal(got, before[1](before[0](row)))
 
 
+def with_dropout(seed: int, schedule: Schedule, recompute: bool) -> tuple[list[Weights], bool]:
+    """Weights of each rank after two updates of two models that draw as they train, and whether
+    torch's own generator stayed as it was."""
+
+    def run(rank: int) -> tuple[Weights, bool]:
+        models = []
+        for name, ranks in (("one", (0, 1)), ("two", (1, 0))):
+            stage = ranks.index(rank)
+            module = nn.Sequential(stages(len(name))[stage], nn.Dropout(0.4))
+            models.append(
+                Model(name, ranks, {stage: module}, adam([module]), recompute=recompute, seed=seed)
+            )
+        step = FusedStep(models, rank=rank, device=torch.device("cpu"), dtype=torch.float32)
+        before = torch.get_rng_state()
+        for number in range(2):
+            data = {m.name: batch(rows(number), mean_square(rows(2))) for m in models}
+            step.update(data, schedule)
+        step.close()
+        held = {
+            f"{m.name}.{key}": weight
+            for m in models
+            for key, weight in named(list(m.stages.values())).items()
+        }
+        return held, torch.equal(before, torch.get_rng_state())
+
+    held, untouched = zip(*run_ranks(2, run), strict=True)
+    return list(held), all(untouched)
+
+
+def test_what_dropout_drops_does_not_depend_on_the_schedule() -> None:
+    both = problem()
+    first, second = (one_f_one_b(Problem(2, (pipe,))).rows for pipe in both.pipelines)
+    serial = Schedule(both, tuple(a + b for a, b in zip(first, second, strict=True)))
+    expected, untouched = with_dropout(1, serial, False)
+    assert untouched
+    for recompute in (False, True):
+        found, _ = with_dropout(1, fuse(both, iterations=20), recompute)
+        for rank, weights in enumerate(expected):
+            assert all(torch.equal(found[rank][name], weight) for name, weight in weights.items())
+    other, _ = with_dropout(2, serial, False)
+    assert any(not torch.equal(other[0][name], weight) for name, weight in expected[0].items())
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

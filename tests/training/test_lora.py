@@ -20,6 +20,7 @@ from tests.training.tiny_update import (
     Models,
     cut,
     digests,
+    first_moments,
     make_config,
     make_plans,
     make_problem,
@@ -39,9 +40,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
-def with_adapters(config: Config, *targets: str) -> Config:
+def with_adapters(config: Config, *targets: str, dropout: float = 0.0) -> Config:
     replace = msgspec.structs.replace
-    adapters = {"lora_rank": 4, "target_modules": targets}
+    adapters = {"lora_rank": 4, "target_modules": targets, "lora_dropout": dropout}
     return replace(
         config,
         actor=msgspec.structs.replace(config.actor, **adapters),
@@ -59,14 +60,31 @@ def test_the_first_loss_is_that_of_the_whole_model(models: Models, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_fused_split_and_recomputed_updates_equal_serial_ones(models: Models) -> None:
+def test_fused_split_and_recomputed_updates_equal_serial_ones_with_dropout(models: Models) -> None:
     problem = make_problem(2, 2)
-    config = with_adapters(make_config(models))
+    config = with_adapters(make_config(models), dropout=0.2)
     serial, *_ = two_updates(config, 2, serial_rounds(problem))
     split = fuse(problem, iterations=20, split_weight=True)
     for recompute in (False, True):
-        apart = with_adapters(make_config(models, split_weight=True, recompute=recompute))
-        assert two_updates(apart, 2, (split,))[0] == serial
+        apart = make_config(models, split_weight=True, recompute=recompute)
+        assert two_updates(with_adapters(apart, dropout=0.2), 2, (split,))[0] == serial
+
+
+def test_dropout_does_not_depend_on_the_cut_into_stages_and_microbatches(
+    models: Models, tmp_path: Path
+) -> None:
+    config = with_adapters(make_config(models), dropout=0.2)
+    one_update(config, 1, tmp_path / "whole", num_microbatches=4)
+    one_update(config, 2, tmp_path / "cut")
+    one_update(with_adapters(make_config(models)), 1, tmp_path / "without")
+    for role in ("actor", "critic"):
+        whole, cut_, without = (
+            first_moments(tmp_path / name, role) for name in ("whole", "cut", "without")
+        )
+        for name, expected in whole.items():
+            allowed = 2e-5 * float(expected.abs().max())
+            assert torch.allclose(cut_[name], expected, rtol=1e-4, atol=allowed), name
+        assert any(not torch.allclose(without[n], whole[n], rtol=1e-2) for n in whole)
 
 
 def test_only_adapters_change_and_the_export_computes_as_the_run(

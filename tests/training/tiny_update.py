@@ -254,10 +254,13 @@ def two_updates(
     return together, metrics, [span for result in results for span in result[2]]
 
 
-def one_update(config: Config, num_ranks: int, folder: Path) -> dict[str, float]:
+def one_update(
+    config: Config, num_ranks: int, folder: Path, num_microbatches: int = 2
+) -> dict[str, float]:
     """One mini-batch, and a checkpoint of what it did. Returns all metrics."""
     samples = make_samples(8)
-    plans = make_plans(cut(samples, 1, 2), serial_rounds(make_problem(num_ranks, 2)))
+    rounds = serial_rounds(make_problem(num_ranks, num_microbatches))
+    plans = make_plans(cut(samples, 1, num_microbatches), rounds)
 
     def run(rank: int) -> dict[str, float]:
         trainer = make_trainer(config, rank, num_ranks)
