@@ -118,6 +118,7 @@ class VllmConfig(Section, frozen=True):
     kv_transfer: Literal["auto", "blocks", "nixl", "off"] = "auto"
     position_keyed: Switch = "auto"  # off: vLLM's own sampler, exact in distribution only
     speculative_config: dict[str, str | int | float | bool] | None = None
+    tensor_parallel_size: Positive = 1  # devices of an instance; more are planned, not run yet
 
 
 class RolloutConfig(Section, frozen=True):

@@ -127,6 +127,11 @@ def _sampling(config: Config) -> Iterator[str]:
             "rollout.exactness: token is not possible with rollout.vllm.speculative_config, "
             "choose distribution"
         )
+    if rollout.vllm.tensor_parallel_size > 1:
+        yield (
+            f"rollout.vllm.tensor_parallel_size: {rollout.vllm.tensor_parallel_size}, but an "
+            "instance runs on one device (`rlhfuse plan` alone plans for more); set it to 1"
+        )
     if estimator in ("grpo", "rloo") and rollout.n < 2:
         yield f"rollout.n: {estimator} compares the responses of a prompt and needs 2 or more"
     if rollout.min_response_length > rollout.response_length:

@@ -154,7 +154,9 @@ def unknown_key(place: str) -> str:
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     near = difflib.get_close_matches(place, siblings, n=1, cutoff=0.75)
     if not near:
-        near = [key for key in known if key.rpartition(".")[2] == name][:2]
+        last = [key.rpartition(".")[2] for key in known]
+        like = difflib.get_close_matches(name, last, n=1, cutoff=0.8)
+        near = [key for key, end in zip(known, last, strict=True) if end in like][:2]
     near = near or difflib.get_close_matches(place, siblings or known, n=1, cutoff=0.0)
     return f"{place}: unknown key, the nearest is {' or '.join(near)}"
 

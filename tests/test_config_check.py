@@ -51,6 +51,11 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
         (["algorithm.adv_estimator=grpo"], "rollout.n", "grpo"),
         (["rollout.min_response_length=999"], "rollout.min_response_length", "256"),
         (["rollout.cache_tokens=9"], "rollout.cache_tokens", "768"),
+        (
+            ["rollout.vllm.tensor_parallel_size=2"],
+            "rollout.vllm.tensor_parallel_size",
+            "on one device",
+        ),
         (["placement.actor_pp=4"], "placement.actor_pp", "1, 2"),
         (["actor.clip_ratio_c=0.5"], "actor.clip_ratio_c", "above 1"),
         (["data.train_files=[]"], "data.train_files", "is empty"),

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from rlhfuse.config import VllmConfig
-from rlhfuse.engines import vllm_cache, vllm_setup
+from rlhfuse.engines import vllm_setup
 from rlhfuse.engines.base import Counts, Output, Request, Running, SamplingParams
 from rlhfuse.engines.canonical import canonical_logits, decide
 from rlhfuse.engines.sampling import NEAR_TIE
-from rlhfuse.engines.vllm_cache import HAND_OVER
+from rlhfuse.engines.vllm_requests import VllmRequests
 from rlhfuse.engines.vllm_sample import VllmSample, exactness, finish_reason
-from rlhfuse.engines.vllm_sampling import Drawn, KeyedSample, mixed_seed
+from rlhfuse.engines.vllm_sampling import Drawn
 from rlhfuse.models.stage import ModelStage
 
 if TYPE_CHECKING:
@@ -93,9 +93,8 @@ class VllmEngine:
         self._version = -1
         self._broken = "no weights have been loaded"
         self._samples: dict[int, VllmSample] = {}
-        self._by_request: dict[str, VllmSample] = {}
+        self._requests = VllmRequests(self._core)
         self._early: list[Output] = []  # of steps that an export had to take
-        self._submitted = 0
         self._asleep = False
         self._counts = Counts()
         if policy_version >= 0:
@@ -145,47 +144,8 @@ class VllmEngine:
         if request.sample_id in self._samples:
             raise ValueError(f"{place}: is running here already")
         sample = VllmSample(request, request.response.tolist())
-        self._submit(sample, cache)
+        self._requests.submit(sample, cache)
         self._samples[request.sample_id] = sample
-
-    def _submit(self, sample: VllmSample, cache: bytes = b"") -> None:
-        """Give a sample to vLLM, from where it stands."""
-        request, prefix = sample.request, sample.prefix
-        core, seed = self._core, request.seed
-        transfer = vllm_cache.unpack_transfer(cache, self._version) if core.nixl else None
-        blocks = self._blocks(sample, cache) if cache and core.connector is not None else None
-        if core.draws is not None:
-            core.draws.expect(
-                KeyedSample(request.sample_id, seed, request.params, len(request.prompt))
-            )
-        elif not core.draws_by_position:
-            # The seed starts a generator: a sample that goes on needs another one.
-            seed = mixed_seed(seed, sample.length)
-        self._submitted += 1
-        sample.request_id = str(self._submitted)
-        sample.cache = cache
-        self._by_request[sample.request_id] = sample
-        core.submit(
-            sample.request_id,
-            prefix.tolist(),
-            request.params,
-            sample_id=request.sample_id,
-            seed=seed,
-            response_tokens=len(sample.tokens),
-            transfer=transfer,
-        )
-        if blocks is not None:
-            core.arrive(sample.request_id, blocks)
-
-    def _blocks(self, sample: VllmSample, cache: bytes) -> vllm_cache.Blocks | None:
-        """What a sample came with, where it is of use here."""
-        header = vllm_cache.header_of(self._core.caches(), sample.prefix[:-1], self._version)
-        blocks = vllm_cache.parse(cache, header)
-        if isinstance(blocks, vllm_cache.Blocks):
-            return blocks
-        sample_id = sample.request.sample_id
-        log.warning("sample %d: its cache is computed again: %s", sample_id, blocks)
-        return None
 
     def step(self) -> list[Output]:
         """One step of vLLM: every sample whose prefix is computed gains a token (or several, with
@@ -200,7 +160,7 @@ class VllmEngine:
         return [self._absorb(grown) for grown in list(self._core.step())]
 
     def _absorb(self, grown: "Grown") -> Output:
-        sample = self._by_request[grown.request_id]
+        sample = self._requests.sample(grown.request_id)
         tokens, logprobs = grown.tokens, grown.logprobs
         sample_id = sample.request.sample_id
         right = True
@@ -222,9 +182,11 @@ class VllmEngine:
         if reason:
             del self._samples[sample_id]
         if reason or grown.finished or not right:
-            blocks = self._withdraw(sample, running=not grown.finished)
-            if not reason:
-                self._submit(sample, self._pack(sample, *blocks))
+            if reason:
+                self._requests.withdraw(sample, running=not grown.finished)
+            else:
+                cache = self._requests.take_out(sample, running=not grown.finished)
+                self._requests.submit(sample, cache)
         return Output(sample_id, tuple(tokens), tuple(logprobs), bool(reason), reason)
 
     def _check_finite(self, sample: VllmSample, logprob: float) -> None:
@@ -249,32 +211,12 @@ class VllmEngine:
         self._counts.exact_s += time.perf_counter() - start_s
         return decided
 
-    def _withdraw(self, sample: VllmSample, *, running: bool) -> tuple[list[int], int]:
-        """The request that vLLM runs for a sample is over; the sample may go on. Returns its
-        blocks and the tokens computed into them."""
-        blocks = self._core.forget(sample.request_id, running=running)
-        self._by_request.pop(sample.request_id)
-        if self._core.draws is not None:
-            self._core.draws.forget(sample.request.sample_id)
-        return blocks
-
-    def _pack(self, sample: VllmSample, block_ids: list[int], computed: int) -> bytes:
-        """Its blocks as bytes: those that it came with where no step has used them yet; empty
-        where vLLM has not computed all of its prefix."""
-        prefix = sample.prefix[:-1]
-        if computed < len(prefix) or self._core.connector is None:
-            return sample.cache
-        caches = self._core.caches()
-        block_ids = block_ids[: -(-len(prefix) // self._core.block_tokens)]
-        header = vllm_cache.header_of(caches, prefix, self._version)
-        return vllm_cache.serialise(caches, block_ids, header)
-
     def abort(self, sample_ids: Sequence[int]) -> None:
         """Forget samples; unknown ids are ignored."""
         for sample_id in sample_ids:
             sample = self._samples.pop(sample_id, None)
             if sample is not None:
-                self._withdraw(sample, running=True)
+                self._requests.withdraw(sample, running=True)
 
     def export(self, sample_ids: Sequence[int], *, with_cache: bool) -> list[Running]:
         """Remove running samples and return them, in the order given. `Running.logprobs` are
@@ -282,12 +224,16 @@ class VllmEngine:
         wanted = [i for i in dict.fromkeys(sample_ids) if i in self._samples]
         leaving = [self._samples.pop(i) for i in wanted]
         if self._core.nixl and with_cache:
-            caches = self._hand_over(leaving)
+            # What other samples gain meanwhile is returned by the next `step`.
+            caches = self._requests.hand_over(
+                leaving, lambda grown: self._early.append(self._absorb(grown))
+            )
+        elif with_cache:
+            caches = [self._requests.take_out(sample, running=True) for sample in leaving]
         else:
-            caches = []
+            caches = [b""] * len(leaving)
             for sample in leaving:
-                blocks = self._withdraw(sample, running=True)
-                caches.append(self._pack(sample, *blocks) if with_cache else b"")
+                self._requests.withdraw(sample, running=True)
         return [
             Running(
                 replace(sample.request, response=np.array(sample.tokens, dtype=np.int32)),
@@ -296,40 +242,6 @@ class VllmEngine:
             )
             for sample, cache in zip(leaving, caches, strict=True)
         ]
-
-    def _hand_over(self, leaving: Sequence[VllmSample]) -> list[bytes]:
-        """NIXL lets another instance read the blocks of a request that ends by itself: each
-        sample is submitted once more, for one token that is dropped (its blocks are in the prefix
-        cache). What other samples gain meanwhile is returned by the next `step`."""
-        core = self._core
-        waiting: dict[str, VllmSample] = {}
-        transfers: dict[int, bytes] = {}
-        for sample in leaving:
-            core.forget(sample.request_id, running=True)
-            self._by_request.pop(sample.request_id)
-            self._submitted += 1
-            sample.request_id = str(self._submitted)
-            waiting[sample.request_id] = sample
-            core.submit(
-                sample.request_id,
-                sample.prefix.tolist(),
-                sample.request.params,
-                sample_id=sample.request.sample_id,
-                seed=sample.request.seed,
-                response_tokens=len(sample.tokens),
-                transfer=HAND_OVER,
-            )
-        while waiting:
-            for grown in list(core.step()):
-                done = waiting.pop(grown.request_id, None)
-                if done is None:
-                    self._early.append(self._absorb(grown))
-                    continue
-                self._by_request[grown.request_id] = done
-                self._withdraw(done, running=not grown.finished)
-                packed = vllm_cache.pack_transfer(grown.transfer, self._version)
-                transfers[done.request.sample_id] = packed
-        return [transfers[sample.request.sample_id] for sample in leaving]
 
     # --- weights and memory ----------------------------------------------------------------
 
@@ -350,7 +262,7 @@ class VllmEngine:
         self._core.reload((name, p.detach()) for name, p in self._model.named_hf_parameters())
         self._core.drop_prefixes()
         self._broken = ""
-        self._version = version
+        self._version = self._requests.version = version
         self._probe()
         if asleep:
             self.sleep()

@@ -20,6 +20,36 @@ HAND_OVER: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": Fals
 """What a request says to leave its blocks for another instance to read (NIXL)."""
 
 
+def of_layers(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Layer name -> paged cache [blocks, ...], of the layers that have one."""
+    caches = {name: getattr(layer, "kv_cache", None) for name, layer in layers.items()}
+    return {name: cache for name, cache in caches.items() if isinstance(cache, torch.Tensor)}
+
+
+class Freed:
+    """Caches whose memory may be given back to the system (a CPU's: vLLM's own sleep does nothing
+    there): the tensors stay, their storages are emptied."""
+
+    def __init__(self) -> None:
+        self._storages: list[tuple[torch.UntypedStorage, int]] = []
+
+    def free(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """Layers may share a storage."""
+        storages = [cache.untyped_storage() for cache in caches.values()]
+        for storage in {storage.data_ptr(): storage for storage in storages}.values():
+            self._storages.append((storage, storage.nbytes()))
+            storage.resize_(0)
+
+    def restore(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """As large as before, and zero: what is masked out is still multiplied, and must be
+        finite."""
+        for storage, num_bytes in self._storages:
+            storage.resize_(num_bytes)
+        self._storages.clear()
+        for cache in caches.values():
+            cache.zero_()
+
+
 class BlocksHeader(msgspec.Struct, frozen=True, array_like=True):
     """What serialised blocks were computed with; they are of use only where all of it agrees."""
 

@@ -5,13 +5,10 @@ connector below are how its V1 model runner draws our tokens and how key-value b
 out. Call `vllm_setup.prepare` before importing this module. Written against vLLM 0.32.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import math
 import os
-import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
 from rlhfuse.config import VllmConfig
-from rlhfuse.engines import base, vllm_cache
+from rlhfuse.engines import base, vllm_cache, vllm_setup
 from rlhfuse.engines.kv_cache import CacheShape
 from rlhfuse.engines.vllm_sampling import KeyedDraws
 from rlhfuse.models.stage import ModelConfig
@@ -124,7 +121,7 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return False, None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        layers = _attention_caches(forward_context.no_compile_layers)
+        layers = vllm_cache.of_layers(forward_context.no_compile_layers)
         for blocks, first, block_ids in self._get_connector_metadata().loads:
             blocks.write(list(layers.values()), block_ids, first=first)
 
@@ -138,12 +135,6 @@ class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         pass
-
-
-def _attention_caches(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Layer name -> paged cache [blocks, ...], of the layers that have one."""
-    caches = {name: getattr(layer, "kv_cache", None) for name, layer in layers.items()}
-    return {name: cache for name, cache in caches.items() if isinstance(cache, torch.Tensor)}
 
 
 class Grown(NamedTuple):
@@ -196,7 +187,7 @@ class VllmCore:
             max_num_batched_tokens=options.max_num_batched_tokens or None,
             block_size=self.block_tokens,
             kv_cache_memory_bytes=blocks * self.block_tokens * token_bytes,
-            enforce_eager=_is_on(options.enforce_eager, on_cpu),
+            enforce_eager=vllm_setup.is_on(options.enforce_eager, on_cpu),
             enable_sleep_mode=not on_cpu,
             distributed_executor_backend="uni",
             disable_log_stats=True,
@@ -205,12 +196,14 @@ class VllmCore:
             kv_transfer_config=_kv_transfer(options, speculative, on_cpu),
         )
         second_runner = arguments.create_engine_config().use_v2_model_runner
-        keyed = _is_on(options.position_keyed, True) and not speculative and not second_runner
+        keyed = (
+            vllm_setup.is_on(options.position_keyed, True) and not speculative and not second_runner
+        )
         if keyed:
             arguments = dataclasses.replace(
                 arguments, logits_processors=[KeyedProcessor], async_scheduling=False
             )
-        with _hidden("llvmlite.binding.ffi"):
+        with vllm_setup.hidden("llvmlite.binding.ffi"):
             self._engine = LLMEngine.from_engine_args(arguments)
         self._worker = self._engine.engine_core.engine_core.model_executor.driver_worker.worker
         self._tied = bool(config.tie_word_embeddings)
@@ -221,7 +214,7 @@ class VllmCore:
         self.connector = connector if isinstance(connector, MigrationConnector) else None
         self.nixl = options.kv_transfer == "nixl"
         self._names: dict[str, str] = {}  # our request id -> vLLM's own
-        self._freed: list[tuple[torch.UntypedStorage, int]] = []
+        self._freed = vllm_cache.Freed()
 
     def _find_draws(self) -> KeyedDraws:
         batch = self._worker.model_runner.input_batch
@@ -304,7 +297,7 @@ class VllmCore:
     def caches(self) -> dict[str, torch.Tensor]:
         """Layer name -> paged cache [blocks, ...]."""
         context = self._engine.vllm_config.compilation_config.static_forward_context
-        return _attention_caches(context)
+        return vllm_cache.of_layers(context)
 
     def arrive(self, request_id: str, blocks: vllm_cache.Blocks) -> None:
         """The request that was just submitted comes with its cache."""
@@ -333,41 +326,22 @@ class VllmCore:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
     def sleep(self) -> None:
-        """Give back the cache. On a CPU vLLM's own sleep does nothing: its tensors are emptied."""
+        """Give back the cache. On a CPU vLLM's own sleep does nothing: it is emptied."""
         if not self.on_cpu:
             self._engine.sleep(level=1)
             return
-        storages = [cache.untyped_storage() for cache in self.caches().values()]
-        for storage in {storage.data_ptr(): storage for storage in storages}.values():
-            self._freed.append((storage, storage.nbytes()))
-            storage.resize_(0)
+        self._freed.free(self.caches())
 
     def wake(self) -> None:
         """Take the cache again."""
         if not self.on_cpu:
             self._engine.wake_up()
             return
-        for storage, num_bytes in self._freed:
-            storage.resize_(num_bytes)
-        self._freed.clear()
-        for cache in self.caches().values():
-            cache.zero_()  # what is masked out is still multiplied, and must be finite
+        self._freed.restore(self.caches())
 
     def close(self) -> None:
         """End the engine, and every other of this process with it (vLLM's groups are global)."""
         self._engine.engine_core.shutdown()
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """vLLM 0.32 looks through all modules for kernels to replace, and stumbles over an object of
-    llvmlite's (numba's) that claims to have every attribute."""
-    found = sys.modules.pop(module, None)
-    try:
-        yield
-    finally:
-        if found is not None:
-            sys.modules[module] = found
 
 
 def _register(config: ModelConfig) -> None:
@@ -379,13 +353,9 @@ def _register(config: ModelConfig) -> None:
     ModelRegistry.register_model(name, getattr(module, name))
 
 
-def _is_on(switch: str, automatic: bool) -> bool:
-    return automatic if switch == "auto" else switch == "on"
-
-
 def _kv_transfer(options: VllmConfig, speculative: bool, on_cpu: bool) -> KVTransferConfig | None:
     if options.kv_transfer == "nixl":
-        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(_free_port()))
+        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(vllm_setup.free_port()))
         os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
         return KVTransferConfig(
             kv_connector="NixlConnector",
@@ -399,9 +369,3 @@ def _kv_transfer(options: VllmConfig, speculative: bool, on_cpu: bool) -> KVTran
         kv_connector_module_path=__name__,
         kv_role="kv_both",
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

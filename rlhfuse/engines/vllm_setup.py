@@ -1,10 +1,14 @@
 """Is vLLM there, is it a version that was tried, and what must be set before it is imported."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import socket
+import sys
 import warnings
+from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
@@ -63,3 +67,27 @@ def prepare() -> str:
 def reachable_at(address: str) -> None:
     """Where other instances read this one's blocks (NIXL); the user's own choice stands."""
     os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", address)
+
+
+def is_on(switch: str, automatic: bool) -> bool:
+    """A switch of `VllmConfig`, decided."""
+    return automatic if switch == "auto" else switch == "on"
+
+
+def free_port() -> int:
+    """One of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """vLLM 0.32 looks through all modules for kernels to replace, and stumbles over an object of
+    llvmlite's (numba's) that claims to have every attribute."""
+    found = sys.modules.pop(module, None)
+    try:
+        yield
+    finally:
+        if found is not None:
+            sys.modules[module] = found

@@ -1,4 +1,5 @@
-"""Two Ray nodes: the way to a cluster. Workers are spread, keys are used, results are the same."""
+"""Two Ray nodes: the way to a cluster. Workers are spread, keys are used, and fused steps are the
+serial ones of a single node, bit for bit."""
 
 from pathlib import Path
 
@@ -12,17 +13,19 @@ from rlhfuse.config import Config
 from rlhfuse.fleet import Fleet
 from rlhfuse.resolve import resolve
 from rlhfuse.session import open_session
-from rlhfuse.trainer import StepResult, Trainer
+from rlhfuse.trainer import Fusions, StepResult, Trainer
 from tests.end_to_end.tiny_run import make_assets, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 replace = msgspec.structs.replace
 
 
-def _steps(config: Config) -> tuple[list[StepResult], set[str], list[psutil.Process]]:
+def _steps(
+    config: Config, *, fused: bool
+) -> tuple[list[StepResult], set[str], list[psutil.Process]]:
     """Two steps, the nodes that workers were on, and the workers."""
     with open_session(resolve(config), resume=False) as session:
-        trainer = Trainer(session)
+        trainer = Trainer(session, Fusions(inter_stage=fused, intra_stage=fused))
         trainer.sync_weights()
         results = [trainer.step(), trainer.step()]
         processes = [psutil.Process(pid) for pid in session.fleet.pids.values()]
@@ -36,13 +39,15 @@ def _nodes(fleet: Fleet) -> set[str]:
 def test_two_nodes_train_to_the_same_bits(tmp_path: Path) -> None:
     make_assets(tmp_path)
     config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2)
-    alone, one, _ = _steps(config)
+    alone, one, _ = _steps(config, fused=False)
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         cluster.add_node(num_cpus=2)
         placement = replace(config.placement, ray_address=cluster.address)
         trainer = replace(config.trainer, experiment_name="two-nodes")
-        together, two, workers = _steps(replace(config, placement=placement, trainer=trainer))
+        together, two, workers = _steps(
+            replace(config, placement=placement, trainer=trainer), fused=True
+        )
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
     assert (len(one), len(two)) == (1, 2)
