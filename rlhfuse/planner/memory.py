@@ -23,6 +23,7 @@ _TRAINING_BYTES = GIB * 3 // 8
 _CONTEXTS_BYTES = GIB
 CONTROLLER_BYTES = GIB  # of a CPU's memory: the controller, Ray, and what workers are forked from
 _VLLM_BLOCK_TOKENS = 32
+FROZEN_ROLES = ("reference", "reward")
 _ANY_ORDER_BYTES = 8  # a gradient's sum over groups that are trained one by one, in any order
 _PARTS = ("weights", "gradients", "optimizer", "keys and values", "scoring", "training", "programs")
 
@@ -82,6 +83,13 @@ def sleeps(config: Config, *, cuda: bool) -> bool:
     return cuda if config.rollout.sleep == "auto" else config.rollout.sleep == "on"
 
 
+def swaps_frozen(config: Config, *, cuda: bool) -> bool:
+    """Whether frozen scorers (reference, reward model) stay in the host's memory and are on a
+    device only while it scores. Where groups are trained one by one it scores and trains by
+    turns, and keeps them."""
+    return cuda and sleeps(config, cuda=cuda) and not trains_groups(config)
+
+
 def _device(
     config: Config,
     workload: Workload,
@@ -112,16 +120,19 @@ def _device(
             found, numbers = _forward_only(config, workload, placed, stage)
             weights, training = weights + found * size, training + numbers * size
     keys_and_values = workload.models["actor"].cache_values()
+    resident, frozen = _resident(config, workload)
+    if not swaps_frozen(config, cuda=cuda):
+        resident, frozen = resident + frozen, 0
     return DeviceMemory(
         held={
-            "weights": weights + size * sum(_resident(config, workload)),
+            "weights": weights + size * resident,
             "gradients": gradients,
             "optimizer": optimizer,
             "programs": _programs(config, cuda),
         },
         turns={
             "keys and values": int(cache_tokens(config) * keys_and_values * size),
-            "scoring": int(_scoring(config, workload) * size),
+            "scoring": int((_scoring(config, workload) + frozen) * size),
             "training": int(training),
         },
         sleeps=sleeps(config, cuda=cuda),
@@ -155,14 +166,19 @@ def cache_tokens(config: Config) -> int:
     return tokens
 
 
-def _resident(config: Config, workload: Workload) -> list[int]:
-    """Parameters of the whole models in a rollout worker: the scorers', and vLLM's own actor."""
-    shapes = {role: shape for role, shape in workload.models.items() if role != "actor"}
-    actor = workload.models["actor"].num_parameters()
-    found = [actor] * (2 if config.rollout.engine == "vllm" else 1)
-    for role, shape in shapes.items():
-        found.append(shape.num_parameters(scalar_head=role in ("critic", "reward")))
-    return found
+def _resident(config: Config, workload: Workload) -> tuple[int, int]:
+    """Parameters of the whole models in a rollout worker (the scorers', and vLLM's own actor):
+    those that are updated, and frozen ones."""
+    updated = workload.models["actor"].num_parameters()
+    updated *= 2 if config.rollout.engine == "vllm" else 1
+    frozen = 0
+    for role, shape in workload.models.items():
+        count = shape.num_parameters(scalar_head=role in ("critic", "reward"))
+        if role in FROZEN_ROLES:
+            frozen += count
+        elif role != "actor":
+            updated += count
+    return updated, frozen
 
 
 def _programs(config: Config, cuda: bool) -> int:

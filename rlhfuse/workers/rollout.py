@@ -18,11 +18,13 @@ from rlhfuse.engines import vllm_setup
 from rlhfuse.engines.base import Output, Request, SamplingParams
 from rlhfuse.payloads import ROLLOUT, Departed, FloatArray, PayloadStore, fetch_departed
 from rlhfuse.placement import WorkerSpec
+from rlhfuse.planner.memory import FROZEN_ROLES, swaps_frozen
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Inbox
 from rlhfuse.workers.burst import Newcomer, StepMeter
 from rlhfuse.workers.common import device_of, dtype_of, give_back, run_guarded
+from rlhfuse.workers.frozen import FrozenModels
 from rlhfuse.workers.models import load_models, make_engine
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,10 @@ class RolloutWorker:
         self._device = device_of(spec.config.placement, spec.seat.local_index)
         dtype = dtype_of(spec.config.placement, self._device)
         self._models = load_models(spec.config, self._device, dtype)
+        swapped = swaps_frozen(spec.config, cuda=self._device.type == "cuda")
+        roles = FROZEN_ROLES if swapped else ()
+        frozen = {role: model for role, model in self._models.items() if role in roles}
+        self._frozen = FrozenModels(frozen, self._device)
         vllm_setup.reachable_at(spec.seat.node.address)
         self._engine = make_engine(spec.config, self._models["actor"])
         self._store = PayloadStore()
@@ -102,6 +108,7 @@ class RolloutWorker:
             case m.PullWeights():
                 self._pull_weights(command)
             case m.Sleep():
+                self._frozen.leave()
                 self._engine.sleep()
                 self._asleep = True
                 give_back(self._device)
@@ -132,6 +139,7 @@ class RolloutWorker:
 
     def _wake(self) -> None:
         if self._asleep:
+            self._frozen.leave()
             give_back(self._device)  # of scoring
             self._engine.wake()
             self._asleep = False
@@ -212,6 +220,8 @@ class RolloutWorker:
 
     def _score(self, command: m.Score) -> None:
         start_s = time.monotonic()
+        self._frozen.come_in()
+        self._frozen.await_arrival(command.role)
         samples = [
             scoring.Tokens(
                 np.frombuffer(s.prompt, dtype=np.int32), np.frombuffer(s.response, dtype=np.int32)

@@ -104,7 +104,11 @@ def test_parts_follow_the_placement(config: Config) -> None:
     assert replicas[0].held["gradients"] == one[0].held["gradients"]
     assert 2 * replicas[0].held["optimizer"] == pytest.approx(one[0].held["optimizer"], abs=2)
     narrow = _plan(config, cuda=True)[0]
-    assert narrow.held["weights"] * 2 == split[0].held["weights"]
+    # On GPUs, where instances sleep, frozen scorers are there only while they score.
+    frozen = 2 * narrow.turns["scoring"] - split[0].turns["scoring"]
+    assert 0 < frozen == split[0].held["weights"] - 2 * narrow.held["weights"]
+    awake = _plan(replace(config, rollout=replace(config.rollout, sleep="off")), cuda=True)[0]
+    assert awake.held["weights"] * 2 == split[0].held["weights"]
     assert narrow.held["optimizer"] * 8 == split[0].held["optimizer"] * 12  # float32 masters
     lora = replace(config, actor=replace(config.actor, lora_rank=2))
     assert _plan(lora)[0].held["optimizer"] < split[0].held["optimizer"]
