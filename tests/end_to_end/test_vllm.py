@@ -41,9 +41,10 @@ FAULTS = [
     Fault(2, m.PullWeights, "rollout", delay_s=0.002),  # of step 1, by the one that is left
     Fault(2, m.Export, "rollout", victim="other"),  # migration: the destination
     Fault(2, m.Score, "rollout", delay_s=0.01),
-    # One dies in generation; the other takes over, and hangs.
-    Fault(3, m.Generate, "rollout-1", delay_s=0.15),
-    Fault(3, m.Generate, "rollout-0", signal.SIGSTOP, delay_s=0.4),
+    # One dies in generation, before samples move; the other is given what it had, and hangs.
+    Fault(3, m.Generate, "rollout-1", delay_s=0.04),
+    Fault(3, m.Generate, "rollout-0", signal.SIGCONT),  # harmless: the first of its commands
+    Fault(3, m.Generate, "rollout-0", signal.SIGSTOP, delay_s=0.02),
     Fault(3, m.Train, "training-1", delay_s=0.01),
 ]
 

@@ -1,12 +1,16 @@
-"""What is said of the vLLM that is installed, before it is imported."""
+"""What is said and made of the vLLM that is installed, before it is imported."""
 
 import importlib.metadata
 import importlib.util
 import logging
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from rlhfuse.engines import vllm_setup
+from rlhfuse.resolve import resolve
+from tests.end_to_end.tiny_run import make_assets, tiny_config
 
 
 def test_an_untested_version_is_announced(
@@ -28,3 +32,20 @@ def test_without_vllm_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"rollout\.engine: vllm is not installed.*choose torch"):
         vllm_setup.prepare()
+
+
+@pytest.mark.parametrize(("installed", "engine"), [(True, "vllm"), (False, "torch")])
+def test_auto_takes_vllm_where_it_is_installed(
+    installed: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_assets(tmp_path)
+    config = tiny_config(tmp_path, tmp_path, num_devices=2)
+    auto = msgspec.structs.replace(config.rollout, engine="auto")
+    usual = importlib.util.find_spec
+
+    def find_spec(name: str) -> object:
+        return installed or None if name == "vllm" else usual(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    run = resolve(msgspec.structs.replace(config, rollout=auto))
+    assert run.config.rollout.engine == engine
