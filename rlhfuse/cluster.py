@@ -6,6 +6,7 @@ start all control goes over ZMQ; Ray is asked only whether a worker still lives.
 
 import contextlib
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -266,18 +267,20 @@ class _Node:
 def _preloaded(encoded_spec: bytes) -> list[str]:
     """Modules that a worker like this one needs."""
     config = msgspec.msgpack.decode(encoded_spec, type=WorkerSpec).config
-    modules = ["rlhfuse.workers.rollout", "rlhfuse.workers.training"]
+    modules = ["collector_off", "rollout", "training"]
     # vLLM looks at the devices when it is imported; with a GPU each process does so itself, as its
     # driver does not like to be forked.
     if config.rollout.engine == "vllm" and shutil.which("nvidia-smi") is None:
-        modules.append("rlhfuse.workers.with_vllm")
-    return modules
+        modules.append("with_vllm")
+    return [f"rlhfuse.workers.{module}" for module in modules]
 
 
 def live(encoded_spec: bytes) -> None:
     """A worker process from start to end."""
     from rlhfuse.workers import rollout, training
 
+    gc.freeze()
+    gc.enable()
     _die_with_parent()
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     spec = msgspec.msgpack.decode(encoded_spec, type=WorkerSpec)
