@@ -13,11 +13,13 @@ import contextlib
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.profiler_truth import FORWARD_S, disturbed, make
 from bench.record import Row, print_table, spread, write_result
@@ -30,6 +32,10 @@ from rlhfuse.profiler.summary import ProfileSummary
 from rlhfuse.profiler.trace import Loaded, Trace
 from rlhfuse.timeline import Timeline
 
+if TYPE_CHECKING:
+    from rlhfuse.session import Session
+
+Shares = dict[str, float]  # of device time, by cause
 DATA = Path(__file__).parents[1] / "tests/profiler/data"
 
 
@@ -256,18 +262,18 @@ def label(labels: int) -> list[Row]:
 
 
 def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
-    """The fused step predicted from a serial one, beside the fused step that was then measured."""
+    """The fused step predicted from a serial one, beside the fused step that was then measured;
+    then where the device time of both went."""
     import msgspec
 
-    from bench.processor_time import used
     from bench.ranks import say
     from rlhfuse.config_file import load
     from rlhfuse.resolve import resolve
-    from rlhfuse.run_what_if import simulated_what_if
     from rlhfuse.session import open_session
-    from rlhfuse.trainer import Fusions, Trainer
+    from rlhfuse.trainer import Trainer
 
     rows: list[Row] = []
+    causes: list[tuple[Shares, Shares]] = []
     config = load(config_file)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -278,30 +284,55 @@ def fused(config_file: str, steps: int, repeats: int) -> list[Row]:
         session = stack.enter_context(open_session(run, resume=False))
         start = Trainer(session).save()
         for _ in range(repeats):
-            found: list[Row] = []
-            for on in (False, True):
-                session.load(start)
-                trainer = Trainer(session, Fusions(inter_stage=on, intra_stage=on))
-                trainer.sync_weights()
-                # The first steps teach the cost model; the last one is measured.
-                for _ in range(steps - 1):
-                    trainer.step()
-                before = used()
-                last = trainer.step()
-                row: Row = {
-                    "step_s": last.metrics["timing_s/step"],
-                    "others_share": used().others_share(before),
-                }
-                trace = open_trace([session.folder.timeline(last.step)])
-                if not on:
-                    predicted, told = simulated_what_if(session.folder.path, last.step)
-                    say(told)
-                    ranges = _ranges(explain(trace, trace.steps[-1])[1])
-                    row = {**row, **ranges, "predicted_s": predicted.makespan_s}
-                found.append(row)
-            rows.append(_predicted(*found))
+            serial, serial_causes = _last_step(session, start, steps, fused=False)
+            measured, fused_causes = _last_step(session, start, steps, fused=True)
+            rows.append(_predicted(serial, measured))
+            causes.append((serial_causes, fused_causes))
             say(str(rows[-1]))
-    return rows
+    return [*rows, *_by_cause(causes)]
+
+
+def _last_step(session: "Session", start: Path, steps: int, *, fused: bool) -> tuple[Row, Shares]:
+    """What the last of `steps` steps took, and the share of device time of each cause; the first
+    ones teach the cost model."""
+    from bench.processor_time import used
+    from bench.ranks import say
+    from rlhfuse.run_what_if import simulated_what_if
+    from rlhfuse.trainer import Fusions, Trainer
+
+    session.load(start)
+    trainer = Trainer(session, Fusions(inter_stage=fused, intra_stage=fused))
+    trainer.sync_weights()
+    for _ in range(steps - 1):
+        trainer.step()
+    before = used()
+    last = trainer.step()
+    row: Row = {
+        "step_s": last.metrics["timing_s/step"],
+        "others_share": used().others_share(before),
+    }
+    trace = open_trace([session.folder.timeline(last.step)])
+    summary = explain(trace, trace.steps[-1])[1]
+    if not fused:
+        predicted, told = simulated_what_if(session.folder.path, last.step)
+        say(told)
+        row = {**row, **_ranges(summary), "predicted_s": predicted.makespan_s}
+    total_s = sum(summary.causes.values())
+    return row, {cause: seconds / total_s for cause, seconds in summary.causes.items()}
+
+
+def _by_cause(repeats: list[tuple[Shares, Shares]]) -> list[Row]:
+    """Medians of the shares, largest in the serial step first."""
+
+    def median(which: int, cause: str) -> float:
+        return statistics.median(pair[which].get(cause, 0.0) for pair in repeats)
+
+    names = {cause for pair in repeats for shares in pair for cause in shares}
+    rows: list[Row] = [
+        {"cause": name, "serial_share": median(0, name), "fused_share": median(1, name)}
+        for name in sorted(names, key=lambda name: -median(0, name))
+    ]
+    return [row for row in rows if row["serial_share"] or row["fused_share"]]
 
 
 def _ranges(serial: ProfileSummary) -> Row:

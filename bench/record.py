@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 
 from bench.results_page import RESULTS, write_page
@@ -36,13 +37,13 @@ def write_result(name: str, rows: Sequence[Row]) -> Path:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Rows with the same keys, as a table."""
-    keys = list(rows[0])
-    cells = [[_cell(row[key]) for key in keys] for row in rows]
-    widths = [max(len(key), *(len(c[i]) for c in cells)) for i, key in enumerate(keys)]
-    print("  ".join(key.rjust(w) for key, w in zip(keys, widths, strict=True)))
-    for line in cells:
-        print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
+    """A table of each run of rows with the same keys."""
+    for keys, alike in groupby(rows, key=list):
+        cells = [[_cell(row[key]) for key in keys] for row in alike]
+        widths = [max(len(key), *(len(c[i]) for c in cells)) for i, key in enumerate(keys)]
+        print("  ".join(key.rjust(w) for key, w in zip(keys, widths, strict=True)))
+        for line in cells:
+            print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
