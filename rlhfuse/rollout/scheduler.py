@@ -112,9 +112,9 @@ class RolloutScheduler:
         """What the iteration still waits for, for people."""
         parts = [f"{len(self._queue)} samples queued"] if self._queue else []
         parts += self._fleet.outstanding()
-        for role, waiting in self._board.pending.items():
-            if waiting:
-                parts.append(f"{role} scores of {shown(waiting)} not given out")
+        scores = [f"{len(ids)} {role}" for role, ids in self._board.pending.items() if ids]
+        if scores:  # by number: they wait for what comes first
+            parts.append(f"scores not given out yet: {', '.join(scores)}")
         if self._rewards.asked:
             parts.append(f"rewards of {shown(self._rewards.asked)}")
         if self._groups.pending:

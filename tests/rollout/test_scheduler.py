@@ -333,6 +333,10 @@ def test_waiting_for_names_samples_and_places() -> None:
     world.tell(ev.Started(0.0, world.samples))
     text = world.scheduler.waiting_for()
     assert text == "instance 0: 1 generating (samples 2); instance 1: 2 generating (samples 0, 1)"
+    world.tell(ev.Progress(0.1, 1, ((1, 7),)))
+    world.tell(ev.Finished(0.1, 1, 0, 9))  # its instance is not free to score it
+    text = world.scheduler.waiting_for()
+    assert text.endswith("; scores not given out yet: 1 critic, 1 reference, 1 reward")
 
 
 def test_mistakes_are_named() -> None:
