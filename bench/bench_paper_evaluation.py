@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -110,6 +111,9 @@ def found_for(actor: str, critic: str, limit: int, variant: Variant) -> Evaluate
 
 class _NothingBefore(RolloutScheduler):
     """The paper's system, as we read it: until the tail moves, nothing is scored."""
+
+    def quiet(self) -> tuple[int, float]:
+        return 0, inf
 
     def _advance(self, out: list[Command]) -> None:
         threshold = self.policy.paper_threshold * len(self._samples)

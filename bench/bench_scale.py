@@ -12,6 +12,7 @@ import resource
 import statistics
 import time
 from dataclasses import replace
+from math import inf
 
 from bench.record import Row, print_table, write_result
 from bench.rollout_settings import Setting, settings
@@ -56,6 +57,10 @@ class TimedScheduler(RolloutScheduler):
     """Notes how long each event took, and how many samples were generating."""
 
     taken: list[tuple[int, float]]
+
+    def quiet(self) -> tuple[int, float]:
+        """Every event by itself, as a live loop tells them."""
+        return 0, inf
 
     def handle(self, event: ev.Event) -> list[ev.Command]:
         start_s = time.perf_counter()

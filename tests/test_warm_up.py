@@ -7,6 +7,7 @@ import pytest
 
 from rlhfuse.kernels import compiled_rows, compiled_scans
 from rlhfuse.kernels.warm_up import warm_up as warm_up_kernels
+from rlhfuse.rollout import engine_model, running
 from rlhfuse.rollout.forecast import end_s
 from rlhfuse.schedules.local import anneal
 from rlhfuse.schedules.search import climbs
@@ -21,9 +22,12 @@ class _Compiled(Protocol):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "entry",
-    [end_s, climbs, anneal, compiled_rows._gradient_rows, compiled_scans._scale],
-    ids=["forecast", "climbs", "anneal", "rows", "scans"],
-)
+    [
+        end_s, running.remove, engine_model.lose, climbs, anneal,
+        compiled_rows._gradient_rows, compiled_scans._scale,
+    ],
+    ids=["forecast", "fleet", "engines", "climbs", "anneal", "rows", "scans"],
+)  # fmt: skip
 def test_everything_is_compiled_at_set_up(entry: object) -> None:
     warm_up()
     warm_up_kernels()

@@ -35,6 +35,18 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     response_tokens: int
 
 
+class Completed(msgspec.Struct, frozen=True, gc=False):
+    """What many `Finished`, one after the other, say at once: `times`, `instances`, `sample_ids`
+    and `response_tokens`, in order. Only the last may have commands follow from it
+    (`RolloutScheduler.quiet`); `now_s` is its time. A simulator's shorthand."""
+
+    now_s: float
+    times: list[float]
+    instances: list[int]
+    sample_ids: list[int]
+    response_tokens: list[int]
+
+
 class Left(msgspec.Struct, frozen=True, gc=False):
     """An exported sample has left its source `instance` and can be added elsewhere."""
 
@@ -125,6 +137,7 @@ Event = (
     Started
     | Progress
     | Finished
+    | Completed
     | Left
     | Scored
     | Rewarded

@@ -4,40 +4,35 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout import running as columns
 from rlhfuse.rollout.policy import Policy
 from rlhfuse.rollout.ready import Ready
-from rlhfuse.rollout.running import Running
+from rlhfuse.rollout.running import Bools, Floats, Ints, Running
 from rlhfuse.sample import Sample, SampleState
-
-LEAST_STEPS = 16  # a stretch is measured once it is so long
-LEARNED_STEPS = 64  # after so many, half of what was believed before counts
 
 
 @dataclass(slots=True)
 class Worker:
-    """`running` maps sample ids to the tokens that they were expected to get when they came,
-    `inbound` to the tokens reserved for them (to the response limit); `calls` are (role, sample
-    ids, predicted seconds), oldest first. `steps`: engine steps done, since any moment;
-    `slowness`: seconds of a step over what was predicted."""
+    """`record`: of `running.WORKER`, what changes with every sample. `calls` are (role, sample ids,
+    predicted seconds), oldest first."""
 
-    alive: bool = True
+    record: np.void
     can_score: bool = True
     asleep: bool = False
-    running: dict[int, float] = field(default_factory=dict)
-    inbound: dict[int, int] = field(default_factory=dict)
     calls: deque[tuple[str, tuple[int, ...], float]] = field(default_factory=deque)
     last_role: str = ""
-    load: int = 0  # tokens reserved
-    expected: float = 0.0  # tokens that its samples will still get, as expected when they came
-    steps: float = 0.0
-    heard_s: float = 0.0  # `steps` are of this moment
-    unsure: set[int] = field(default_factory=set)  # samples that came while others were stepped
-    held: float = 0.0  # prompt tokens less offsets, summed over its samples
-    slowness: float = 1.0
-    watched_s: float = -1.0  # since when nothing but steps happened there; -1: not watched
-    watched_steps: float = 0.0
-    watched_due_s: float = 0.0  # what the steps since then should have taken
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.record["alive"])
+
+    @property
+    def slowness(self) -> float:
+        """Seconds of a step over what was predicted."""
+        return float(self.record["slowness"])
 
     @property
     def busy_s(self) -> float:
@@ -46,145 +41,144 @@ class Worker:
             return 0.0
         return sum(seconds for _, _, seconds in self.calls) - 0.5 * self.calls[0][2]
 
-    def look_away(self) -> None:
-        """Something else than steps happens there: begin to watch again at the next progress."""
-        self.watched_s, self.watched_steps = -1.0, self.steps
-
     @property
     def free(self) -> bool:
-        return self.alive and self.can_score and not self.running and not self.inbound
+        record = self.record
+        idle = not record["num"] and not record["inbound"]
+        return bool(idle and record["alive"] and self.can_score)
 
 
 class Fleet:
-    """All workers. A sample that moves is on its source's `running` and in `inbound` of its
-    destination until it has left."""
+    """All workers. A sample that moves runs at its source, and its tokens (to the response limit)
+    are reserved at its destination, until it has left."""
 
     def __init__(self, instances: int, policy: Policy, cost: CostModel) -> None:
-        self.workers = [Worker() for _ in range(instances)]
-        self.rows = Running()
+        self._records = columns.no_workers(instances)
+        self.workers = [Worker(record) for record in self._records]
         self.num_alive = instances
-        self._policy = policy
-        self._table = cost.step_table(policy.max_running).tolist()
-        self._top = policy.max_running
+        self._policy, self._cost = policy, cost
         self._limit = policy.max_response_tokens
-        self._context_s = cost.decode_context_s
-        self._destination: dict[int, int] = {}
         self.ready = Ready(self.workers, policy.block, policy.score_ahead)
+        self.begin(())
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """A new iteration: nothing runs, and these samples will."""
+        assert not self._records["num"].any(), "samples of the iteration before still run"
+        self.number = {sample.id: k for k, sample in enumerate(samples)}
+        self._ids = np.array([s.id for s in samples], dtype=np.int64)
+        self._groups = np.array([s.group for s in samples], dtype=np.int64)
+        distinct, self._group_number = np.unique(self._groups, return_inverse=True)
+        self.num_groups = len(distinct)
+        table = self._cost.step_table(self._policy.max_running)
+        self.running: Running = columns.nothing_running(
+            self._records, samples, table, self._cost.decode_context_s, self._limit
+        )
 
     @property
     def num_inbound(self) -> int:
-        return len(self._destination)
+        return int(self.running.size[1])
 
-    def has_room(self, instance: int, sample: Sample) -> bool:
-        """Whether the sample fits to its very end, whatever its length."""
-        worker, policy = self.workers[instance], self._policy
-        if len(worker.running) + len(worker.inbound) >= policy.max_running:
-            return False
-        if not policy.cache_tokens or not worker.load:
-            return True
-        return worker.load + self.reserve(sample) <= policy.cache_tokens
+    @property
+    def expected_tokens(self) -> float:
+        """That running samples were expected to get when they came."""
+        return float(self._records["expected"].sum())
 
-    def reserve(self, sample: Sample) -> int:
-        return sample.prompt_tokens + self._limit
-
-    def step_s(self, worker: Worker) -> float:
-        """What a step of the worker's samples should take."""
-        batch = len(worker.running)
-        base: float = self._table[batch] if batch <= self._top else self._table[-1]
-        if self._context_s:
-            base += self._context_s * (worker.held + worker.steps * batch)  # tokens held
-        return base
-
-    def steps_at(self, worker: Worker, now_s: float) -> float:
-        """Steps that the worker has probably done by now."""
-        if not worker.running or now_s <= worker.heard_s:
-            return worker.steps
-        return worker.steps + (now_s - worker.heard_s) / (worker.slowness * self.step_s(worker))
-
-    def place(self, sample: Sample, expected: float, now_s: float) -> None:
-        """The sample runs on `sample.instance`; `expected`: tokens that it will still get."""
-        assert sample.instance is not None
-        worker = self.workers[sample.instance]
-        steps = self.steps_at(worker, now_s)
-        if not worker.running:
-            worker.heard_s = now_s
-        elif steps > worker.steps:
-            worker.unsure.add(sample.id)
-        offset = steps - sample.response_tokens
-        worker.running[sample.id] = expected
-        worker.load += sample.prompt_tokens + self._limit
-        worker.expected += expected
-        worker.look_away()
-        worker.held += sample.prompt_tokens - offset
-        self.rows.add(sample, sample.instance, offset)
-        self.ready.note(sample.instance)
+    def group_number(self, sample: Sample) -> int:
+        """The sample's group, counted from 0 on."""
+        return int(self._group_number[self.number[sample.id]])
 
     def send(self, sample: Sample, destination: int) -> None:
         """The sample has been told to leave for `destination`."""
-        assert sample.instance is not None
-        self.workers[sample.instance].look_away()  # its batch is another from now on
-        worker = self.workers[destination]
-        worker.inbound[sample.id] = self.reserve(sample)
-        worker.load += worker.inbound[sample.id]
-        self._destination[sample.id] = destination
+        columns.send(self.running, self.number[sample.id], destination)
         self.ready.note(destination)
 
-    def remove(self, sample: Sample) -> int | None:
-        """Forget where the sample runs and is going to; returns where it was going."""
-        if sample.instance is not None and sample.state is not SampleState.QUEUED:
-            worker = self.workers[sample.instance]
-            expected = worker.running.pop(sample.id, None)
-            if expected is not None:
-                worker.held -= sample.prompt_tokens - self.rows.remove(sample.id)
-                worker.expected -= expected
-                worker.load -= sample.prompt_tokens + self._limit
-                if worker.unsure:
-                    worker.unsure.discard(sample.id)
-                if sample.state is SampleState.MOVING or not worker.running:
-                    worker.look_away()
-                if not worker.running:
-                    worker.expected = worker.held = 0.0
-                    self.ready.note(sample.instance)
-        if not self._destination:
-            return None
-        destination = self._destination.pop(sample.id, None)
-        if destination is not None:
-            worker = self.workers[destination]
-            worker.load -= worker.inbound.pop(sample.id)
-            self.ready.note(destination)
-        return destination
+    def destination(self, sample: Sample) -> int:
+        """Where a MOVING sample goes."""
+        return int(self.running.to[self.number[sample.id]])
+
+    def arrive(self, sample: Sample, expected: float, now_s: float) -> None:
+        """The sample, which was MOVING, runs at its destination; `expected`: tokens to come."""
+        number, tokens = self.number[sample.id], sample.response_tokens
+        emptied, _ = columns.arrive(self.running, number, tokens, float(expected), float(now_s))
+        if emptied >= 0:
+            self.ready.note(emptied)
+
+    def remove(self, sample: Sample) -> None:
+        """Forget where the sample runs and is going to."""
+        number = self.number[sample.id]
+        if self.running.place[number] < 0:
+            return
+        for instance in columns.remove(self.running, number):
+            if instance >= 0:
+                self.ready.note(instance)
 
     def reached(self, instance: int, sample_id: int, tokens: int, now_s: float) -> None:
         """The sample is seen to have `tokens`: so many steps has its engine done."""
-        row = self.rows.place.get(sample_id)
-        if row is None or self.rows.homes[row] != instance:
-            return
-        worker = self.workers[instance]
-        steps = tokens + self.rows.offsets[row]
-        if sample_id in worker.unsure or steps < worker.steps:
-            # It came while others were stepped, or stood still: they say where the engine is.
-            worker.unsure.discard(sample_id)
-            offset = self.steps_at(worker, now_s) - tokens
-            worker.held -= offset - self.rows.offsets[row]
-            self.rows.offsets[row] = offset
-            return
-        if steps > worker.steps:
-            worker.watched_due_s += (steps - worker.steps) * self.step_s(worker)
-            worker.steps = steps
-            if worker.watched_s < 0.0 or steps >= worker.watched_steps + LEAST_STEPS:
-                _watch(worker, now_s)
-        worker.heard_s = now_s
+        columns.reached(self.running, self.number[sample_id], instance, tokens, float(now_s))
+
+    def finished(
+        self,
+        sample_ids: Sequence[int],
+        instances: Sequence[int],
+        tokens: Sequence[int],
+        times: Sequence[float],
+    ) -> None:
+        """These samples are complete where they run, one after the other: as `reached` and
+        `remove` of each."""
+        emptied = np.empty(len(sample_ids), dtype=np.int64)
+        count = columns.finished(
+            self.running,
+            np.array([self.number[s] for s in sample_ids], dtype=np.int64),
+            np.array(instances, dtype=np.int64),
+            np.array(tokens, dtype=np.int64),
+            np.array(times, dtype=np.float64),
+            emptied,
+        )
+        for instance in emptied[:count].tolist():
+            self.ready.note(instance)
+
+    def columns(self) -> tuple[Ints, Ints, Ints, Floats, Floats]:
+        """Of the running samples: ids, groups, homes, prompt tokens, offsets; each [n]."""
+        rows = self.running.rows[: self.running.size[0]]
+        numbers = rows["number"]
+        prompts = self.running.prompts[numbers].astype(np.float64)
+        home, offset = rows["home"].copy(), rows["offset"].copy()
+        return self._ids[numbers], self._groups[numbers], home, prompts, offset
+
+    def steps(self, now_s: float) -> Floats:
+        """Steps that each worker has probably done by now. [i]"""
+        return np.asarray(columns.all_steps(self.running, float(now_s)))
+
+    def slowness(self) -> Floats:
+        """Of each worker. [i]"""
+        return np.array(self._records["slowness"])
+
+    @property
+    def alive(self) -> Bools:
+        """Each worker. [i]"""
+        return np.asarray(self._records["alive"] > 0)
 
     def lose(self, instance: int) -> list[int]:
         """The worker is gone; returns the samples that ran there. Samples on their way to it go
         on at their source until they leave."""
         worker = self.workers[instance]
-        worker.alive = False
+        worker.record["alive"] = 0
         worker.calls.clear()
         worker.last_role = ""
         self.num_alive -= 1
         self.ready.note(instance)
-        return list(worker.running)
+        return self.samples_of(instance)
+
+    def coming_to(self, instance: int) -> list[int]:
+        """The samples that were told to go there."""
+        coming: list[int] = self._ids[self.running.to == instance].tolist()
+        return coming
+
+    def samples_of(self, instance: int) -> list[int]:
+        """The samples that run there."""
+        rows = self.running.rows[: self.running.size[0]]
+        mine: list[int] = np.sort(self._ids[rows["number"][rows["home"] == instance]]).tolist()
+        return mine
 
     def lose_scorer(self, instance: int) -> None:
         worker = self.workers[instance]
@@ -197,9 +191,9 @@ class Fleet:
         worker = self.workers[instance]
         worker.can_score = True
         if not worker.alive:
-            worker.alive, worker.asleep = True, False
-            worker.slowness = 1.0
-            worker.look_away()
+            worker.record["alive"], worker.record["slowness"] = 1, 1.0
+            worker.asleep = False
+            columns.look_away(self.running, instance)
             self.num_alive += 1
         self.ready.note(instance)
 
@@ -231,7 +225,7 @@ class Fleet:
                 parts.append(f"instance {i} lost")
             elif not worker.can_score:
                 parts.append(f"scorer {i} lost")
-            for word, ids in (("generating", worker.running), ("coming in", worker.inbound)):
+            for word, ids in (("generating", self.samples_of(i)), ("coming in", self.coming_to(i))):
                 if ids:
                     parts.append(f"instance {i}: {len(ids)} {word} ({shown(ids)})")
             parts += [f"worker {i}: {role} scores of {shown(ids)}" for role, ids, _ in worker.calls]
@@ -239,41 +233,30 @@ class Fleet:
 
     def validate(self, samples: Mapping[int, Sample]) -> None:
         """Assert that workers and samples tell the same story."""
-        placed = {(s, i) for i, w in enumerate(self.workers) for s in w.running}
         told = {
             (s.id, s.instance)
             for s in samples.values()
             if s.state in (SampleState.RUNNING, SampleState.MOVING)
         }
+        ids, _, homes, _, _ = self.columns()
+        placed = set(zip(ids.tolist(), homes.tolist(), strict=True))
         assert placed == told, f"{sorted(placed ^ told, key=str)}"
-        ids, _, homes, _, _ = self.rows.columns()
-        assert set(zip(ids.tolist(), homes.tolist(), strict=True)) == told, "rows and samples"
         moving = {s.id for s in samples.values() if s.state is SampleState.MOVING}
-        assert moving == set(self._destination), "moving samples and their destinations"
+        going = set(self._ids[self.running.to >= 0].tolist())
+        assert moving == going, "moving samples and their destinations"
+        assert self.num_inbound == len(going)
         assert self.num_alive == sum(w.alive for w in self.workers)
         for i, worker in enumerate(self.workers):
-            reserved = sum(self.reserve(samples[s]) for s in worker.running)
-            assert worker.load == reserved + sum(worker.inbound.values())
-            assert worker.alive or not (worker.running or worker.calls), f"worker {i} is lost"
-            room = len(worker.running) + len(worker.inbound)
+            mine, coming, record = self.samples_of(i), self.coming_to(i), worker.record
+            reserved = sum(samples[s].prompt_tokens + self._limit for s in mine + coming)
+            assert record["load"] == reserved
+            assert (record["num"], record["inbound"]) == (len(mine), len(coming))
+            assert worker.alive or not (mine or worker.calls), f"worker {i} is lost"
+            room = len(mine) + len(coming)
             assert room <= self._policy.max_running, f"worker {i} is overfull"
             if self._policy.cache_tokens and room > 1:
-                assert worker.load <= self._policy.cache_tokens, f"worker {i}: cache overfull"
+                assert record["load"] <= self._policy.cache_tokens, f"worker {i}: cache overfull"
         self.ready.validate()
-
-
-def _watch(worker: Worker, now_s: float) -> None:
-    """Learn how slow the worker is, from stretches of pure stepping of some length."""
-    done = worker.steps - worker.watched_steps
-    if worker.watched_s < 0.0 and done <= 0.0:
-        return  # not yet at it
-    if worker.watched_s >= 0.0:
-        if done < LEAST_STEPS or worker.watched_due_s <= 0.0:
-            return
-        ratio = (now_s - worker.watched_s) / worker.watched_due_s
-        weight = done / (done + LEARNED_STEPS)
-        worker.slowness += weight * (min(max(ratio, 0.5), 8.0) - worker.slowness)
-    worker.watched_s, worker.watched_steps, worker.watched_due_s = now_s, worker.steps, 0.0
 
 
 def shown(ids: Collection[int]) -> str:

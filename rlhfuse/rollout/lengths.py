@@ -42,6 +42,7 @@ class LengthModel:
         self._hinted = (0.0, 0.0)  # sums of hints and of what came of them
         self._finished: dict[int, list[float]] = {}  # group -> scaled lengths of its members
         self._siblings = True  # whether any group may have more than one member
+        self._alone = False  # nothing but its length is known of any sample
         self._shape = inf
         self.mean = self._mean()  # of the lengths seen before this iteration
 
@@ -57,6 +58,8 @@ class LengthModel:
         self._present_raw.clear()
         self._finished.clear()
         self._siblings = len({sample.group for sample in samples}) < len(samples) or not samples
+        told = self._siblings or any(s.source or s.length_hint > 0 for s in samples)
+        self._alone = not told
         self.mean = self._mean()
         self._scale = self._scales(samples)
 
@@ -76,6 +79,15 @@ class LengthModel:
                 self._hinted = (hints + sample.length_hint, actual + response_tokens)
         self._present.append(scaled)
         self._present_raw.append(response_tokens)
+
+    def observe_all(self, response_tokens: Sequence[int], samples: Sequence[Sample]) -> None:
+        """`observe` of each, in order."""
+        if self._alone:
+            self._present.extend(map(float, response_tokens))
+            self._present_raw.extend(response_tokens)
+            return
+        for tokens, sample in zip(response_tokens, samples, strict=True):
+            self.observe(tokens, sample)
 
     @property
     def history(self) -> tuple[int, ...]:

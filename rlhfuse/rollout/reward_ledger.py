@@ -1,6 +1,6 @@
 """Which finished samples wait for the reward function, and how often it was asked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from rlhfuse.sample import Sample, SampleState
@@ -15,8 +15,8 @@ class RewardLedger:
     wanted: dict[int, int] = field(default_factory=dict)  # sample -> times asked before
     asked: dict[int, int] = field(default_factory=dict)
 
-    def want(self, sample_id: int) -> None:
-        self.wanted[sample_id] = 0
+    def want(self, sample_ids: Iterable[int]) -> None:
+        self.wanted.update(dict.fromkeys(sample_ids, 0))
 
     def ask(self) -> tuple[int, ...]:
         """All that is wanted is asked for."""

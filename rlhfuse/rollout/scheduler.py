@@ -9,7 +9,8 @@ What is computed never depends on what is decided here: only when and where.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout import events as ev
@@ -70,6 +71,7 @@ class RolloutScheduler:
 
     def _begin(self, samples: Sequence[Sample]) -> None:
         self._samples = {sample.id: sample for sample in samples}
+        self._fleet.begin(samples)
         assert len(self._samples) == len(samples), "sample ids repeat"
         self._queue: deque[int] = deque()
         self._board = ScoreBoard(self.roles, self.cost, self._spared)
@@ -108,6 +110,17 @@ class RolloutScheduler:
         """Samples whose response is not complete."""
         return self._num_generating
 
+    def quiet(self) -> tuple[int, float]:
+        """(how many, until when): so many RUNNING samples may be complete before that moment, none
+        of them the last of its instance, and no command follows."""
+        if self._queue or (self._groups.members and not self.roles):
+            return 0, inf
+        if not self._fused:
+            return self._num_generating - 1, inf
+        if self._function_reward or (self._fleet.ready.place and (self.roles or self._train)):
+            return 0, inf
+        return self._tail_watch.quiet(self._now_s, self._num_generating)
+
     def waiting_for(self) -> str:
         """What the iteration still waits for, for people."""
         parts = [f"{len(self._queue)} samples queued"] if self._queue else []
@@ -129,6 +142,8 @@ class RolloutScheduler:
         self._now_s = event.now_s
         out: list[ev.Command] = []
         match event:
+            case ev.Completed():
+                self._completed(event, out)
             case ev.Finished():
                 self._finished(event, out)
             case ev.Scored():
@@ -192,39 +207,55 @@ class RolloutScheduler:
         if sample is None or not _is_on(event.instance, sample):
             return
         sample.response_tokens = event.response_tokens
-        self._fleet.reached(event.instance, sample.id, event.response_tokens, self._now_s)
+        self._fleet.reached(event.instance, sample.id, event.response_tokens, event.now_s)
         self._fleet.remove(sample)
         sample.move(S.FINISHED)
-        self._num_generating -= 1
-        self.lengths.observe(event.response_tokens, sample)
-        missing = self._board.add(sample.id, sample.prompt_tokens + event.response_tokens)
+        self._ended([sample], [sample.id], [event.response_tokens], out)
+
+    def _completed(self, event: ev.Completed, out: list[ev.Command]) -> None:
+        ids, tokens = event.sample_ids, event.response_tokens
+        samples = [self._samples[sample_id] for sample_id in ids]
+        for sample, number in zip(samples, tokens, strict=True):
+            sample.response_tokens = number
+            sample.move(S.FINISHED)
+        self._fleet.finished(ids, event.instances, tokens, event.times)
+        self._ended(samples, ids, tokens, out)
+
+    def _ended(
+        self, samples: list[Sample], ids: list[int], tokens: list[int], out: list[ev.Command]
+    ) -> None:
+        """These samples are FINISHED, in this order."""
+        self._num_generating -= len(ids)
+        self.lengths.observe_all(tokens, samples)
+        complete = self._board.add(ids, [sample.total_tokens for sample in samples])
         if self._groups.members:
-            self._groups.finished(sample)
+            for sample in samples:
+                self._groups.finished(sample)
         if self._function_reward:
-            self._rewards.want(sample.id)
-        elif not missing:
-            self._settle(sample.id, out)
+            self._rewards.want(ids)
+        else:
+            self._settle(complete, out)
 
     def _scored(self, event: ev.Scored, out: list[ev.Command]) -> None:
         self._fleet.answered(event.worker, event.role, event.sample_ids)
-        for sample_id in self._board.done(event.worker, event.role, event.sample_ids):
-            self._settle(sample_id, out)
+        self._settle(self._board.done(event.worker, event.role, event.sample_ids), out)
 
     def _rewarded(self, sample_id: int, out: list[ev.Command]) -> None:
         self._rewards.forget(sample_id)
-        self._settle(sample_id, out)
+        if sample_id in self._samples and self._board.complete(sample_id):
+            self._settle((sample_id,), out)
 
-    def _settle(self, sample_id: int, out: list[ev.Command]) -> None:
-        """FINISHED -> SCORED when nothing is outstanding."""
-        sample = self._samples.get(sample_id)
-        if sample is None or sample.state is not S.FINISHED:
-            return
-        waits = self._function_reward and self._rewards.outstanding(sample_id)
-        if not waits and self._board.complete(sample_id):
-            sample.move(S.SCORED)
-            self._num_open -= 1
-            if self._groups.members:
-                self._close(sample, out)
+    def _settle(self, sample_ids: Iterable[int], out: list[ev.Command]) -> None:
+        """FINISHED -> SCORED, of samples that have all scores, when their rewards are there."""
+        samples, grouped = self._samples, bool(self._groups.members)
+        for sample_id in sample_ids:
+            sample = samples[sample_id]
+            waits = self._function_reward and self._rewards.outstanding(sample_id)
+            if sample.state is S.FINISHED and not waits:
+                sample.move(S.SCORED)
+                self._num_open -= 1
+                if grouped:
+                    self._close(sample, out)
 
     def _close(self, sample: Sample, out: list[ev.Command]) -> None:
         if not self._groups.members:
@@ -252,12 +283,12 @@ class RolloutScheduler:
         if sample is None or sample.state is not S.MOVING or sample.instance != event.instance:
             return
         sample.response_tokens = event.response_tokens
-        destination = self._fleet.remove(sample)
-        assert destination is not None
+        destination = self._fleet.destination(sample)
         if self._fleet.workers[destination].alive:
+            self._fleet.arrive(sample, self.lengths.expected_tokens(sample), self._now_s)
             sample.move(S.RUNNING, destination)
-            self._fleet.place(sample, self.lengths.expected_tokens(sample), self._now_s)
         else:
+            self._fleet.remove(sample)
             self._requeue(sample)
 
     def _requeue(self, sample: Sample) -> None:

@@ -40,16 +40,25 @@ class ScoreBoard:
         rate = self.cost.score_token_s
         return sum(rate[role] * tokens for role, tokens in self.pending_tokens.items())
 
-    def add(self, sample_id: int, tokens: int) -> int:
-        """A finished sample: every role that it needs is pending. Returns how many these are."""
-        self.tokens[sample_id] = tokens
-        roles = self.needed(sample_id) if self.spared else self.roles
-        self.missing[sample_id] = len(roles)
-        for role in roles:
-            self.pending[role].append(sample_id)
-            self.pending_tokens[role] += tokens
-        self.num_pending += len(roles)
-        return len(roles)
+    def add(self, sample_ids: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+        """Finished samples: every role that they need is pending. Returns those that need none."""
+        self.tokens.update(zip(sample_ids, tokens, strict=True))
+        if not self.spared:
+            self.missing.update(dict.fromkeys(sample_ids, len(self.roles)))
+            total = sum(tokens)
+            for role in self.roles:
+                self.pending[role].extend(sample_ids)
+                self.pending_tokens[role] += total
+            self.num_pending += len(self.roles) * len(sample_ids)
+            return () if self.roles else sample_ids
+        for sample_id, number in zip(sample_ids, tokens, strict=True):
+            roles = self.needed(sample_id)
+            self.missing[sample_id] = len(roles)
+            for role in roles:
+                self.pending[role].append(sample_id)
+                self.pending_tokens[role] += number
+            self.num_pending += len(roles)
+        return [sample_id for sample_id in sample_ids if not self.missing[sample_id]]
 
     def needed(self, sample_id: int) -> tuple[str, ...]:
         """The roles that score this sample."""
@@ -71,10 +80,10 @@ class ScoreBoard:
     def take(self, role: str, most_tokens: float) -> tuple[tuple[int, ...], int]:
         """At least one pending sample, latest (so mostly longest) first, and the tokens of all
         that are taken; marks nothing as out."""
-        pending, tokens = self.pending[role], self.tokens
+        pending = self.pending[role]
         total = first = 0
-        for sample_id in reversed(pending):
-            more = total + tokens[sample_id]
+        for tokens in map(self.tokens.__getitem__, reversed(pending)):
+            more = total + tokens
             if first and more > most_tokens:
                 break
             total = more

@@ -45,9 +45,8 @@ class Books:
 def snapshot(books: Books, policy: Policy, now_s: float) -> Tail:
     """All running samples now."""
     fleet, workers = books.fleet, books.fleet.workers
-    ids, groups, home, prompts, offsets = fleet.rows.columns()
-    steps = np.array([fleet.steps_at(worker, now_s) for worker in workers])
-    tokens = np.clip(steps[home] - offsets, 0.0, policy.max_response_tokens - 1.0)
+    ids, groups, home, prompts, offsets = fleet.columns()
+    tokens = np.clip(fleet.steps(now_s)[home] - offsets, 0.0, policy.max_response_tokens - 1.0)
     backlog_s = books.board.pending_s
     group_tokens: dict[int, int] = {}
     if books.groups.train:
@@ -63,10 +62,10 @@ def snapshot(books: Books, policy: Policy, now_s: float) -> Tail:
         tokens=tokens,
         prompts=prompts,
         home=home,
-        alive=np.array([w.alive for w in workers], dtype=np.bool_),
-        scores=np.array([w.alive and w.can_score for w in workers], dtype=np.bool_),
+        alive=fleet.alive,
+        scores=fleet.alive & np.array([w.can_score for w in workers]),
         busy_s=np.array([w.busy_s for w in workers]),
-        slow=np.array([w.slowness for w in workers]),
+        slow=fleet.slowness(),
         loaded=np.array([bool(w.last_role) for w in workers], dtype=np.bool_),
         backlog_s=backlog_s,
         num_samples=books.num_samples,

@@ -1,6 +1,7 @@
 """When to weigh whether the tail should move, by which rule, and the orders that follow."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil, inf
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from rlhfuse.sample import Sample, SampleState
 
 LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
 NOT_BEFORE_S = 0.03  # a weighing costs the controller about a millisecond
+ALMOST = 1.0 - 1e-9  # sums of times are rounded
 LOOK_AGAIN_S = 0.2  # or this much time must pass, or the same part of the time since the start
 
 
@@ -75,6 +77,20 @@ class TailWatch:
         self._next_s = now_s + max(LOOK_AGAIN_S, LOOK_AGAIN * (now_s - self._start_s))
         self._weighed = (num_generating, now_s)
         return True
+
+    def quiet(self, now_s: float, num_generating: int) -> tuple[int, float]:
+        """(how many, until when): `due` says no while no more samples finish before then."""
+        policy, fleet = self._policy, self._books.fleet
+        if policy.migration is Migration.OFF or fleet.num_inbound or fleet.num_alive < 2:
+            return num_generating, inf
+        count, weighed_s = self._weighed
+        if num_generating > count:
+            return 0, inf
+        soon_s = weighed_s + NOT_BEFORE_S if policy.migration is Migration.AUTO else -inf
+        pause_s = max(soon_s, self._moved_s + policy.hysteresis_s) * ALMOST
+        if now_s < pause_s:
+            return num_generating, pause_s
+        return max(0, ceil(num_generating - self._few) - 1), self._next_s
 
     def weigh(self) -> tuple[Tail, Move] | None:
         """The move to make now, for the tail as it is."""

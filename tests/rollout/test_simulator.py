@@ -2,18 +2,22 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 
 import numpy as np
 import pytest
 
 from rlhfuse.cost import CostModel
+from rlhfuse.rollout import dispatch, engine_model, forecast, running
 from rlhfuse.rollout.bounds import lower_bound_s
 from rlhfuse.rollout.clairvoyant import clairvoyant
-from rlhfuse.rollout.forecast import end_s, warm_up
+from rlhfuse.rollout.lengths import LengthModel
 from rlhfuse.rollout.policy import InterStage, Migration, Policy
-from rlhfuse.rollout.simulator import simulate
-from rlhfuse.rollout.world import Loss, Stats
+from rlhfuse.rollout.scheduler import RolloutScheduler
+from rlhfuse.rollout.simulator import samples_of, simulate
+from rlhfuse.rollout.world import Loss, Simulator, Stats
 from rlhfuse.timeline import Kind
+from rlhfuse.warm_up import warm_up
 
 ROLES = ("actor", "critic", "reference", "reward")
 COST = CostModel.default()
@@ -224,10 +228,51 @@ def test_late_moves_overlook_no_training(per_group: int) -> None:
 def test_forecasts_are_compiled_once() -> None:
     """What the warm-up compiled is what decisions call: no second compilation in the live loop."""
     warm_up()
+    modules = (dispatch, engine_model, forecast, running)
+    compiled = [f for m in modules for f in vars(m).values() if hasattr(f, "signatures")]
     for migration in (Migration.AUTO, Migration.PAPER):
         _stats(0, InterStage.ON, migration)
     simulate(
         TRAINED, Policy(block=2), _lengths(0, 64), [16] * 64, 4, ("actor",), train=True,
         history=_lengths(1, 64),
     )  # fmt: skip
-    assert len(end_s.signatures) == 1
+    assert [f.__name__ for f in compiled if len(f.signatures) > 1] == []
+
+
+class _AskedOneByOne(RolloutScheduler):
+    """Of which no simulator may assume that it would not answer."""
+
+    def quiet(self) -> tuple[int, float]:
+        return 0, inf
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("migration", [Migration.AUTO, Migration.PAPER, Migration.OFF, None])
+def test_what_is_told_together_changes_nothing(seed: int, migration: Migration | None) -> None:
+    """To the last bit: every span, every decision."""
+    policy = Policy(
+        inter_stage=InterStage.ON if migration else InterStage.OFF,
+        migration=migration or Migration.OFF,
+        max_response_tokens=384,
+        max_running=64 if seed else 5,  # with a queue, and without
+        block=1 + seed // 2,
+        release_groups=seed == 3,
+    )
+    roles, lengths, groups = (
+        ROLES[: 2 * (seed % 3)],
+        _lengths(seed, 128),
+        [i // 4 for i in range(128)],
+    )
+    ends = []
+    for kind in (RolloutScheduler, _AskedOneByOne):
+        scheduler = kind(
+            4, roles, COST, policy, lengths=LengthModel(384, _lengths(9, 256)),
+            function_reward=seed == 1,
+        )  # fmt: skip
+        world = Simulator(
+            scheduler, COST, lengths, samples_of([16] * 128, groups if seed > 1 else None), 4,
+            slowdown=(1.0, 1.2, 1.0, 1.0), losses=[Loss(0.3, 1, 0.6)] if seed == 2 else (),
+        )  # fmt: skip
+        ends.append(world.run())
+        scheduler.validate()
+    assert ends[0] == ends[1]
