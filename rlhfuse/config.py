@@ -15,6 +15,9 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Switch = Literal["auto", "on", "off"]
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,7 +65,8 @@ class ActorConfig(TrainedModelConfig, frozen=True):
     clip_ratio_high: PositiveFloat | None = None
     clip_ratio_c: float = 3.0  # dual clip for negative advantages; 0: off
     ratio_level: Literal["token", "sequence"] = "token"  # sequence: GSPO's, for a whole response
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    loss_agg_mode: Aggregation = "token-mean"
+    loss_scale_factor: NonNegative = 0  # of seq-mean-token-sum-norm; 0: rollout.response_length
     entropy_coeff: NonNegativeFloat = 0.0
     use_kl_loss: bool = False
     kl_loss_coef: NonNegativeFloat = 0.001
@@ -73,7 +77,8 @@ class CriticConfig(TrainedModelConfig, frozen=True):
     """The value model and its loss. `init_seed` starts a new head where `path` has none."""
 
     cliprange_value: PositiveFloat = 0.5
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    loss_agg_mode: Aggregation = "token-mean"
+    loss_scale_factor: NonNegative = 0  # of seq-mean-token-sum-norm; 0: rollout.response_length
     init_seed: int = 0
 
 

@@ -18,7 +18,9 @@ from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
 from rlhfuse.kernels.policy_loss import PolicyTerms, kl_terms, policy_terms, value_terms
 
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+]
 KlEstimator = Literal["k1", "k2", "k3"]
 RatioLevel = Literal["token", "sequence"]
 
@@ -30,6 +32,8 @@ class PolicyLossSettings:
     `ratio_level`: a token's ratio is its own, or its whole response's: the geometric mean of the
     tokens' ratios, clipped as one, with each token's own gradient (GSPO, arXiv 2507.18071).
     `dual_clip` (> 1) bounds the loss where the advantage is negative; None: off.
+    `fixed_length`: what seq-mean-token-sum-norm divides a response's sum by, whatever its own
+    length (Dr. GRPO, arXiv 2503.20783); the others do not read it.
     `kl_gradient_k2`: the KL loss shows `kl_estimator`'s value but takes k2's gradient, which is
     the KL's own (the gradients of k1 and k3 are not).
     """
@@ -39,6 +43,7 @@ class PolicyLossSettings:
     ratio_level: RatioLevel = "token"
     dual_clip: float | None = 3.0
     aggregation: Aggregation = "token-mean"
+    fixed_length: int = 0
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: KlEstimator = "k3"
@@ -88,23 +93,36 @@ def normalizer(aggregation: Aggregation, *, num_tokens: int, num_samples: int) -
 
 
 def token_coefficients(
-    cu_seqlens: Tensor, aggregation: Aggregation, normalizer: float, num_tokens: int
+    cu_seqlens: Tensor,
+    aggregation: Aggregation,
+    normalizer: float,
+    num_tokens: int,
+    fixed_length: int = 0,
 ) -> Tensor:
-    """Each token's factor in the loss, float32 [T]: 1/tokens, 1/samples or 1/(samples length).
+    """Each token's factor in the loss, float32 [T]: 1/tokens, 1/samples, 1/(samples length) or
+    1/(samples fixed_length).
 
     Each factor is a function of the token's own sample and of the normaliser.
 
     Raises:
-        ValueError: an unknown aggregation.
+        ValueError: an unknown aggregation, or no fixed length where it needs one.
     """
     if aggregation in ("token-mean", "seq-mean-token-sum"):
         return torch.full((num_tokens,), 1.0 / normalizer, device=cu_seqlens.device)
+    if aggregation == "seq-mean-token-sum-norm":
+        if fixed_length < 1:
+            raise ValueError(
+                f"loss_agg_mode {aggregation} divides by a fixed length of at least 1, not "
+                f"{fixed_length} (loss_scale_factor)"
+            )
+        factor = 1.0 / (normalizer * fixed_length)
+        return torch.full((num_tokens,), factor, device=cu_seqlens.device)
     if aggregation == "seq-mean-token-mean":
         per_sample = 1.0 / (lengths(cu_seqlens).clamp_min(1).double() * normalizer)
         return expand(per_sample.float(), cu_seqlens, num_tokens)
     raise ValueError(
-        f"loss_agg_mode {aggregation!r} is unknown: use token-mean, seq-mean-token-sum or "
-        f"seq-mean-token-mean"
+        f"loss_agg_mode {aggregation!r} is unknown: use token-mean, seq-mean-token-sum, "
+        f"seq-mean-token-mean or seq-mean-token-sum-norm"
     )
 
 
@@ -122,7 +140,7 @@ def policy_loss(inputs: PolicyInputs, settings: PolicyLossSettings, *, normalize
     num_tokens = inputs.logprobs.numel()
     check_packed(inputs.cu_seqlens, num_tokens)
     coefficients = token_coefficients(
-        inputs.cu_seqlens, settings.aggregation, normalizer, num_tokens
+        inputs.cu_seqlens, settings.aggregation, normalizer, num_tokens, settings.fixed_length
     )
     terms = _token_terms(inputs, settings)
     count = coefficients.new_full((), float(num_tokens))
@@ -172,7 +190,7 @@ def linear_policy_loss(
         full = replace(inputs, logprobs=out.logprob, entropy=out.entropy)
         return policy_loss(full, settings, normalizer=normalizer)
     coefficients = token_coefficients(
-        inputs.cu_seqlens, settings.aggregation, normalizer, labels.numel()
+        inputs.cu_seqlens, settings.aggregation, normalizer, labels.numel(), settings.fixed_length
     )
 
     def token_loss(rows: slice, logprobs: Tensor, spread: Tensor) -> Tensor:
@@ -208,6 +226,7 @@ def value_loss(
     *,
     clip: float | None,
     aggregation: Aggregation = "token-mean",
+    fixed_length: int = 0,
     normalizer: float,
 ) -> Loss:
     """The critic's loss, 0.5 max((v - R)^2, (clip(v) - R)^2), and its critic/* metrics.
@@ -218,7 +237,7 @@ def value_loss(
     """
     num_tokens = values.numel()
     check_packed(cu_seqlens, num_tokens)
-    coefficients = token_coefficients(cu_seqlens, aggregation, normalizer, num_tokens)
+    coefficients = token_coefficients(cu_seqlens, aggregation, normalizer, num_tokens, fixed_length)
     terms = value_terms(values, old_values, returns, clip=clip)
     count = coefficients.new_full((), float(num_tokens))
     means = {

@@ -60,7 +60,15 @@ def _loggers(value: object) -> object:
 
 KL = _words(kl="k1", k1="k1", mse="k2", k2="k2", low_var_kl="k3", k3="k3")
 LOSS = _words(
-    **{name: name for name in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")}
+    **{
+        name: name
+        for name in (
+            "token-mean",
+            "seq-mean-token-sum",
+            "seq-mean-token-mean",
+            "seq-mean-token-sum-norm",
+        )
+    }
 )
 ESTIMATORS = _words(**{name: name for name in ("gae", "grpo", "rloo", "reinforce_plus_plus")})
 
@@ -95,6 +103,7 @@ RULES: tuple[Rule, ...] = (
     Rule(f"{AR}.actor.clip_ratio_high", "actor.clip_ratio_high", 0.2),
     Rule(f"{AR}.actor.clip_ratio_c", "actor.clip_ratio_c", 3.0),
     Rule(f"{AR}.actor.loss_agg_mode", "actor.loss_agg_mode", "token-mean", LOSS),
+    Rule(f"{AR}.actor.loss_scale_factor", "actor.loss_scale_factor", None, _off_below_zero),
     Rule(f"{AR}.actor.entropy_coeff", "actor.entropy_coeff", 0),
     Rule(f"{AR}.actor.use_kl_loss", "actor.use_kl_loss", False),
     Rule(f"{AR}.actor.kl_loss_coef", "actor.kl_loss_coef", 0.001),
@@ -111,6 +120,12 @@ RULES: tuple[Rule, ...] = (
     Rule("critic.model.enable_gradient_checkpointing", "critic.gradient_checkpointing", True),
     Rule("critic.cliprange_value", "critic.cliprange_value", 0.5),
     Rule("critic.loss_agg_mode", "critic.loss_agg_mode", From(f"{AR}.actor.loss_agg_mode"), LOSS),
+    Rule(
+        "critic.loss_scale_factor",
+        "critic.loss_scale_factor",
+        From(f"{AR}.actor.loss_scale_factor"),
+        _off_below_zero,
+    ),
     Rule("reward.num_workers", "reward.num_workers", 8),
     Rule(
         f"{AR}.rollout.name",
@@ -211,7 +226,6 @@ _SKIPS = ("rollout", "rollout_tq", "async_rollout")
 OFF = (False, None, "", 0, -1)
 CHANGES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     (f"{AR}.actor.policy_loss.loss_mode", ("vanilla", None), "another policy loss"),
-    (f"{AR}.actor.loss_scale_factor", OFF, "a scaled loss"),
     (f"{AR}.actor.shuffle", OFF, "shuffled mini-batches"),
     ("critic.shuffle", OFF, "shuffled mini-batches"),
     (f"{AR}.actor.optim.lr_warmup_steps_ratio", OFF, "warm-up as a share: use lr_warmup_steps"),

@@ -90,6 +90,7 @@ def critic_loss(
 ) -> LossFunction:
     """PPO's value loss; the counts are the whole mini-batch's."""
     aggregation = config.critic.loss_agg_mode
+    fixed_length = config.critic.loss_scale_factor or config.rollout.response_length
     divisor = normalizer(aggregation, num_tokens=num_tokens, num_samples=num_samples)
 
     def loss(batch: MicroBatch, hidden: torch.Tensor) -> Loss:
@@ -100,6 +101,7 @@ def critic_loss(
             batch.cu_seqlens,
             clip=config.critic.cliprange_value,
             aggregation=aggregation,
+            fixed_length=fixed_length,
             normalizer=divisor,
         )
 
@@ -115,6 +117,7 @@ def policy_settings(config: Config) -> PolicyLossSettings:
         ratio_level=actor.ratio_level,
         dual_clip=actor.clip_ratio_c or None,
         aggregation=actor.loss_agg_mode,
+        fixed_length=actor.loss_scale_factor or config.rollout.response_length,
         entropy_coef=actor.entropy_coeff,
         kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
         kl_estimator=actor.kl_loss_type,

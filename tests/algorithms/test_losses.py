@@ -20,10 +20,12 @@ from rlhfuse.algorithms.losses import (
 from rlhfuse.algorithms.mismatch import Correction, Level, importance_weights, mismatch_stats
 from rlhfuse.algorithms.tally import Tally, merge, named
 
-AGGREGATIONS: list[Aggregation] = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+AGGREGATIONS: list[Aggregation] = [
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
+]  # fmt: skip
 ESTIMATORS: list[KlEstimator] = ["k1", "k2", "k3"]
 LENGTHS = [4, 1, 0, 9, 6]
-SETTINGS = PolicyLossSettings(entropy_coef=0.01, kl_coef=0.1, dual_clip=1.5)
+SETTINGS = PolicyLossSettings(entropy_coef=0.01, kl_coef=0.1, dual_clip=1.5, fixed_length=12)
 
 
 def cumulative(lengths: list[int]) -> Tensor:
@@ -117,6 +119,8 @@ def plain_policy_loss(
             own += term * weight - settings.entropy_coef * entropy + settings.kl_coef * kl
         if settings.aggregation == "seq-mean-token-mean":
             own /= max(length, 1)
+        if settings.aggregation == "seq-mean-token-sum-norm":
+            own /= settings.fixed_length
         total += own / (sum(lengths) if settings.aggregation == "token-mean" else len(lengths))
     return total
 
@@ -167,7 +171,10 @@ def value_case(clip: float | None) -> tuple[Loss, Tensor, Tensor, Tensor, Tensor
     rng = torch.Generator().manual_seed(4)
     values, old, returns = torch.randn(3, sum(LENGTHS), generator=rng)
     values.requires_grad_()
-    loss = value_loss(values, old, returns, cumulative(LENGTHS), clip=clip, normalizer=20.0)
+    loss = value_loss(
+        values, old, returns, cumulative(LENGTHS), clip=clip, normalizer=2.0, fixed_length=10,
+        aggregation="seq-mean-token-sum-norm",
+    )  # fmt: skip
     (grad,) = torch.autograd.grad(loss.loss, values)
     return loss, grad, values.detach(), old, returns
 
@@ -210,6 +217,9 @@ def test_missing_inputs_and_bad_settings_are_named() -> None:
         policy_loss(bare, PolicyLossSettings(kl_coef=0.1), normalizer=1.0)
     with pytest.raises(ValueError, match="clip_ratio_c"):
         PolicyLossSettings(dual_clip=0.5)
+    norm = PolicyLossSettings(aggregation="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match="loss_scale_factor"):
+        policy_loss(bare, norm, normalizer=1.0)
     with pytest.raises(ValueError, match="no loss"):
         normalizer("token-mean", num_tokens=0, num_samples=3)
 

@@ -63,6 +63,8 @@ def test_a_usual_run() -> None:
             f"{AR}.actor.optim.lr": 3e-6,
             f"{AR}.actor.kl_loss_type": "low_var_kl",
             f"{AR}.actor.use_kl_loss": True,
+            f"{AR}.actor.loss_agg_mode": "seq-mean-token-sum-norm",
+            f"{AR}.actor.loss_scale_factor": 1024,
             f"{AR}.rollout.name": "vllm",
             f"{AR}.rollout.n": 5,
             f"{AR}.rollout.val_kwargs.do_sample": True,
@@ -80,6 +82,9 @@ def test_a_usual_run() -> None:
     assert imported.todo == ()
     assert (config.actor.path, config.actor.optim.lr, config.rollout.n) == ("models/qwen", 3e-6, 5)
     assert (config.actor.use_kl_loss, config.actor.kl_loss_type) == (True, "k3")
+    for model in (config.actor, config.critic):
+        assert model.loss_agg_mode == "seq-mean-token-sum-norm"
+        assert model.loss_scale_factor == 1024
     assert (config.data.overlong_prompts, config.placement.num_devices) == ("filter", 8)
     assert config.data.validation[0].files == ("a.parquet", "b.parquet")
     assert config.data.validation[0].temperature == 0.6
@@ -97,7 +102,7 @@ def test_a_usual_run() -> None:
     ("key", "value"),
     [
         (f"{AR}.actor.policy_loss.loss_mode", "gspo"),
-        (f"{AR}.actor.loss_agg_mode", "seq-mean-token-sum-norm"),
+        (f"{AR}.actor.loss_agg_mode", "token-sum"),
         (f"{AR}.actor.kl_loss_type", "k3+"),
         (f"{AR}.actor.optim.lr_warmup_steps_ratio", 0.1),
         (f"{AR}.model.lora_rank", 32),
