@@ -4,28 +4,29 @@ Two sweeps over a row forward (its maximum; then exponentials, their sum and fir
 backward, each of what the cache holds; nothing of a row's size is written forward. Exponentials
 are powers of two: the polynomial below has a relative error of 2e-9 before rounding. Sums run
 over blocks of a row in float32 and over its blocks in float64. A row is one thread's from
-beginning to end, so its bits depend neither on the other rows nor on the number of threads.
+beginning to end, and all run the same code, so its bits depend neither on the other rows nor on
+the number of threads.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from threading import Thread
+from collections.abc import Iterator
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rlhfuse.kernels import team
 from rlhfuse.kernels.jit import array, compiled
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _BLOCK = 2048  # logits of a block: 8 KB
-# Elements, some ten milliseconds: for about half of that torch's own threads, which wait by
-# spinning after each of its loops, would contend for the cores with ours.
-_WORTH_A_THREAD = 1 << 24
+_PIECE = 1 << 16  # elements that a thread takes at a time, some 30 microseconds
 _ROOM = 1 << 21  # elements that are widened, or laid end to end, at a time
 
 _LN_2 = math.log(2.0)
@@ -137,6 +138,21 @@ def _fold_rows(
         found[2, at], found[3, at] = top, total
 
 
+def _fold_job(job: Any) -> None:
+    """Rows, step, vocabulary, first row, all rows, with entropies; then where the arrays are."""
+    held = numba.carray(job, 12)
+    num_rows, step, vocab, begin, total = held[1], held[2], held[3], held[4], held[5]
+    logits = numba.carray(team.floats_at(held[7]), (num_rows, vocab))
+    labels = numba.carray(team.integers_at(held[8]), total)
+    factors = numba.carray(team.floats_at(held[9]), total)
+    found = numba.carray(team.floats_at(held[10]), (4, total))
+    first = team.take(job) * step
+    while first < num_rows:
+        last = min(first + step, num_rows)
+        _fold_rows(logits, labels, factors, held[6] != 0, found, begin, first, last)
+        first = team.take(job) * step
+
+
 @compiled("contract")
 def _scale_block(
     block: Floats, top: np.float32, factor: np.float32, level: np.float32, room: Floats
@@ -185,6 +201,27 @@ def _gradient_rows(
         into[label] = own
 
 
+def _gradient_job(job: Any) -> None:
+    """Rows, step, vocabulary, first row, all rows, bent; then where the arrays are."""
+    held = numba.carray(job, 12)
+    num_rows, step, vocab, begin, total = held[1], held[2], held[3], held[4], held[5]
+    logits = numba.carray(team.floats_at(held[7]), (num_rows, vocab))
+    labels = numba.carray(team.integers_at(held[8]), total)
+    numbers = numba.carray(team.floats_at(held[9]), (6, total))
+    out = numba.carray(team.floats_at(held[10]), (num_rows, vocab))
+    first = team.take(job) * step
+    while first < num_rows:
+        last = min(first + step, num_rows)
+        _gradient_rows(logits, labels, numbers, held[6] != 0, out, begin, first, last)
+        first = team.take(job) * step
+
+
+@functools.cache
+def _entries() -> tuple[Any, Any]:
+    """Compiled, or loaded from the cache on disk."""
+    return team.entry(_fold_job), team.entry(_gradient_job)
+
+
 def fold(
     logits: Tensor, labels: Tensor, factors: Tensor, numbers: Tensor, *, entropy: bool
 ) -> None:
@@ -198,13 +235,9 @@ def fold(
         ValueError: a label outside the vocabulary.
     """
     _check_labels(labels, logits.shape[1])
-    own, scales, found = array(labels), array(factors), array(numbers)
+    own, scales, found = array(labels.long()), array(factors.float()), array(numbers)
     for begin, block in _blocks(logits):
-
-        def run(first: int, last: int, begin: int = begin, block: Floats = block) -> None:
-            _fold_rows(block, own, scales, entropy, found, begin, first, last)
-
-        _share(run, *block.shape)
+        _share(_entries()[0], begin, block, entropy, (own, scales, found))
 
 
 def gradient(
@@ -218,7 +251,7 @@ def gradient(
             above, over the temperature.
     """
     bends = by_logprob if by_entropy is None else by_entropy
-    bent, own = by_entropy is not None, array(labels)
+    bent, own = by_entropy is not None, array(labels.long())
     numbers = torch.stack([factors, entropy, shift, total, by_logprob, bends])
     if by_entropy is None:
         numbers[5] = 0.0
@@ -227,13 +260,7 @@ def gradient(
     for begin, block in _blocks(logits):
         rows = out[begin : begin + len(block)]
         room = array(rows) if straight else np.empty_like(block)
-
-        def run(
-            first: int, last: int, begin: int = begin, block: Floats = block, room: Floats = room
-        ) -> None:
-            _gradient_rows(block, own, given, bent, room, begin, first, last)
-
-        _share(run, *block.shape)
+        _share(_entries()[1], begin, block, bent, (own, given, room))
         if not straight:
             rows.copy_(torch.from_numpy(room))
 
@@ -261,14 +288,11 @@ def _blocks(logits: Tensor) -> Iterator[tuple[int, Floats]]:
         yield begin, array(logits[begin : begin + step].float())
 
 
-def _share(run: Callable[[int, int], None], num_rows: int, vocab: int) -> None:
-    """Run all rows, on as many threads as torch uses: own ones, which do not spin as they wait."""
-    parts = min(torch.get_num_threads(), num_rows, max(1, num_rows * vocab // _WORTH_A_THREAD))
-    bounds = [num_rows * part // parts for part in range(parts + 1)]
-    mine, *others = pairwise(bounds)
-    threads = [Thread(target=run, args=own) for own in others]
-    for thread in threads:
-        thread.start()
-    run(*mine)
-    for thread in threads:
-        thread.join()
+def _share(
+    entry: Any, begin: int, block: Floats, more: bool, arrays: tuple[npt.NDArray[Any], ...]
+) -> None:
+    """Run all rows of a block, the first of which is row `begin` of the labels."""
+    num_rows, vocab = block.shape
+    places = (part.ctypes.data for part in (block, *arrays))
+    numbers = (vocab, begin, arrays[0].shape[0], int(more), *places)
+    team.run(entry, num_rows, num_rows * vocab // _PIECE, numbers)

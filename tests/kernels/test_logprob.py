@@ -106,7 +106,7 @@ def test_the_largest_error_is_about_one_rounding(
 def test_a_row_does_not_depend_on_its_place_or_on_how_many_threads_there_are(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled_rows, "_WORTH_A_THREAD", 5000)
+    monkeypatch.setattr(compiled_rows, "_PIECE", 5000)
     monkeypatch.setattr(rows, "COMPILED_VOCAB", 0 if compiled else 1 << 30)
     rng = torch.Generator().manual_seed(7)
     before = torch.get_num_threads()
