@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -140,12 +139,12 @@ def _fold_rows(
 
 def _fold_job(job: Any) -> None:
     """Rows, step, vocabulary, first row, all rows, with entropies; then where the arrays are."""
-    held = numba.carray(job, 12)
+    held = team.carray(job, 12)
     num_rows, step, vocab, begin, total = held[1], held[2], held[3], held[4], held[5]
-    logits = numba.carray(team.floats_at(held[7]), (num_rows, vocab))
-    labels = numba.carray(team.integers_at(held[8]), total)
-    factors = numba.carray(team.floats_at(held[9]), total)
-    found = numba.carray(team.floats_at(held[10]), (4, total))
+    logits = team.carray(team.floats_at(held[7]), (num_rows, vocab))
+    labels = team.carray(team.integers_at(held[8]), total)
+    factors = team.carray(team.floats_at(held[9]), total)
+    found = team.carray(team.floats_at(held[10]), (4, total))
     first = team.take(job) * step
     while first < num_rows:
         last = min(first + step, num_rows)
@@ -203,12 +202,12 @@ def _gradient_rows(
 
 def _gradient_job(job: Any) -> None:
     """Rows, step, vocabulary, first row, all rows, bent; then where the arrays are."""
-    held = numba.carray(job, 12)
+    held = team.carray(job, 12)
     num_rows, step, vocab, begin, total = held[1], held[2], held[3], held[4], held[5]
-    logits = numba.carray(team.floats_at(held[7]), (num_rows, vocab))
-    labels = numba.carray(team.integers_at(held[8]), total)
-    numbers = numba.carray(team.floats_at(held[9]), (6, total))
-    out = numba.carray(team.floats_at(held[10]), (num_rows, vocab))
+    logits = team.carray(team.floats_at(held[7]), (num_rows, vocab))
+    labels = team.carray(team.integers_at(held[8]), total)
+    numbers = team.carray(team.floats_at(held[9]), (6, total))
+    out = team.carray(team.floats_at(held[10]), (num_rows, vocab))
     first = team.take(job) * step
     while first < num_rows:
         last = min(first + step, num_rows)

@@ -25,18 +25,6 @@ Place 0 counts what has been taken."""
 Body = Callable[[Any], None]
 
 
-@intrinsic
-def floats_at(typing_context: Any, address: Any) -> Any:
-    """The float32 numbers at an address, as a pointer for `numba.carray`."""
-    return _pointer_to(numba.types.float32)
-
-
-@intrinsic
-def integers_at(typing_context: Any, address: Any) -> Any:
-    """The int64 numbers at an address, as a pointer for `numba.carray`."""
-    return _pointer_to(numba.types.int64)
-
-
 def _pointer_to(kind: Any) -> Any:
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -45,14 +33,30 @@ def _pointer_to(kind: Any) -> Any:
 
 
 @intrinsic
-def take(typing_context: Any, job: Any) -> Any:
-    """Adds 1 to place 0 of a job, whoever else does so now, and returns what was there."""
+def _floats_at(typing_context: Any, address: Any) -> Any:
+    return _pointer_to(numba.types.float32)
 
+
+@intrinsic
+def _integers_at(typing_context: Any, address: Any) -> Any:
+    return _pointer_to(numba.types.int64)
+
+
+@intrinsic
+def _take(typing_context: Any, job: Any) -> Any:
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one = context.get_constant(numba.types.int64, 1)
         return builder.atomic_rmw("add", arguments[0], one, "monotonic")
 
     return numba.types.int64(numba.types.CPointer(numba.types.int64)), make
+
+
+# In compiled code: the numbers at an address, as a pointer for `carray`; arrays of such; and what
+# adds 1 to place 0 of a job, whoever else does so now, and returns what was there.
+floats_at: Any = _floats_at
+integers_at: Any = _integers_at
+carray: Any = numba.carray  # type: ignore[attr-defined]
+take: Any = _take
 
 
 def entry(body: Body) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ from rlhfuse.kernels.whiten import (
 )
 
 SHORT = ("test_schema", "test_faketensor")  # the others trace graphs, which a test here does too
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Deterministic mode: torch fills every fresh tensor with NaN: unwritten results are seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -68,6 +77,20 @@ def test_gae_equals_the_recurrence(
     assert (
         relative(returns, reference.discounted_returns(rewards.double(), cu_seqlens, gamma)) < 1e-6
     )
+
+
+def test_many_sequences_and_numbers_that_are_narrow_and_lie_apart() -> None:
+    rewards, values, cu_seqlens = batch([1] * 70_000, seed=3)
+    found = gae(rewards, values, cu_seqlens, gamma=0.9, lam=0.9)
+    assert torch.equal(found.advantages, (rewards.double() - values.double()).float())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rewards, values, cu_seqlens = batch([2 * 40, 0, 2 * 90, 2], seed=4)
+        narrow, other = rewards.to(dtype)[::2], values.to(dtype)[::2]
+        found = gae(narrow, other, cu_seqlens // 2, gamma=0.97, lam=0.9)
+        truth = reference.gae(narrow.double(), other.double(), cu_seqlens // 2, gamma=0.97, lam=0.9)
+        assert found.advantages.dtype == torch.float32
+        assert relative(found.advantages, truth.advantages) < 1e-6
+        assert relative(found.returns, truth.returns) < 1e-6
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [64], [1, 0, 300, 65], [5000]])

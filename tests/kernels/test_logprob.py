@@ -1,5 +1,7 @@
 """Both log-probability functions against float64, and the company law: bit-identical results."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +21,13 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.fixture(autouse=True)
-def chunks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some hundred tokens are several chunks."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deterministic mode: torch fills every fresh tensor with NaN, so that unwritten results are
+    seen. And some hundred tokens are several chunks."""
     monkeypatch.setattr(linear_module, "_MAX_ROWS", 512)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make_logits(num_tokens: int, vocab: int, kind: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -76,10 +82,10 @@ def test_token_logprob_equals_float64(
     assert found.entropy is not None
     (found.logprob * grads[0] + found.entropy * grads[1]).sum().backward()
     assert relative(found.logprob, truth.logprob.detach()) < 1e-6
-    assert relative(found.entropy, truth.entropy.detach()) < 2e-6 or vocab == 1
+    assert relative(found.entropy, truth.entropy.detach()) < 1e-6 or vocab == 1
     assert narrow.grad is not None
     assert wide.grad is not None
-    assert relative(narrow.grad[keep], wide.grad[keep]) < 5e-6 or vocab == 1
+    assert relative(narrow.grad[keep], wide.grad[keep]) < 2e-6 or vocab == 1
     assert not narrow.grad[~keep].any()
     alone = token_logprob(logits, labels, temperature=temperature)
     assert alone.entropy is None
@@ -248,37 +254,79 @@ def test_a_tokens_result_does_not_depend_on_its_company(
     assert torch.equal(few.entropy, everyone.entropy[chosen])
 
 
+LINEAR_CASES = [
+    (0, 48, 1031, "plain", torch.float32),
+    (1, 48, 1, "plain", torch.float32),
+    (15, 48, 1031, "ignored", torch.float32),
+    (700, 48, 1031, "per token", torch.float32),
+    (257, 24, 2048, "negative", torch.float32),
+    (530, 16, 127, "masked", torch.float32),
+    (9, 8, 262_144, "last", torch.float32),
+    (66_000, 8, 5, "plain", torch.float32),
+    (90, 64, 3001, "per token", torch.bfloat16),
+    (90, 64, 3001, "masked", torch.float16),
+]
+
+
+def linear_case(
+    num_tokens: int, hidden_size: int, vocab: int, kind: str, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, float | Tensor, Tensor]:
+    """Hidden states, weight and bias (logits of deviation 3, as a model's), labels, temperature,
+    and what comes from above; hidden states and weight do not lie end to end."""
+    rng = torch.Generator().manual_seed(num_tokens + vocab)
+    hidden = torch.randn(hidden_size, num_tokens, generator=rng).t()
+    weight = torch.randn(hidden_size, vocab, generator=rng).t() * (3 / hidden_size**0.5)
+    bias = torch.randn(vocab, generator=rng) * 0.3 - (100.0 if kind == "negative" else 0.0)
+    labels = torch.randint(0, vocab, (num_tokens,), generator=rng)
+    if kind == "masked":  # half of the vocabulary cannot occur
+        bias[: vocab // 2] = -torch.inf
+        labels = vocab // 2 + labels // 2
+    elif kind == "ignored":
+        labels[::2] = -100
+    elif kind == "last":
+        labels.fill_(vocab - 1)
+    temperature: float | Tensor = 0.8
+    if kind == "per token":
+        temperature = torch.rand(num_tokens, generator=rng) + 0.5
+    tensors = [tensor.to(dtype) for tensor in (hidden, weight, bias)]
+    return tensors, labels, temperature, torch.randn(2, num_tokens, generator=rng)
+
+
 def linear_gradients(
-    function: object, tensors: list[Tensor], labels: Tensor, weights: Tensor, **options: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in tensors)
+    function: object, tensors: list[Tensor], labels: Tensor, temperature: float | Tensor,
+    above: Tensor, **options: int,
+) -> list[Tensor]:  # fmt: skip
+    """Log-probabilities and entropies, then the gradients by hidden states, weight and bias."""
+    hidden, weight, bias = (tensor.detach().requires_grad_() for tensor in tensors)
     assert callable(function)
-    out = function(hidden, weight, labels, bias=bias, temperature=0.8, entropy=True, **options)
-    loss = (out.logprob * weights[0] + out.entropy * weights[1]).sum()
-    return (
-        out.logprob.detach(),
-        out.entropy.detach(),
-        torch.autograd.grad(loss, [hidden, weight, bias]),
+    out = function(
+        hidden, weight, labels, bias=bias, temperature=temperature, entropy=True, **options
     )
+    loss = (out.logprob * above[0] + out.entropy * above[1]).sum()
+    grads = torch.autograd.grad(loss, [hidden, weight, bias])
+    return [out.logprob.detach(), out.entropy.detach(), *grads]
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 257, 700])
-def test_linear_logprob_equals_float64_and_recomputing_changes_no_bit(num_tokens: int) -> None:
-    rng = torch.Generator().manual_seed(num_tokens)
-    shapes = ((num_tokens, 48), (1031, 48), (1031,))
-    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
-    labels = torch.randint(0, 1031, (num_tokens,), generator=rng)
-    labels[3::7] = -100
-    weights = torch.randn(2, num_tokens, generator=rng)
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_linear_logprob_equals_float64_and_recomputing_changes_no_bit(
+    case: tuple[int, int, int, str, torch.dtype],
+) -> None:
+    (*_, vocab, _, dtype), (tensors, *rest) = case, linear_case(*case)
     wide = [tensor.double() for tensor in tensors]
-    truth = linear_gradients(reference.linear_logprob, wide, labels, weights.double())
-    kept = linear_gradients(linear_logprob, tensors, labels, weights)
-    again = linear_gradients(linear_logprob, tensors, labels, weights, keep_logits_bytes=0)
-    assert relative(kept[0], truth[0]) < 1e-6
-    assert relative(kept[1], truth[1]) < 2e-6
-    for found, recomputed, true in zip(kept[2], again[2], truth[2], strict=True):
+    truth = linear_gradients(reference.linear_logprob, wide, *rest)
+    plain = linear_gradients(reference.linear_logprob, tensors, *rest)
+    kept = linear_gradients(linear_logprob, tensors, *rest)
+    again = linear_gradients(linear_logprob, tensors, *rest, keep_logits_bytes=0)
+    for found, true in zip(kept[:2], truth[:2], strict=True):
+        assert found.dtype == torch.float32
+        assert relative(found, true) < 1e-6 or vocab == 1
+    for found, recomputed, other, true in zip(
+        kept[2:], again[2:], plain[2:], truth[2:], strict=True
+    ):
         assert torch.equal(found, recomputed)
-        assert relative(found, true) < 5e-6
+        bound = 2e-6 if dtype == torch.float32 else 4e-3
+        # Sums of many terms of both signs: there plain torch's error may be the greater one.
+        assert relative(found, true) < max(bound, relative(other, true)) or vocab == 1
 
 
 @pytest.mark.parametrize("keep_logits_bytes", [0, 64 << 20])
@@ -286,7 +334,7 @@ def test_replay_renormalises_over_the_kept_tokens(keep_logits_bytes: int) -> Non
     rng = torch.Generator().manual_seed(2)
     num_tokens, vocab = 530, 97
     hidden = torch.randn(num_tokens, 20, generator=rng)
-    weight = torch.randn(vocab, 20, generator=rng)
+    weight = torch.randn(vocab, 20, generator=rng) * 0.7
     ids = [torch.randperm(vocab, generator=rng)[: 1 + t % 9] for t in range(num_tokens)]
     kept = reference.KeptTokens(
         torch.cat(ids).int(), torch.tensor([0, *(len(own) for own in ids)]).cumsum(0).int()
@@ -319,7 +367,7 @@ def test_replay_renormalises_over_the_kept_tokens(keep_logits_bytes: int) -> Non
         loss = (out.logprob * grads[0] + out.entropy * grads[1]).sum()
         results.append([out.logprob, out.entropy, *torch.autograd.grad(loss, leaves)])
     for found, truth in zip(*results, strict=True):
-        assert relative(found, truth.detach()) < 2e-6
+        assert relative(found, truth.detach()) < 1e-6
     alone = [t for t in range(num_tokens) if len(ids[t]) == 1]
     assert not results[0][0][alone].any()  # the only token that was left has probability 1
 
@@ -419,11 +467,8 @@ def test_deterministic_mode_changes_no_bit() -> None:
         loss = (out.logprob + out.entropy + rows.logprob * rows.entropy).sum()
         return torch.autograd.grad(loss, [hidden, weight])
 
+    again = gradients()
+    torch.use_deterministic_algorithms(False)
     plain = gradients()
-    torch.use_deterministic_algorithms(True)  # it also fills every fresh tensor with NaN
-    try:
-        again = gradients()
-    finally:
-        torch.use_deterministic_algorithms(False)
     for one, other in zip(plain, again, strict=True):
         assert torch.equal(one, other)
