@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
+from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
@@ -47,7 +48,7 @@ def linear_logprob(
         labels: [T], in [0, V) or `ignore_index`, where both results are 0.
         temperature: a number, or one per token [T]. No gradient flows to it.
         kept: renormalise over the tokens that the sampler kept at each position, so that trainer
-            and sampler speak of one distribution.
+            and sampler speak of one distribution. Labels must be among them.
         tp_group: every rank of it calls this with the same hidden states and labels, and with its
             own rows of weight and bias (parts of the vocabulary, in rank order; labels count
             through all of them). Results and the gradient by hidden are whole on every rank.
@@ -56,7 +57,8 @@ def linear_logprob(
     as one operator, except with `tp_group` (a break in the graph).
 
     Raises:
-        ValueError: shapes that do not fit together, or `kept` with a cut vocabulary.
+        ValueError: shapes that do not fit together, a label that `kept` does not have, or `kept`
+            with a cut vocabulary.
     """
     check_rows(hidden, labels, temperature)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
@@ -70,18 +72,15 @@ def linear_logprob(
             hidden, weight, labels, bias, temperature, entropy, ignore_index, kept, tp_group
         )
         return cut
-    if kept is not None and kept.cu.shape != (labels.numel() + 1,):
-        raise ValueError(
-            f"kept.cu must be one longer than the {labels.numel()} labels, "
-            f"not {tuple(kept.cu.shape)}"
-        )
+    marked = torch.where(labels == ignore_index, -1, labels.long())
+    if kept is not None and not torch.compiler.is_compiling():
+        check_kept(kept, marked)
     if choose(hidden.device) is Path.REFERENCE:
         with without_autocast(hidden):
             return reference.linear_logprob(
                 hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
                 ignore_index=ignore_index, kept=kept,
             )  # fmt: skip
-    marked = torch.where(labels == ignore_index, -1, labels.long())
     ids, cu = (None, None) if kept is None else (kept.ids, kept.cu)
     needed = hidden.requires_grad or weight.requires_grad
     needed = needed or (bias is not None and bias.requires_grad)
@@ -151,19 +150,6 @@ def chunk_room(like: Tensor, num_rows: int, vocab: int) -> Tensor:
     return like.new_empty(min(num_rows, chunk_rows(vocab)), vocab)
 
 
-def _drop_(logits: Tensor, ids: Tensor | None, cu: Tensor | None, rows: slice) -> Tensor:
-    """Set the logits of these rows that the sampler did not keep to -inf, in place."""
-    if ids is None or cu is None:
-        return logits
-    bounds = cu[rows.start : rows.stop + 1].long()
-    owners = torch.repeat_interleave(
-        torch.arange(logits.shape[0], device=logits.device), bounds.diff()
-    )
-    dropped = torch.ones_like(logits, dtype=torch.bool)
-    dropped[owners, ids[bounds[0] : bounds[-1]].long()] = False
-    return logits.masked_fill_(dropped, -torch.inf)
-
-
 def _by_triton(hidden: Tensor, replayed: bool) -> bool:
     narrow = accumulation_dtype(hidden) == torch.float32
     return narrow and not replayed and choose(hidden.device) is Path.TRITON
@@ -207,8 +193,11 @@ def linear_logprob_op(
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             block = kept[rows] if rows.stop <= keep_rows else room[: rows.stop - rows.start]
             logits = head_logits(hidden[rows].to(dtype), wide, wide_bias, block)
-            logits = _drop_(logits, kept_ids, kept_cu, rows)
-            fold = fold_rows(logits, labels[rows], rows, given, entropy=entropy)
+            if kept_ids is None or kept_cu is None:
+                fold = fold_rows(logits, labels[rows], rows, given, entropy=entropy)
+            else:
+                own = KeptRows.of(kept_ids, kept_cu, rows)
+                fold = fold_kept(logits, labels[rows], own, rows, given)
             out[:, rows] = torch.stack([fold.logprob, fold.entropy, fold.shift, fold.total])
     return out[0].clone(), out[1].clone(), out[2:].clone(), kept
 
@@ -277,12 +266,16 @@ def _backward(
             logits = kept[rows] if rows.stop <= len(kept) else None
             if logits is None:
                 logits = head_logits(own, wide, wide_bias, block)
-                logits = _drop_(logits, kept_ids, kept_cu, rows)
             by_entropy = None if grad_entropy is None else grad_entropy[rows]
             fold = RowFold(spread[rows], spread[rows], *saved[:, rows].unbind())
-            by_logits = row_gradient(
-                logits, labels[rows], fold, grad_logprob[rows], by_entropy, rows, given, block
-            )
+            above = (fold, grad_logprob[rows], by_entropy, rows, given)
+            if kept_ids is None or kept_cu is None:
+                by_logits = row_gradient(logits, labels[rows], *above, block)
+            else:
+                held = KeptRows.of(kept_ids, kept_cu, rows)
+                found = kept_gradient(logits, labels[rows], held, *above)
+                by_logits = block.zero_()
+                by_logits[held.owners, held.ids] = found
             head_logits(by_logits, wide.T, None, by_hidden[rows])
             if with_weight:
                 by_weight.addmm_(by_logits.T, own)

@@ -17,24 +17,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhfuse.kernels.dispatch import Path, choose
+from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
 from rlhfuse.kernels.linear_logprob import chunk_room, chunks, head_logits, linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
-from rlhfuse.kernels.reference import IGNORE_INDEX, accumulation_dtype
+from rlhfuse.kernels.reference import (
+    IGNORE_INDEX,
+    KeptTokens,
+    TokenLogprob,
+    accumulation_dtype,
+)
 from rlhfuse.kernels.rows import Formed, Temperatures, fold_rows, row_gradient
 
 # The loss of a range of tokens (a sum, weighted by factors known beforehand) from their
-# log-probabilities and entropies.
-TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
+# log-probabilities and entropies, and from their log-probabilities among what the sampler kept (the
+# same as the first where nothing is said of that).
+TokenLoss = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class LinearLoss:
-    """The scalar loss with its gradient; logprob and entropy [T] without."""
+    """The scalar loss with its gradient; logprob, entropy and replayed [T] without. `replayed`:
+    log-probabilities among what the sampler kept, or `logprob`."""
 
     loss: Tensor
     logprob: Tensor
     entropy: Tensor | None
+    replayed: Tensor
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -48,6 +57,7 @@ def linear_loss(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     ignore_index: int = IGNORE_INDEX,
+    kept: KeptTokens | None = None,
 ) -> LinearLoss:
     """`token_loss` of `linear_logprob`, with gradients formed in the forward pass.
 
@@ -59,39 +69,54 @@ def linear_loss(
         hidden: [T, H]. weight: [V, H]. labels: [T] or `ignore_index`. temperature: a number, or
             one per token.
         token_loss: called per chunk, under autograd, with the range of tokens and their
-            log-probabilities and entropies (zeros unless `entropy`).
+            log-probabilities, entropies (zeros unless `entropy`) and replayed log-probabilities.
+        kept: what the sampler kept at each position, for the latter; one more sum over few logits.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a label that `kept` does not have.
     """
     check_rows(hidden, labels, temperature)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     needed = hidden.requires_grad or weight.requires_grad
     needed = needed or (bias is not None and bias.requires_grad)
     formed = needed and torch.is_grad_enabled()
+    marked = torch.where(labels == ignore_index, -1, labels.long())
+    if kept is not None:
+        check_kept(kept, marked)
     if not formed or choose(hidden.device) is Path.REFERENCE:
-        out = linear_logprob(
-            hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
-            ignore_index=ignore_index,
-        )  # fmt: skip
+
+        def head(only: KeptTokens | None, entropy: bool) -> TokenLogprob:
+            return linear_logprob(
+                hidden, weight, labels, bias=bias, temperature=temperature, entropy=entropy,
+                ignore_index=ignore_index, kept=only,
+            )  # fmt: skip
+
+        out = head(None, entropy)
+        replayed = out.logprob if kept is None else head(kept, False).logprob
         spread = torch.zeros_like(out.logprob) if out.entropy is None else out.entropy
         total = out.logprob.new_zeros(())
         for rows in chunks(labels.numel(), weight.shape[0]):
-            total = total + token_loss(rows, out.logprob[rows], spread[rows])
-        return LinearLoss(total, out.logprob.detach(), spread.detach() if entropy else None)
-    marked = torch.where(labels == ignore_index, -1, labels.long())
-    loss, logprob, spread = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, marked, *split_temperature(temperature), entropy, token_loss
+            total = total + token_loss(rows, out.logprob[rows], spread[rows], replayed[rows])
+        seen = (out.logprob.detach(), spread.detach() if entropy else None, replayed.detach())
+        return LinearLoss(total, *seen)
+    ids, cu = (None, None) if kept is None else (kept.ids, kept.cu)
+    loss, logprob, spread, replayed = _LinearLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, marked, *split_temperature(temperature), entropy, token_loss, ids, cu
     )
-    return LinearLoss(loss, logprob, spread if entropy else None)
+    return LinearLoss(loss, logprob, spread if entropy else None, replayed)
 
 
 def _loss_slopes(
-    token_loss: TokenLoss, rows: slice, logprob: Tensor, spread: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a chunk and its derivatives by log-probability and entropy."""
+    token_loss: TokenLoss, rows: slice, *folded: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The loss of a chunk and its derivatives by log-probability, entropy and, where it is given
+    too, replayed log-probability."""
     with torch.enable_grad():
-        leaves = (logprob.detach().requires_grad_(), spread.detach().requires_grad_())
-        loss = token_loss(rows, *leaves)
+        leaves = tuple(part.detach().requires_grad_() for part in folded)
+        replayed = leaves[2] if len(leaves) > 2 else leaves[0]
+        loss = token_loss(rows, leaves[0], leaves[1], replayed)
         slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return loss.detach(), slopes[0], slopes[1]
+    return loss.detach(), slopes[0], slopes[1], slopes[2] if len(slopes) > 2 else None
 
 
 def _form(
@@ -103,10 +128,11 @@ def _form(
     entropy: bool,
     token_loss: TokenLoss,
     with_weight: bool,
+    kept: KeptTokens | None,
 ) -> Formed:
     dtype = accumulation_dtype(hidden)
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    out = torch.empty(2, hidden.shape[0], dtype=dtype, device=hidden.device)
+    out = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
     by_hidden = torch.empty_like(hidden, dtype=dtype)
     by_weight = torch.zeros_like(wide) if with_weight else None
     by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
@@ -114,21 +140,52 @@ def _form(
     room = chunk_room(out, hidden.shape[0], weight.shape[0])
     for rows in chunks(hidden.shape[0], weight.shape[0]):
         own = hidden[rows].to(dtype)
-        block = head_logits(own, wide, wide_bias, room[: rows.stop - rows.start])
-        fold = fold_rows(block, labels[rows], rows, given, entropy=entropy)
-        loss, by_logprob, by_entropy = _loss_slopes(token_loss, rows, fold.logprob, fold.entropy)
-        by_logits = row_gradient(
-            block, labels[rows], fold, by_logprob, by_entropy if entropy else None, rows, given,
-            block,
-        )  # fmt: skip
+        by_logits = head_logits(own, wide, wide_bias, room[: rows.stop - rows.start])
+        loss, *folded = _form_rows(by_logits, labels[rows], rows, given, entropy, token_loss, kept)
         head_logits(by_logits, wide.T, None, by_hidden[rows])
         if by_weight is not None:
             by_weight.addmm_(by_logits.T, own)
         if by_bias is not None:
             by_bias += by_logits.sum(0)
-        out[0, rows], out[1, rows] = fold.logprob, fold.entropy
+        out[:, rows] = torch.stack(folded)
         total += loss
-    return Formed(total, out[0], out[1], by_hidden, by_weight, by_bias)
+    replayed = None if kept is None else out[2]
+    return Formed(total, out[0], out[1], by_hidden, by_weight, by_bias, replayed)
+
+
+def _form_rows(
+    logits: Tensor,
+    labels: Tensor,
+    rows: slice,
+    given: Temperatures,
+    entropy: bool,
+    token_loss: TokenLoss,
+    kept: KeptTokens | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of a chunk, and its log-probabilities, entropies and replayed log-probabilities;
+    the logits [R, V] become their gradient."""
+    fold = fold_rows(logits, labels, rows, given, entropy=entropy)
+    if kept is None:
+        loss, by_logprob, by_entropy, _ = _loss_slopes(token_loss, rows, fold.logprob, fold.entropy)
+        above = (by_logprob, by_entropy if entropy else None, rows, given)
+        row_gradient(logits, labels, fold, *above, logits)
+        return loss, fold.logprob, fold.entropy, fold.logprob
+    held = KeptRows.of(kept.ids, kept.cu, rows)
+    among = fold_kept(logits, labels, held, rows, given)
+    loss, by_logprob, by_entropy, by_replayed = _loss_slopes(
+        token_loss, rows, fold.logprob, fold.entropy, among.logprob
+    )
+    assert by_replayed is not None
+    found = kept_gradient(logits, labels, held, among, by_replayed, None, rows, given)
+    # Only a CPU is asked: others wait.
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and not bool(by_logprob.any()) and not bool(by_entropy.any()):
+        logits.zero_()
+    else:
+        above = (by_logprob, by_entropy if entropy else None, rows, given)
+        row_gradient(logits, labels, fold, *above, logits)
+    logits[held.owners, held.ids] += found
+    return loss, fold.logprob, fold.entropy, among.logprob
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -143,10 +200,13 @@ class _LinearLoss(torch.autograd.Function):
         temperatures: Tensor | None,
         entropy: bool,
         token_loss: TokenLoss,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids: Tensor | None,
+        cu: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         narrow, with_weight = accumulation_dtype(hidden) == torch.float32, ctx.needs_input_grad[1]
+        kept = None if ids is None or cu is None else KeptTokens(ids, cu)
         with without_autocast(hidden):
-            if narrow and choose(hidden.device) is Path.TRITON:
+            if narrow and kept is None and choose(hidden.device) is Path.TRITON:
                 from rlhfuse.kernels import triton_loss  # triton is optional
 
                 formed = triton_loss.form(
@@ -156,7 +216,7 @@ class _LinearLoss(torch.autograd.Function):
             else:
                 given = Temperatures(temperature, temperatures)
                 formed = _form(
-                    hidden, weight, bias, labels, given, entropy, token_loss, with_weight
+                    hidden, weight, bias, labels, given, entropy, token_loss, with_weight, kept
                 )
         ctx.gradients = (
             formed.by_hidden.to(hidden.dtype),
@@ -164,8 +224,10 @@ class _LinearLoss(torch.autograd.Function):
             None if formed.by_bias is None or bias is None else formed.by_bias.to(bias.dtype),
         )
         logprob, spread = formed.logprob.clone(), formed.entropy.clone()
-        ctx.mark_non_differentiable(logprob, spread)
-        return formed.loss, logprob, spread
+        replayed = logprob if formed.replayed is None else formed.replayed
+        replayed = replayed.clone()
+        ctx.mark_non_differentiable(logprob, spread, replayed)
+        return formed.loss, logprob, spread, replayed
 
     @staticmethod
     @once_differentiable
@@ -174,4 +236,4 @@ class _LinearLoss(torch.autograd.Function):
         # Only a CPU is asked: others wait. A factor of 1 would cost a pass over the weight.
         if grad.device.type != "cpu" or float(grad) != 1.0:
             found = [None if part is None else part * grad.to(part.dtype) for part in found]
-        return (*found, *(None,) * 5)
+        return (*found, *(None,) * 7)

@@ -68,3 +68,20 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         values.double(), "sum", lengths=lengths(cu_seqlens), unsafe=True, initial=0.0
     )
     return sums
+
+
+def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Float64 maximum of each sequence's tokens, [T] -> [N]; 0 for an empty one. No gradient."""
+    values = values.detach().double()
+    if values.numel() == 0:
+        return torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
+    if values.device.type == "cpu":
+        bounds = cu_seqlens.numpy()
+        occupied = bounds[1:] > bounds[:-1]
+        found = np.zeros(len(occupied))
+        found[occupied] = np.maximum.reduceat(values.numpy(), bounds[:-1][occupied])
+        return torch.from_numpy(found)
+    tops: Tensor = torch.segment_reduce(
+        values, "max", lengths=lengths(cu_seqlens), unsafe=True, initial=-torch.inf
+    )
+    return torch.where(lengths(cu_seqlens) > 0, tops, 0.0)

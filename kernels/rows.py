@@ -74,8 +74,9 @@ class RowFold:
 
 @dataclass(frozen=True, slots=True)
 class Formed:
-    """A loss formed with its gradients: logprob and entropy [T], and gradients not narrower than
-    float32 (that by hidden may be in hidden's own type; none by a weight that is not trained)."""
+    """A loss formed with its gradients: logprob, entropy and, where some tokens were kept, replayed
+    log-probabilities [T], and gradients not narrower than float32 (that by hidden may be in
+    hidden's own type; none by a weight that is not trained)."""
 
     loss: Tensor
     logprob: Tensor
@@ -83,6 +84,7 @@ class Formed:
     by_hidden: Tensor
     by_weight: Tensor | None
     by_bias: Tensor | None
+    replayed: Tensor | None = None
 
 
 class Rooms:

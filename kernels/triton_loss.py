@@ -15,7 +15,7 @@ from rlhfuse.kernels.precision import add_product_, product
 from rlhfuse.kernels.rows import Formed
 
 # (rows, log-probabilities, entropies) -> loss, and its derivatives by both.
-Slopes = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Slopes = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 _SLABS = 8
 
 
@@ -52,7 +52,7 @@ def form(
         per_row = None if temperatures is None else temperatures[rows]
         folded = out[0, rows], out[1, rows]
         triton_logprob.forward(logits, own_labels, temperature, per_row, entropy, *folded, saved)
-        loss, by_logprob, by_entropy = slopes(rows, *folded)
+        loss, by_logprob, by_entropy, _ = slopes(rows, *folded)
         total += loss
         gathered = torch.zeros_like(own, dtype=torch.float32)
         for first in range(0, vocab, width):

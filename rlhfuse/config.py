@@ -172,6 +172,9 @@ class AlgorithmConfig(Section, frozen=True):
     tis_level: Literal["token", "sequence", "geometric"] = "token"  # whose ratio is the weight
     tis_rule: Literal["truncate", "mask"] = "truncate"  # above the cap: cut to it, or left out
     tis_floor: NonNegativeFloat = 0.0  # mask: left out below it, too
+    # Where rollout.top_k, top_p or min_p cut the distribution that tokens are drawn from: ratios
+    # of log-probabilities renormalised over what was kept (auto: where that is possible).
+    replay_truncation: Switch = "auto"
 
 
 class ValidationConfig(Section, frozen=True):
@@ -309,6 +312,27 @@ class Config(Section, frozen=True):
     def reference_in_rewards(self) -> bool:
         """Whether advantages depend on reference log-probabilities."""
         return self.algorithm.use_kl_in_reward and self.algorithm.adv_estimator != "grpo"
+
+    @property
+    def why_no_replay(self) -> str:
+        """Why log-probabilities cannot be renormalised over what the sampler keeps, or nothing."""
+        if self.rollout.old_log_probs == "engine":
+            return "rollout.old_log_probs: engine knows no kept tokens, recompute finds them again"
+        if self.placement.tp > 1:
+            return f"placement.tp: {self.placement.tp} cuts the vocabulary"
+        return ""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether responses are drawn from less than the whole distribution."""
+        rollout = self.rollout
+        return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+
+    @property
+    def replays(self) -> bool:
+        """Whether ratios are of log-probabilities among what the sampler kept."""
+        wanted = self.algorithm.replay_truncation != "off"
+        return wanted and self.truncates and not self.why_no_replay
 
     @property
     def scored_roles(self) -> tuple[str, ...]:

@@ -134,6 +134,11 @@ def _sampling(config: Config) -> Iterator[str]:
         )
     if estimator in ("grpo", "rloo") and rollout.n < 2:
         yield f"rollout.n: {estimator} compares the responses of a prompt and needs 2 or more"
+    if config.algorithm.replay_truncation == "on" and config.truncates and config.why_no_replay:
+        yield (
+            f"algorithm.replay_truncation: on is not possible, {config.why_no_replay}; use auto "
+            "or off"
+        )
     if rollout.min_response_length > rollout.response_length:
         yield (
             f"rollout.min_response_length: {rollout.min_response_length} is more than "

@@ -12,7 +12,7 @@ import msgspec
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
@@ -114,11 +114,12 @@ class Export(Message, frozen=True):
 
 
 class Score(Message, frozen=True):
-    """Run one role's scorer over finished samples; per-token results stay with the worker."""
+    """Run one role's scorer over finished samples; per-token results stay with the worker.
+    `sampling`: how they were drawn."""
 
     role: Role
     samples: tuple[SampleTokens, ...]
-    temperature: float
+    sampling: Sampling
 
 
 class PullWeights(Message, frozen=True):
@@ -358,14 +359,15 @@ class Failed(Message, frozen=True):
 
 
 class FetchFloats(Message, frozen=True):
-    """Per-token floats of samples: kind is a role, or ``rollout`` for the engine's own."""
+    """Per-token numbers of samples: kind is a role, ``rollout`` for the engine's own, or one of
+    `payloads`."""
 
     kind: str
     sample_ids: SampleIds
 
 
 class Floats(Message, frozen=True):
-    """float32 bytes, one entry per sample asked for."""
+    """float32 (of kept tokens int32) bytes, one entry per sample asked for."""
 
     values: tuple[Floats32, ...]
 

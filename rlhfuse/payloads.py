@@ -24,7 +24,10 @@ from rlhfuse.messages import (
 from rlhfuse.transport import PeerClient
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
 ROLLOUT = "rollout"  # the engine's own log-probabilities
+REPLAYED = "replayed"  # the actor's log-probabilities among what the sampler kept
+KEPT = "kept"  # int32: how many tokens it kept at each position, then which (`scoring.Kept`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +39,18 @@ class Departed:
 
 
 class PayloadStore:
-    """Per-token floats by (kind, sample id), and the remains of exported samples.
+    """Per-token numbers by (kind, sample id), and the remains of exported samples.
 
     Written by the worker, read by its peer server's thread.
     """
 
     def __init__(self, tensors: Callable[[FetchTensor], PeerReply] | None = None) -> None:
         self._lock = threading.Lock()
-        self._floats: dict[tuple[str, int], FloatArray] = {}
+        self._floats: dict[tuple[str, int], FloatArray | IntArray] = {}
         self._departed: dict[int, Departed] = {}
         self._tensors = tensors
 
-    def put(self, kind: str, sample_id: int, values: FloatArray) -> None:
+    def put(self, kind: str, sample_id: int, values: FloatArray | IntArray) -> None:
         with self._lock:
             self._floats[kind, sample_id] = values
 

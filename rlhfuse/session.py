@@ -115,6 +115,12 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             f"{folder.path} holds a run with checkpoints: go on with --resume, "
             "or choose another trainer.experiment_name"
         )
+    if config.truncates and config.algorithm.replay_truncation == "auto" and config.why_no_replay:
+        logger.warning(
+            "the trainer's log-probabilities are those of the whole softmax, the sampler's are not "
+            "(algorithm.replay_truncation is off: %s)",
+            config.why_no_replay,
+        )
     if not config.placement.ray_address:  # else when the nodes are known
         for warning in check_memory(run, [describe_node("", "127.0.0.1")]):
             logger.warning("%s", warning)

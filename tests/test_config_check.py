@@ -64,6 +64,11 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
         (["reward.error_score=.nan"], "reward.error_score", "finite"),
         (["algorithm.tis_floor=2"], "algorithm.tis_floor", "tis_cap"),
         (
+            ["algorithm.replay_truncation=on", "rollout.top_p=0.9", "rollout.old_log_probs=engine"],
+            "algorithm.replay_truncation",
+            "recompute",
+        ),
+        (
             ["algorithm.adv_estimator=reinforce_plus_plus", "fusion.intra_stage=on"],
             "fusion.intra_stage",
             "use auto",

@@ -10,9 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from rlhfuse import scoring
+from rlhfuse.engines.base import Request, SamplingParams
+from rlhfuse.engines.torch_engine import TorchEngine
 from rlhfuse.models.loading import load_model
 from rlhfuse.models.stage import Head, ModelStage
-from rlhfuse.scoring import Floats, Tokens, batches_by_budget, rewards, token_logprobs, values
+from rlhfuse.scoring import (
+    Floats,
+    Kept,
+    Tokens,
+    batches_by_budget,
+    replayed_logprobs,
+    rewards,
+    token_logprobs,
+    values,
+)
 from tests.models.tiny import save_tiny
 
 Score = Callable[[list[Tokens], int], list[Floats]]
@@ -109,3 +121,61 @@ def test_batches_keep_order_and_budget(lengths: list[int], budget: int) -> None:
     assert [i for r in ranges for i in r] == list(range(len(lengths)))
     for chosen in ranges:
         assert len(chosen) == 1 or sum(lengths[i] for i in chosen) <= budget
+
+
+TRUNCATED = [
+    SamplingParams(temperature=0.7, top_p=0.8, max_tokens=30, stop_token_ids=(3,), min_tokens=4),
+    SamplingParams(temperature=1.3, top_k=7, min_p=0.05, max_tokens=30),
+]
+
+
+@pytest.mark.parametrize("params", TRUNCATED)
+def test_replayed_logprobs_are_the_samplers(
+    params: SamplingParams, language: tuple[PreTrainedModel, ModelStage]
+) -> None:
+    """At unchanged weights to rounding: of its logits, which follow the engine's batch."""
+    stage = language[1]
+    engine = TorchEngine(stage, max_num_seqs=8, max_model_len=64, policy_version=0)
+    prompts = [sample.prompt for sample in samples_of(12)]
+    none = np.zeros(0, np.int32)
+    for number, prompt in enumerate(prompts):
+        request = Request(
+            sample_id=number, prompt=prompt, seed=number, params=params, response=none
+        )
+        engine.add(request)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    drawn: list[list[float]] = [[] for _ in prompts]
+    while engine.num_running:
+        for output in engine.step():
+            tokens[output.sample_id] += output.tokens
+            drawn[output.sample_id] += output.logprobs
+    samples = [Tokens(p, np.array(own, np.int32)) for p, own in zip(prompts, tokens, strict=True)]
+    found = replayed_logprobs(stage, samples, params, token_budget=150)
+    full = token_logprobs(stage, samples, temperature=params.temperature, token_budget=150)
+    alone = [replayed_logprobs(stage, [s], params, token_budget=1)[0] for s in samples]
+    for own, plain, engines, single, sample in zip(found, full, drawn, alone, samples, strict=True):
+        np.testing.assert_allclose(own.among_kept, engines, atol=1e-5)
+        assert own.logprobs.tobytes() == plain.tobytes()
+        assert own.among_kept.tobytes() == single.among_kept.tobytes()
+        assert own.kept.together.tobytes() == single.kept.together.tobytes()
+        again = Kept.apart(own.kept.together, len(sample.response))
+        for token, ids in zip(
+            sample.response, np.split(again.ids, np.cumsum(again.counts)[:-1]), strict=True
+        ):
+            assert token in ids
+            assert not params.top_k or len(ids) <= params.top_k
+    # They are not those of the whole distribution.
+    assert np.abs(np.concatenate(full) - np.concatenate(drawn)).mean() > 0.05
+
+
+def test_what_is_written_down_of_a_position_is_bounded(
+    language: tuple[PreTrainedModel, ModelStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_MOST_KEPT", 5)
+    params = SamplingParams(top_p=0.99)
+    found = replayed_logprobs(language[1], samples_of(4), params, token_budget=1000)
+    for own, sample in zip(found, samples_of(4), strict=True):
+        assert set(own.kept.counts.tolist()) <= {5, 6}  # the likeliest, and the drawn one
+        lists = np.split(own.kept.ids, np.cumsum(own.kept.counts)[:-1])
+        assert all(t in ids for t, ids in zip(sample.response, lists, strict=True))
+        assert (own.among_kept > own.logprobs).all()

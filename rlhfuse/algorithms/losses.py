@@ -17,6 +17,7 @@ from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.packed import check_packed, expand, lengths, segment_sum
 from rlhfuse.kernels.policy_loss import PolicyTerms, kl_terms, policy_terms, value_terms
+from rlhfuse.kernels.reference import KeptTokens
 
 Aggregation = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
@@ -61,6 +62,8 @@ class PolicyInputs:
     """One micro-batch, [T] each. `logprobs` and `entropy` carry gradients.
 
     `weights` correct for the rollout's own log-probabilities (`mismatch.importance_weights`).
+    `full_logprobs`: where `logprobs` and `old_logprobs` are those among the tokens that the sampler
+    kept, the ones of the whole distribution, whose KL to the reference is taken.
     """
 
     logprobs: Tensor
@@ -70,6 +73,7 @@ class PolicyInputs:
     entropy: Tensor | None = None
     ref_logprobs: Tensor | None = None
     weights: Tensor | None = None
+    full_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
+    kept: KeptTokens | None = None,
 ) -> Loss:
     """`policy_loss` of `linear_logprob`, with three matrix products in place of four.
 
@@ -181,6 +186,8 @@ def linear_policy_loss(
         hidden: [T, H]. weight: [V, H]. labels: [T], the response tokens. inputs: its `logprobs`
             and `entropy` are not read (they are computed here) and may be empty.
         entropy: compute the entropies, also where they are a metric only.
+        kept: what the sampler kept at each token. Ratios are then of log-probabilities among those
+            (as `old_logprobs` must be); entropy and KL are of the whole distribution.
     """
     wanted = entropy or settings.entropy_coef != 0.0
     if settings.ratio_level == "sequence":
@@ -188,15 +195,21 @@ def linear_policy_loss(
             hidden, weight, labels, bias=bias, temperature=temperature, entropy=wanted
         )
         full = replace(inputs, logprobs=out.logprob, entropy=out.entropy)
+        if kept is not None:
+            among = linear_logprob(
+                hidden, weight, labels, bias=bias, temperature=temperature, kept=kept
+            )
+            full = replace(full, logprobs=among.logprob, full_logprobs=out.logprob)
         return policy_loss(full, settings, normalizer=normalizer)
     coefficients = token_coefficients(
         inputs.cu_seqlens, settings.aggregation, normalizer, labels.numel(), settings.fixed_length
     )
 
-    def token_loss(rows: slice, logprobs: Tensor, spread: Tensor) -> Tensor:
+    def token_loss(rows: slice, logprobs: Tensor, spread: Tensor, replayed: Tensor) -> Tensor:
         chunk = replace(
             inputs,
-            logprobs=logprobs,
+            logprobs=replayed,
+            full_logprobs=logprobs,
             old_logprobs=inputs.old_logprobs[rows],
             advantages=inputs.advantages[rows],
             entropy=spread if wanted else None,
@@ -206,12 +219,14 @@ def linear_policy_loss(
         return (coefficients[rows] * _token_terms(chunk, settings).loss).sum()
 
     fused = linear_loss(
-        hidden, weight, labels, token_loss, bias=bias, temperature=temperature, entropy=wanted
-    )
+        hidden, weight, labels, token_loss, bias=bias, temperature=temperature, entropy=wanted,
+        kept=kept,
+    )  # fmt: skip
     with torch.no_grad():
         seen = replace(
             inputs,
-            logprobs=fused.logprob.detach(),
+            logprobs=fused.replayed.detach(),
+            full_logprobs=fused.logprob.detach(),
             entropy=None if fused.entropy is None else fused.entropy.detach(),
         )
         stats = policy_loss(seen, settings, normalizer=normalizer).stats
@@ -288,7 +303,8 @@ def _token_terms(inputs: PolicyInputs, settings: PolicyLossSettings) -> _TokenTe
             raise ValueError(f"entropy_coeff {settings.entropy_coef} needs the entropies")
         loss = loss - inputs.entropy * settings.entropy_coef
     if inputs.ref_logprobs is not None:
-        kl = _kl(inputs.logprobs, inputs.ref_logprobs, settings)
+        own = inputs.logprobs if inputs.full_logprobs is None else inputs.full_logprobs
+        kl = _kl(own, inputs.ref_logprobs, settings)
         loss = loss + kl * settings.kl_coef
     elif settings.kl_coef:
         raise ValueError(f"kl_loss_coef {settings.kl_coef} needs the reference log-probabilities")

@@ -122,6 +122,15 @@ def draw(
     return Draw(tokens=winners[:, 0], logprobs=logprobs, near_ties=near_ties)
 
 
+def keep(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Which tokens a draw from logits [rows, V] with these parameters chooses among: bool
+    [rows, V], the same for the same logits."""
+    count, vocab_size = logits.shape
+    rows = RowParams.of([0] * count, [params] * count, vocab_size=vocab_size, device=logits.device)
+    scaled = logits / rows.temperature.to(logits.dtype)[:, None]
+    return _truncate(scaled, rows, torch.zeros_like(rows.top_p, dtype=logits.dtype))[1]
+
+
 def _truncate(
     scaled: torch.Tensor, rows: RowParams, bound: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

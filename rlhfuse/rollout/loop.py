@@ -394,10 +394,10 @@ class RolloutLoop:
 
     def _score(self, command: ev.Score) -> None:
         samples = tuple(self._records[i].tokens for i in command.sample_ids)
-        temperature = self._checked_sampling.temperature
+        sampling = self._checked_sampling
         self._tell(
             command.worker,
-            m.Score(role=_ROLES[command.role], samples=samples, temperature=temperature),
+            m.Score(role=_ROLES[command.role], samples=samples, sampling=sampling),
         )
 
     def _train(self, command: ev.Train) -> None:

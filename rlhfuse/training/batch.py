@@ -1,7 +1,7 @@
 """From scored samples to what the losses read: advantages of the whole batch, micro-batches."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from rlhfuse.algorithms.advantages import (
 from rlhfuse.algorithms.mismatch import Correction, importance_weights, mismatch_stats
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config
+from rlhfuse.kernels.reference import KeptTokens
 from rlhfuse.models.packed import PackedBatch, pack
+from rlhfuse.scoring import Kept
 from rlhfuse.training.records import SampleData
 
 Columns = Mapping[str, Mapping[int, torch.Tensor]]
@@ -39,10 +41,12 @@ OLD, REFERENCE, ADVANTAGES, RETURNS, VALUES, WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class LossData:
-    """What the losses of a whole batch read, and the batch's own metrics."""
+    """What the losses of a whole batch read, and the batch's own metrics. `kept`: what the sampler
+    kept of each sample, where log-probabilities are those among it."""
 
     columns: Columns
     stats: tuple[Stats, ...]
+    kept: Mapping[int, Kept] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +56,7 @@ class MicroBatch:
     `sample_ids` int64 [N]. `rows` int64 [T]: the row of the packed tokens that predicts each
     response token (the one before it). `labels` int64 [T]: the response tokens. `cu_seqlens` int32
     [N + 1]: responses.
+    `kept`: what the sampler kept at each response token.
     """
 
     packed: PackedBatch
@@ -60,6 +65,7 @@ class MicroBatch:
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
     columns: Mapping[str, torch.Tensor]
+    kept: KeptTokens | None = None
 
 
 def make_microbatch(
@@ -88,7 +94,18 @@ def make_microbatch(
             name: torch.cat([column[s.sample_id] for s in samples]).to(device)
             for name, column in columns.items()
         },
+        kept=None if data is None or not data.kept else _ragged(samples, data.kept, device),
     )
+
+
+def _ragged(
+    samples: Sequence[SampleData], kept: Mapping[int, Kept], device: torch.device
+) -> KeptTokens:
+    own = [kept[sample.sample_id] for sample in samples]
+    counts = np.concatenate([part.counts for part in own], dtype=np.int64)
+    ids = torch.from_numpy(np.concatenate([part.ids for part in own]))
+    cu = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+    return KeptTokens(ids.to(device), cu.to(device))
 
 
 def loss_data(
@@ -116,10 +133,14 @@ def loss_data(
     if config.uses_reference and not later:
         reference = _joined(samples, REFERENCE, [s.reference_logprobs for s in samples])
     assert not (later and config.reference_in_rewards), "advantages need the whole reference"
+    kept = {s.sample_id: s.kept for s in samples if s.kept is not None}
+    full = old  # the reference's are of the whole distribution
+    if kept:
+        full = _joined(samples, "full_logprobs", [s.full_logprobs for s in samples])
     rewards = token_rewards(
         scores,
         cu_seqlens,
-        logprobs=old if reference is not None else None,
+        logprobs=full if reference is not None else None,
         ref_logprobs=reference,
         kl_coef=kl_coef if config.algorithm.use_kl_in_reward and reference is not None else 0.0,
         kl_estimator=config.algorithm.kl_penalty,
@@ -136,6 +157,8 @@ def loss_data(
         ),
         mismatch_stats(rollout[known], old[known]),
     ]
+    if kept:
+        stats.append(_kept_stats(list(kept.values())))
     joined = {OLD: old, ADVANTAGES: advantages.advantages, RETURNS: advantages.returns}
     if values is not None:
         joined[VALUES] = values
@@ -150,11 +173,19 @@ def loss_data(
         name: dict(zip([s.sample_id for s in samples], column.split(lengths), strict=True))
         for name, column in joined.items()
     }
-    data = LossData(columns, tuple(stats))
+    data = LossData(columns, tuple(stats), kept)
     if not later:
         return data
     now = [s for s in samples if s.sample_id not in later]
     return with_reference(data, {s.sample_id: s.reference_logprobs for s in now})
+
+
+def _kept_stats(kept: Sequence[Kept]) -> Stats:
+    """How much of the vocabulary the sampler chose among."""
+    counts = torch.from_numpy(np.concatenate([part.counts for part in kept])).double()
+    count = counts.new_full((), float(counts.numel()))
+    maxima = {"rollout/kept_tokens_max": counts.max()} if counts.numel() else {}
+    return Stats({"rollout/kept_tokens_mean": (counts.sum(), count)}, {}, maxima)
 
 
 def with_reference(data: LossData, found: Mapping[int, npt.NDArray[np.float32] | None]) -> LossData:

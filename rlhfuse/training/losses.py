@@ -74,8 +74,9 @@ def actor_loss(
         if tp_group is None or tp_group.size() == 1:
             return linear_policy_loss(
                 rows, weight, labels, inputs, settings,
-                normalizer=divisor, temperature=temperature, entropy=True,
+                normalizer=divisor, temperature=temperature, entropy=True, kept=batch.kept,
             )  # fmt: skip
+        assert batch.kept is None, "kept tokens with a cut vocabulary"
         tokens = linear_logprob(
             rows, weight, labels, temperature=temperature, entropy=True, tp_group=tp_group
         )

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhfuse.schedules.ir import Schedule
+from rlhfuse.scoring import Kept
 
 TokenIds = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -17,7 +18,9 @@ class SampleData:
     """A scored sample. Per-token arrays have one number per response token [L].
 
     `old_logprobs` are the behaviour policy's as the loss takes them, `rollout_logprobs` the
-    engine's own. A rank without a loss needs the tokens alone: it may be given empty arrays.
+    engine's own. With `kept`, what the sampler kept at each position, they are those among it, and
+    `full_logprobs` those of the whole distribution. A rank without a loss needs the tokens alone:
+    it may be given empty arrays.
     """
 
     sample_id: int
@@ -29,6 +32,8 @@ class SampleData:
     rollout_logprobs: Floats
     reference_logprobs: Floats | None
     values: Floats | None
+    full_logprobs: Floats | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, slots=True)

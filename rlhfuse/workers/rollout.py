@@ -16,7 +16,15 @@ from rlhfuse import messages as m
 from rlhfuse import scoring
 from rlhfuse.engines import vllm_setup
 from rlhfuse.engines.base import Output, Request, SamplingParams
-from rlhfuse.payloads import ROLLOUT, Departed, FloatArray, PayloadStore, fetch_departed
+from rlhfuse.payloads import (
+    KEPT,
+    REPLAYED,
+    ROLLOUT,
+    Departed,
+    FloatArray,
+    PayloadStore,
+    fetch_departed,
+)
 from rlhfuse.placement import WorkerSpec
 from rlhfuse.planner.memory import FROZEN_ROLES, swaps_frozen
 from rlhfuse.timeline import Kind, Span
@@ -236,9 +244,16 @@ class RolloutWorker:
         elif command.role == "critic":
             values = scoring.values(model, samples, token_budget=budget)
             scores = self._keep(command.role, ids, values)
+        elif command.role == "actor" and self._config.replays:
+            params = _sampling_params(command.sampling)
+            replayed = scoring.replayed_logprobs(model, samples, params, token_budget=budget)
+            scores = self._keep(command.role, ids, [r.logprobs for r in replayed])
+            for sample_id, found in zip(ids, replayed, strict=True):
+                self._store.put(REPLAYED, sample_id, found.among_kept)
+                self._store.put(KEPT, sample_id, found.kept.together)
         else:
             logprobs = scoring.token_logprobs(
-                model, samples, temperature=command.temperature, token_budget=budget
+                model, samples, temperature=command.sampling.temperature, token_budget=budget
             )
             scores = self._keep(command.role, ids, logprobs)
         tokens = sum(len(prompt) + len(response) for prompt, response in samples)

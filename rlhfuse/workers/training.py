@@ -15,8 +15,9 @@ from torch._C._distributed_c10d import TCPStore
 from rlhfuse import messages as m
 from rlhfuse.config import Config
 from rlhfuse.group_training import BatchSize
-from rlhfuse.payloads import ROLLOUT, FloatArray, PayloadStore, fetch_floats
+from rlhfuse.payloads import KEPT, REPLAYED, ROLLOUT, FloatArray, PayloadStore, fetch_floats
 from rlhfuse.placement import WorkerSpec
+from rlhfuse.scoring import Kept
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.backend import MakeBackend
 from rlhfuse.training.memory import GIB, take_peak
@@ -137,7 +138,7 @@ class TrainingWorker:
         floats: dict[tuple[str, int], FloatArray] = {}
         missing: set[str] = set()
         if self._needs_data:
-            floats, missing = fetch_all(self._client, command.samples)
+            floats, missing = fetch_all(self._client, command.samples, self._config.replays)
         if not missing:
             self._samples = self._data(command.samples, floats)
         span = Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {})
@@ -153,7 +154,7 @@ class TrainingWorker:
     def _train_group(self, command: m.TrainGroup) -> None:
         """The weights stay as they are, and may be fetched all the while."""
         start_s = time.monotonic()
-        floats, missing = fetch_all(self._client, command.samples)
+        floats, missing = fetch_all(self._client, command.samples, self._config.replays)
         spans = [Span(self._lane, start_s, time.monotonic(), Kind.TRANSFER, "fetch scores", {})]
         if not missing:
             samples = self._data(command.samples, floats)
@@ -266,16 +267,18 @@ def _backend(config: Config) -> MakeBackend:
 
 
 def fetch_all(
-    client: PeerClient, samples: Sequence[m.TrainSample]
+    client: PeerClient, samples: Sequence[m.TrainSample], replays: bool = False
 ) -> tuple[dict[tuple[str, int], FloatArray], set[str]]:
     """The per-token numbers of samples by (kind, sample id), each pulled once from its maker, and
-    the endpoints of those that are gone."""
+    the endpoints of those that are gone. `replays`: also what the sampler kept."""
     wanted: dict[tuple[str, str], list[int]] = defaultdict(list)
     for sample in samples:
         if sample.rollout_endpoint:
             wanted[sample.rollout_endpoint, ROLLOUT].append(sample.tokens.sample_id)
         for role, endpoint in sample.endpoints.items():
-            wanted[endpoint, role].append(sample.tokens.sample_id)
+            kinds = (role, REPLAYED, KEPT) if replays and role == "actor" else (role,)
+            for kind in kinds:
+                wanted[endpoint, kind].append(sample.tokens.sample_id)
     floats: dict[tuple[str, int], FloatArray] = {}
     missing: set[str] = set()
     for (endpoint, kind), ids in wanted.items():
@@ -304,14 +307,21 @@ def _sample_data(
     if with_data:
         lost = np.full(len(sample.tokens.response) // 4, np.nan, dtype=np.float32)
         rollout = floats.get((ROLLOUT, sample_id), lost)
+    old = floats["actor", sample_id] if with_data and recomputed else rollout
+    kept = None
+    if (KEPT, sample_id) in floats:
+        together = floats[KEPT, sample_id].view(np.int32)
+        kept = Kept.apart(together, len(sample.tokens.response) // 4)
     return SampleData(
         sample_id=sample_id,
         group=sample.group,
         prompt=np.frombuffer(sample.tokens.prompt, dtype=np.int32),
         response=np.frombuffer(sample.tokens.response, dtype=np.int32),
         score=sample.score,
-        old_logprobs=floats["actor", sample_id] if with_data and recomputed else rollout,
+        old_logprobs=floats.get((REPLAYED, sample_id), old),
         rollout_logprobs=rollout,
         reference_logprobs=floats.get(("reference", sample_id)),
         values=floats.get(("critic", sample_id)),
+        full_logprobs=old if kept is not None else None,
+        kept=kept,
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhfuse.algorithms.losses import (
+    Loss,
     PolicyInputs,
     PolicyLossSettings,
     linear_policy_loss,
@@ -14,7 +15,9 @@ from rlhfuse.algorithms.losses import (
 )
 from rlhfuse.algorithms.tally import named
 from rlhfuse.kernels import linear_logprob as linear_module
+from rlhfuse.kernels import reference
 from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.kernels.replay import replay
 
 SETTINGS = [
     PolicyLossSettings(),
@@ -83,3 +86,58 @@ def test_without_gradients_it_is_the_plain_loss() -> None:
     full = replace(inputs, logprobs=out.logprob, entropy=out.entropy)
     torch.testing.assert_close(loss, policy_loss(full, SETTINGS[2], normalizer=9.0).loss)
     assert not loss.requires_grad
+
+
+REPLAYED = [
+    PolicyLossSettings(),
+    PolicyLossSettings(entropy_coef=0.02, kl_coef=0.1, aggregation="seq-mean-token-mean"),
+    PolicyLossSettings(ratio_level="sequence", kl_coef=0.1),
+]
+
+
+@pytest.mark.parametrize("settings", REPLAYED)
+@pytest.mark.parametrize("num_tokens", [0, 5, 600])
+def test_ratios_among_what_the_sampler_kept(settings: PolicyLossSettings, num_tokens: int) -> None:
+    """The ratio is that of the truncated distributions, entropy and KL of the whole ones."""
+    tensors, labels, inputs = case(num_tokens)
+    hidden, weight, _ = (tensor.detach() for tensor in tensors)
+    most = torch.full((num_tokens,), 40)
+    seen = replay(
+        hidden, weight, labels, lambda _, logits: logits > 2.0, most=most, temperature=0.9
+    )
+    assert torch.equal(
+        seen.logprob, linear_logprob(hidden, weight, labels, temperature=0.9).logprob
+    )
+    assert int(seen.kept.cu.diff().max()) <= 41 if num_tokens else not seen.kept.ids.numel()
+    unmoved = replace(inputs, old_logprobs=seen.replayed, ref_logprobs=seen.logprob)
+
+    def fused(inputs: PolicyInputs) -> Loss:
+        leaves = (tensors[0], tensors[1])
+        return linear_policy_loss(
+            *leaves, labels, inputs, settings, normalizer=700.0, temperature=0.9, entropy=True,
+            kept=seen.kept,
+        )  # fmt: skip
+
+    stats = named(fused(unmoved).stats.tally())
+    if num_tokens:  # at the weights that drew the tokens, to the bit
+        assert stats["actor/ratio_mean"] == stats["actor/ratio_max"] == 1.0
+        assert stats["actor/kl_loss"] == 0.0
+    moved = replace(unmoved, old_logprobs=seen.replayed + 0.3 * inputs.advantages)
+    found = fused(moved)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors[:2]]
+    heads = [
+        reference.linear_logprob(wide[0], wide[1], labels, temperature=0.9, entropy=True, kept=kept)
+        for kept in (None, seen.kept)
+    ]
+    truth = policy_loss(
+        replace(
+            moved, logprobs=heads[1].logprob, full_logprobs=heads[0].logprob,
+            entropy=heads[0].entropy,
+        ),
+        settings, normalizer=700.0,
+    )  # fmt: skip
+    torch.testing.assert_close(found.loss.double(), truth.loss.double(), rtol=1e-5, atol=1e-7)
+    grads = torch.autograd.grad(found.loss, tensors[:2])
+    for ours, true in zip(grads, torch.autograd.grad(truth.loss, wide), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=2e-6)
+        assert bool(true.any()) == (num_tokens > 0)

@@ -1,6 +1,7 @@
 """Same samples, same update: whole runs, compared bit for bit (CPU, float32)."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import msgspec
@@ -66,15 +67,28 @@ def test_critic_free_fused_equals_serial(assets: Path, tmp_path: Path) -> None:
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(assets: Path, tmp_path: Path) -> None:
     # 40 prompts in batches of 16: the third step crosses the end of an epoch.
-    whole = _with_steps(tiny_config(assets, tmp_path / "whole", num_devices=2), 4)
+    whole = _with_steps(_truncated(tiny_config(assets, tmp_path / "whole", num_devices=2)), 4)
     train_run(resolve(whole), resume=False)
-    stopped = tiny_config(assets, tmp_path / "stopped", num_devices=2)
+    stopped = _truncated(tiny_config(assets, tmp_path / "stopped", num_devices=2))
     for steps in (1, 3, 4):
         # The learning rate follows the whole run: only the stop comes earlier.
         train_run(resolve(_with_steps(stopped, steps)), resume=steps > 1)
     for step in range(1, 5):
         assert _digests(stopped, step) == _digests(whole, step)
+    _check_replay(RunFolder(whole.trainer).path)
     _check_what_if(RunFolder(whole.trainer).path)
+
+
+def _truncated(config: Config) -> Config:
+    return replace(config, rollout=replace(config.rollout, top_p=0.9, top_k=30))
+
+
+def _check_replay(folder: Path) -> None:
+    """The trainer's log-probabilities are those that the sampler drew with, to rounding."""
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        assert metrics["training/rollout_logprobs_diff_max"] < 2e-5
+        assert 1.0 < metrics["rollout/kept_tokens_mean"] < metrics["rollout/kept_tokens_max"] <= 30
 
 
 def _check_what_if(folder: Path) -> None:

@@ -311,12 +311,15 @@ def linear_gradients(
 def test_linear_logprob_equals_float64_and_recomputing_changes_no_bit(
     case: tuple[int, int, int, str, torch.dtype],
 ) -> None:
-    (*_, vocab, _, dtype), (tensors, *rest) = case, linear_case(*case)
-    wide = [tensor.double() for tensor in tensors]
-    truth = linear_gradients(reference.linear_logprob, wide, *rest)
-    plain = linear_gradients(reference.linear_logprob, tensors, *rest)
-    kept = linear_gradients(linear_logprob, tensors, *rest)
-    again = linear_gradients(linear_logprob, tensors, *rest, keep_logits_bytes=0)
+    *_, vocab, _, dtype = case
+    tensors, labels, temperature, above = linear_case(*case)
+
+    def run(function: object, tensors: list[Tensor], **options: int) -> list[Tensor]:
+        return linear_gradients(function, tensors, labels, temperature, above, **options)
+
+    truth = run(reference.linear_logprob, [tensor.double() for tensor in tensors])
+    plain = run(reference.linear_logprob, tensors)
+    kept, again = run(linear_logprob, tensors), run(linear_logprob, tensors, keep_logits_bytes=0)
     for found, true in zip(kept[:2], truth[:2], strict=True):
         assert found.dtype == torch.float32
         assert relative(found, true) < 1e-6 or vocab == 1
@@ -368,6 +371,9 @@ def test_replay_renormalises_over_the_kept_tokens(keep_logits_bytes: int) -> Non
         results.append([out.logprob, out.entropy, *torch.autograd.grad(loss, leaves)])
     for found, truth in zip(*results, strict=True):
         assert relative(found, truth.detach()) < 1e-6
+    wrong = labels.scatter(0, torch.tensor([7]), 96 - ids[7][0])
+    with pytest.raises(ValueError, match="token 7 is not among"):
+        linear_logprob(hidden, weight, wrong, kept=kept)
     alone = [t for t in range(num_tokens) if len(ids[t]) == 1]
     assert not results[0][0][alone].any()  # the only token that was left has probability 1
 
@@ -441,7 +447,9 @@ def test_autocast_narrows_the_factors_and_never_the_logits() -> None:
     true_grads = torch.autograd.grad(truth.logprob.sum(), wide)
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_logprob(hidden, weight, labels, temperature=0.7)
-        fused = linear_loss(hidden, weight, labels, lambda _, logp, __: logp.sum(), temperature=0.7)
+        fused = linear_loss(
+            hidden, weight, labels, lambda _, logp, *__: logp.sum(), temperature=0.7
+        )
         rows = token_logprob(hidden, labels % 64)
         # Also the backward passes run in here: a product of theirs must not be narrowed either.
         grads = torch.autograd.grad(found.logprob.sum(), [hidden, weight])

@@ -215,7 +215,7 @@ def test_linear_loss_equals_float64(dtype: torch.dtype, entropy: bool, per_token
     near = [tensor.to(DEVICE).requires_grad_() for tensor in (hidden, weight, bias)]
     on_device = factors.to(DEVICE)
 
-    def token_loss(rows: slice, logprob: Tensor, spread: Tensor) -> Tensor:
+    def token_loss(rows: slice, logprob: Tensor, spread: Tensor, _: Tensor) -> Tensor:
         loss = (logprob.exp() * on_device[0, rows]).sum()
         return loss + (spread * on_device[1, rows]).sum() if entropy else loss
 
