@@ -145,6 +145,14 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     return out if bias is None else out.add_(bias)
 
 
+def add_weight_gradient_(into: Tensor, by_logits: Tensor, hidden: Tensor, rows: slice) -> None:
+    """into += by_logits.T @ hidden; what the first chunk finds there is not even read."""
+    if rows.start:
+        into.addmm_(by_logits.T, hidden)
+    else:
+        torch.mm(by_logits.T, hidden, out=into)
+
+
 def chunk_room(like: Tensor, num_rows: int, vocab: int) -> Tensor:
     """Room for the logits of one chunk: fresh memory costs as much as a pass over it."""
     return like.new_empty(min(num_rows, chunk_rows(vocab)), vocab)
@@ -278,7 +286,7 @@ def _backward(
                 by_logits[held.owners, held.ids] = found
             head_logits(by_logits, wide.T, None, by_hidden[rows])
             if with_weight:
-                by_weight.addmm_(by_logits.T, own)
+                add_weight_gradient_(by_weight, by_logits, own, rows)
             if bias is not None:
                 by_bias += by_logits.sum(0)
     return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)

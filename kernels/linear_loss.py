@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
-from rlhfuse.kernels.linear_logprob import chunk_room, chunks, head_logits, linear_logprob
+from rlhfuse.kernels.linear_logprob import (
+    add_weight_gradient_,
+    chunk_room,
+    chunks,
+    head_logits,
+    linear_logprob,
+)
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import (
@@ -144,7 +150,7 @@ def _form(
         loss, *folded = _form_rows(by_logits, labels[rows], rows, given, entropy, token_loss, kept)
         head_logits(by_logits, wide.T, None, by_hidden[rows])
         if by_weight is not None:
-            by_weight.addmm_(by_logits.T, own)
+            add_weight_gradient_(by_weight, by_logits, own, rows)
         if by_bias is not None:
             by_bias += by_logits.sum(0)
         out[:, rows] = torch.stack(folded)

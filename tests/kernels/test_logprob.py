@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhfuse.kernels import compiled_rows, reference, rows
+from rlhfuse.kernels import compiled_rows, reference, rows, team
 from rlhfuse.kernels import linear_logprob as linear_module
 from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
 from rlhfuse.kernels.linear_loss import linear_loss
@@ -113,6 +113,7 @@ def test_a_row_does_not_depend_on_its_place_or_on_how_many_threads_there_are(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled_rows, "_PIECE", 5000)
+    assert (team._fork() is not None) == torch.backends.openmp.is_available()
     monkeypatch.setattr(rows, "COMPILED_VOCAB", 0 if compiled else 1 << 30)
     rng = torch.Generator().manual_seed(7)
     before = torch.get_num_threads()
