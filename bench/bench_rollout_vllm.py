@@ -125,7 +125,7 @@ class Bench:
                 samples = tuple(record.tokens for record in order[index::2])
                 fleet.send(
                     worker,
-                    m.Score(role=_role(role), samples=samples, temperature=1.0),
+                    m.Score(role=_role(role), samples=samples, sampling=self.sampling),
                 )
         for _role_name in roles:
             fleet.gather(m.Scored, fleet.rollout, "scores")
