@@ -132,6 +132,34 @@ def logits_pairs(num_tokens: int, vocab: int, temperature: float = 0.9) -> list[
     return pairs
 
 
+def kept_pair(num_tokens: int, hidden_size: int, vocab: int, num_kept: int) -> Pair:
+    """The log-probability among what a sampler kept, of random tokens and the label."""
+    rng = torch.Generator().manual_seed(3)
+    hidden = torch.randn(num_tokens, hidden_size, generator=rng)
+    weight = torch.randn(vocab, hidden_size, generator=rng) * 0.1
+    ids = torch.rand(num_tokens, vocab, generator=rng).topk(num_kept).indices
+    labels, cu = ids[:, 0].clone(), torch.arange(num_tokens + 1) * num_kept
+    kept = reference.KeptTokens(ids.flatten().int(), cu)
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        logits = h @ w.T
+        dropped = torch.ones_like(logits, dtype=torch.bool).scatter_(1, ids, False)
+        return plain_logprob(logits.masked_fill(dropped, -torch.inf), labels, 1.0, False)
+
+    def by_weight(run: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Run:
+        leaves = [part.to(dtype).requires_grad_() for part in (hidden, weight)]
+        return lambda: torch.autograd.grad(run(leaves[0], leaves[1]).sum(), leaves)[1]
+
+    return Pair(
+        f"linear_logprob, {num_kept} kept, forward+backward",
+        f"T={num_tokens} H={hidden_size} V={vocab}",
+        by_weight(lambda h, w: linear_logprob(h, w, labels, kept=kept).logprob, torch.float32),
+        by_weight(plain, torch.float32),
+        by_weight(plain, torch.float64)(),
+        6.0 * num_tokens * hidden_size * vocab,
+    )
+
+
 def linear_pairs(num_tokens: int, hidden_size: int, vocab: int) -> list[Pair]:
     rng = torch.Generator().manual_seed(1)
     hidden = torch.randn(num_tokens, hidden_size, generator=rng).requires_grad_()
@@ -247,13 +275,15 @@ def gae_pairs(num_sequences: int, length: int) -> list[Pair]:
 
 def all_pairs(quick: bool) -> list[Pair]:
     if quick:
-        return [*logits_pairs(64, 512), *linear_pairs(64, 32, 512), *gae_pairs(8, 128)]
+        heads = [*linear_pairs(64, 32, 512), kept_pair(64, 32, 512, 8)]
+        return [*logits_pairs(64, 512), *heads, *gae_pairs(8, 128)]
     return [
         *logits_pairs(2048, 4096),
         *logits_pairs(256, 32_000),
         *logits_pairs(256, 32_000, temperature=1.0),
         *linear_pairs(1024, 256, 4096),
         *linear_pairs(512, 256, 32_000),
+        kept_pair(512, 256, 32_000, 32),
         *gae_pairs(64, 256),
         *gae_pairs(64, 4096),
         *gae_pairs(512, 1024),
