@@ -33,6 +33,20 @@ def check_files(config: Config) -> None:
         raise ValueError("; ".join(broken))
 
 
+def ratios(config: Config) -> str:
+    """Which distributions the policy's ratios compare; empty where tokens are drawn from whole
+    ones."""
+    if not config.truncates:
+        return ""
+    if config.replays:
+        return (
+            "of what top-k, top-p and min-p keep (4 bytes a kept token; rollout.top_k bounds "
+            "them, algorithm.replay_truncation=off turns it off)"
+        )
+    why = config.why_no_replay or "algorithm.replay_truncation is off"
+    return f"of the whole softmax, though tokens are drawn from a part of it: {why}"
+
+
 # --- rules ---------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import msgspec
 import torch
 
 from rlhfuse.config import Config
-from rlhfuse.config_check import batch_arithmetic, why_reference_stays
+from rlhfuse.config_check import batch_arithmetic, ratios, why_reference_stays
 from rlhfuse.group_training import trains_groups, why_groups_wait
 from rlhfuse.placement import StagePlacement
 from rlhfuse.planner.measured import StepCosts, predict, predict_one
@@ -20,7 +20,8 @@ from rlhfuse.run_costs import step_costs
 
 
 class DryRun(msgspec.Struct, frozen=True, kw_only=True):
-    """`reference`: where its log-probabilities come from (empty: there are none).
+    """`reference`: where its log-probabilities come from (empty: there are none). `ratios`: which
+    distributions they compare (empty: whole ones).
     `early_training`: whether groups are trained while others generate (empty: there is a critic).
     `update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and `bubble`
     (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn in
@@ -33,6 +34,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     pipelines: dict[str, StagePlacement]
     scored_roles: tuple[str, ...]
     reference: str
+    ratios: str
     early_training: str
     update_ratio: float
     step_s: Pair
@@ -55,6 +57,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(f"  {role} pipeline: {stages}")
         lines.append(f"  scored on rollout workers: {', '.join(self.scored_roles) or 'nothing'}")
         lines += [f"  reference log-probabilities: {self.reference}"] if self.reference else []
+        lines += [f"  ratios: {self.ratios}"] if self.ratios else []
         lines += [f"  early training: {self.early_training}"] if self.early_training else []
         most = self.memory_bytes / GIB
         lines += ["Memory", f"  {most:.3g} GiB on the fullest device: {self.memory}"]
@@ -100,6 +103,7 @@ def describe(run: Resolved) -> DryRun:
         pipelines=run.pipelines,
         scored_roles=config.scored_roles,
         reference=_reference(config),
+        ratios=ratios(config),
         early_training=_early_training(run, workload, costs),
         update_ratio=found.serial.training / found.fused.training,
         step_s=Pair(found.serial.step, found.fused.step),

@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import TCPStore
 from rlhfuse import messages as m
 from rlhfuse.cluster import Cluster, describe_node
 from rlhfuse.config import Config
+from rlhfuse.config_check import ratios
 from rlhfuse.config_file import dump, load
 from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.fleet import Fleet
@@ -115,12 +116,8 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             f"{folder.path} holds a run with checkpoints: go on with --resume, "
             "or choose another trainer.experiment_name"
         )
-    if config.truncates and config.algorithm.replay_truncation == "auto" and config.why_no_replay:
-        logger.warning(
-            "the trainer's log-probabilities are those of the whole softmax, the sampler's are not "
-            "(algorithm.replay_truncation is off: %s)",
-            config.why_no_replay,
-        )
+    if config.truncates and not config.replays and config.algorithm.replay_truncation != "off":
+        logger.warning("the policy's ratios are %s", ratios(config))
     if not config.placement.ray_address:  # else when the nodes are known
         for warning in check_memory(run, [describe_node("", "127.0.0.1")]):
             logger.warning("%s", warning)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfuse.config import Config
-from rlhfuse.config_check import batch_arithmetic, check, check_files, total_steps
+from rlhfuse.config_check import batch_arithmetic, check, check_files, ratios, total_steps
 from rlhfuse.config_file import load
 
 GOOD = {
@@ -127,6 +127,22 @@ def test_existing_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "t.jsonl").write_text("{}")
     check_files(_config(tmp_path))
+
+
+def test_what_ratios_compare_is_told_where_the_sampler_truncates(tmp_path: Path) -> None:
+    assert ratios(_config(tmp_path)) == ""
+    assert not _config(tmp_path).replays
+    for sampling in ("rollout.top_k=5", "rollout.top_p=0.9", "rollout.min_p=0.1"):
+        assert _config(tmp_path, sampling).replays
+        assert "keep" in ratios(_config(tmp_path, sampling))
+    for off in (
+        "algorithm.replay_truncation=off",
+        "rollout.old_log_probs=engine",
+        "placement.tp=2",
+    ):
+        config = _config(tmp_path, "rollout.top_p=0.9", off)
+        assert not config.replays
+        assert off.partition("=")[0] in ratios(config)
 
 
 def test_the_arithmetic_is_printed(tmp_path: Path) -> None:
