@@ -18,19 +18,28 @@ class BatchSize(NamedTuple):
     samples: int
 
 
-def why_groups_wait(config: Config) -> str:
-    """Why groups are trained together, when the batch is complete; empty where they need not be."""
-    actor, algorithm, place = config.actor, config.algorithm, config.placement
+def why_never(config: Config) -> str:
+    """Why groups are trained together on whatever devices; empty where they need not be."""
+    actor, algorithm = config.actor, config.algorithm
     whitened = algorithm.adv_estimator == "reinforce_plus_plus" and algorithm.whiten_advantages
     reasons = {
         "there is a critic: advantages are whitened over the batch, and both models are fused": (
             config.uses_critic
         ),
         "advantages are whitened over the batch (algorithm.whiten_advantages)": whitened,
-        "actor.backend is megatron": actor.backend == "megatron",
         "a step has several optimizer steps (actor.ppo_mini_batch_size, actor.ppo_epochs)": (
             config.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
         ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def why_groups_wait(config: Config) -> str:
+    """Why groups are trained together, when the batch is complete; empty where they need not be."""
+    actor, place = config.actor, config.placement
+    reasons = {
+        why_never(config): bool(why_never(config)),
+        "actor.backend is megatron": actor.backend == "megatron",
         "one device is no whole replica of the actor (placement.actor_pp must be 1)": (
             (place.actor_pp or place.num_devices) > 1
         ),

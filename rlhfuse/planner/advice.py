@@ -1,8 +1,8 @@
 """What a plan means, in words: does fusion pay, what limits the step, what was assumed."""
 
-from rlhfuse.group_training import why_groups_wait
-from rlhfuse.planner.evaluate import MOST_SAMPLES, Evaluated, sliced
-from rlhfuse.planner.rollout import LEAST_GAIN
+from rlhfuse.group_training import why_never
+from rlhfuse.planner.evaluate import MOST_SAMPLES, Evaluated
+from rlhfuse.planner.rollout import LEAST_GAIN, sliced
 from rlhfuse.planner.summary import Worth, Worthwhile
 from rlhfuse.schedules.timing import makespan
 
@@ -14,6 +14,8 @@ def worthwhile(found: Evaluated) -> Worthwhile:
     step_s = found.serial.step
     rollout = found.rollout
     inter_s = max(0.0, rollout.serial.end_s - rollout.fused.end_s)
+    if found.early_pays:
+        inter_s = step_s - found.fused.step
     serial_s, fused_s = found.minibatch_s
     intra_s = found.workload.num_minibatches * (serial_s - fused_s)
     return Worthwhile(
@@ -28,11 +30,11 @@ def _worth(saving: float, least: float, reason: str) -> Worth:
 
 def _inter_reason(found: Evaluated, saved_s: float) -> str:
     workload, serial = found.workload, found.serial
+    if found.early_pays:
+        return _early_reason(found)
     if not workload.scored:
         idle = "nothing is scored by a model: freed devices would have nothing to do"
-        if why_groups_wait(found.config):
-            return idle
-        return f"{idle} but train complete groups (fusion.early_training; not counted here)"
+        return f"{idle}, and {_why_no_early(found)}"
     share = serial.inference / serial.step
     roles = ", ".join(workload.scored)
     if saved_s < LEAST_GAIN * serial.step:
@@ -53,6 +55,24 @@ def _inter_reason(found: Evaluated, saved_s: float) -> str:
     return f"hides {min(1.0, hidden):.0%} of inference ({roles}) behind the long tail; {tail}"
 
 
+def _early_reason(found: Evaluated) -> str:
+    later_s = found.without_early.step
+    without = max(0.0, 1 - later_s / found.serial.step)
+    return (
+        f"freed devices train complete groups while others generate (fusion.early_training): "
+        f"{1 - found.fused.step / later_s:.1%} of the step; scoring alone would save {without:.1%}"
+    )
+
+
+def _why_no_early(found: Evaluated) -> str:
+    reason = why_never(found.config)
+    if reason:
+        return f"groups are trained together: {reason}"
+    if found.early is None:
+        return "no replica of the actor fits on devices that become free before all are"
+    return "training complete groups early would gain nothing: devices become free too late"
+
+
 def _intra_reason(found: Evaluated, saved_s: float) -> str:
     training, serial = found.training, found.serial
     if len(training.fused) == 1:
@@ -71,18 +91,22 @@ def _intra_reason(found: Evaluated, saved_s: float) -> str:
 def recommendation(found: Evaluated) -> dict[str, int | float | str | bool]:
     """Keys of the configuration; planning with them again gives this plan."""
     told: dict[str, int | float | str | bool] = {"plan.rollout_tp": found.rollout.layout.tp}
-    chosen = found.training.fused if found.intra_pays else found.training.serial
-    for trained in chosen:
+    for trained in found.trained:
         role, parallel = trained.role, trained.parallel
         told[f"plan.{role}_tp"] = parallel.tp
         told[f"plan.{role}_pp"] = parallel.pp
-        told[f"{role}.num_microbatches"] = trained.num_microbatches
+        if not found.early_pays:  # a group is cut by its tokens alone
+            told[f"{role}.num_microbatches"] = trained.num_microbatches
         if parallel.tp == 1:
             told[f"placement.{role}_pp"] = parallel.pp
     worth = worthwhile(found)
     told["fusion.inter_stage"] = "auto" if worth.inter_stage.worthwhile else "off"
     told["fusion.intra_stage"] = "auto" if worth.intra_stage.worthwhile else "off"
     told["fusion.migration"] = found.rollout.migration
+    if len(found.workload.trained) == 1:
+        told["fusion.early_training"] = "auto" if found.early_pays else "off"
+    if found.early is not None and found.early_pays:
+        told["fusion.migration"] = found.early.migration
     fused = makespan(found.training.schedule)
     told["fusion.split_weight"] = found.training.split_schedule_s < 0.99 * fused
     return told
@@ -115,6 +139,8 @@ def limits(found: Evaluated) -> list[str]:
 
 
 def _training_limit(found: Evaluated) -> str:
+    if found.early_pays:
+        return "training that is left after the last response, and the exchange of gradients"
     training = found.training
     chosen = training.fused if found.intra_pays else training.serial
     exchange = sum(t.exchange_s for t in chosen)
@@ -160,10 +186,15 @@ def warnings(found: Evaluated) -> list[str]:
         for name, one in (("inter-stage", worth.inter_stage), ("intra-stage", worth.intra_stage))
         if not one.worthwhile
     ]
-    chosen = found.training.fused if found.intra_pays else found.training.serial
-    if any(t.parallel.tp > 1 for t in chosen) or found.rollout.layout.tp > 1:
+    if any(t.parallel.tp > 1 for t in found.trained) or found.rollout.layout.tp > 1:
         told.append(
             "tensor-parallel layouts are predicted; `rlhfuse train` itself does not run them yet"
+        )
+    early = found.early
+    if found.early_pays and early and early.trained.parallel.tp * early.trained.parallel.pp > 1:
+        told.append(
+            "early training on replicas of several devices is predicted; `rlhfuse train` itself "
+            "trains groups early on replicas of one device only"
         )
     paper = found.rollout.policies["paper"]
     if paper > 1.005 * found.rollout.policies["serial"]:

@@ -3,16 +3,15 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import msgspec
-
 from rlhfuse.config import Config
 from rlhfuse.cost import CostModel
 from rlhfuse.hardware import Cluster
 from rlhfuse.planner import costs
 from rlhfuse.planner import rollout as ro
+from rlhfuse.planner.early import EarlyTraining, best_early
 from rlhfuse.planner.rollout import RolloutLayout, RolloutPrediction
 from rlhfuse.planner.step import StageSeconds
-from rlhfuse.planner.training import TrainingPlan, TrainingPlanner
+from rlhfuse.planner.training import Trained, TrainingPlan, TrainingPlanner
 from rlhfuse.planner.workload import Workload
 from rlhfuse.schedules.checks import peak_memory
 
@@ -22,7 +21,8 @@ MOST_SAMPLES = 4096  # more are simulated on a slice of the cluster
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Layouts and predictions. `offload_s`: moving training state out of the way and back."""
+    """Layouts and predictions. `offload_s`: moving training state out of the way and back;
+    `early`: the step with groups that are trained while others generate, where that can be."""
 
     config: Config
     workload: Workload
@@ -30,6 +30,7 @@ class Evaluated:
     training: TrainingPlan
     rollout: RolloutPrediction
     offload_s: float
+    early: EarlyTraining | None = None
 
     @property
     def intra_pays(self) -> bool:
@@ -55,6 +56,14 @@ class Evaluated:
 
     @property
     def fused(self) -> StageSeconds:
+        if self.early is not None and self.early_pays:
+            generation_s = self.early.stats.generation_s
+            return StageSeconds(generation_s, 0.0, self.early.end_s - generation_s, self._other_s)
+        return self.without_early
+
+    @property
+    def without_early(self) -> StageSeconds:
+        """As the step should run with all training after the last response."""
         stats = self.rollout.fused if self.inter_pays else self.rollout.serial
         train = self.workload.num_minibatches * self.minibatch_s[1]
         return StageSeconds(
@@ -64,6 +73,21 @@ class Evaluated:
     @property
     def inter_pays(self) -> bool:
         return self.rollout.fused.end_s < self.rollout.serial.end_s * (1 - LEAST)
+
+    @property
+    def early_pays(self) -> bool:
+        """Early training against the best step without it."""
+        if self.early is None:
+            return False
+        later = self.without_early
+        return self.early.end_s < (later.step - later.other) * (1 - LEAST)
+
+    @property
+    def trained(self) -> tuple[Trained, ...]:
+        """How the models are trained in the step as it should run."""
+        if self.early is not None and self.early_pays:
+            return (self.early.trained,)
+        return self.training.fused if self.intra_pays else self.training.serial
 
     @cached_property
     def activation_bytes(self) -> float:
@@ -94,10 +118,14 @@ def evaluate(
             f"sample of rollout.response_length {workload.limit}"
         )
     layout, cost = _choose(config, workload, found)
-    some, small = sliced(workload, layout, MOST_SAMPLES // 4 if quick else MOST_SAMPLES)
+    most = MOST_SAMPLES // 4 if quick else MOST_SAMPLES
+    some, small = ro.sliced(workload, layout, most)
     policy = ro.policy_of(config, layout)
     rollout = replace(ro.predict_rollout(some, small, cost, policy), layout=layout)
-    return Evaluated(config, workload, cluster, training, rollout, offload_s)
+    early = None
+    if not offload_s:
+        early = best_early(config, workload, cluster, training.alone, layout, most)
+    return Evaluated(config, workload, cluster, training, rollout, offload_s, early)
 
 
 def _choose(
@@ -108,43 +136,17 @@ def _choose(
         return found[0]
     rated = []
     for number, (layout, cost) in enumerate(found):
-        some, small = sliced(workload, layout, MOST_SAMPLES // 8)
+        some, small = ro.sliced(workload, layout, MOST_SAMPLES // 8)
         policy = ro.policy_named(ro.policy_of(config, layout), "off")
         rated.append((ro.run(some, small, cost, policy)[1].end_s, number))
     return found[min(rated)[1]]
 
 
-def sliced(
-    workload: Workload, layout: RolloutLayout, most_samples: int, most_instances: int = 1 << 30
-) -> tuple[Workload, RolloutLayout]:
-    """A slice of the cluster with its share of the samples: evenly spread over the lengths, so
-    that what is typical stays typical."""
-    parts = 1
-    while (
-        workload.num_samples / parts > most_samples or layout.instances / parts > most_instances
-    ) and (
-        layout.instances % (2 * parts) == 0
-        and (layout.instances // (2 * parts)) % layout.block == 0
-        and workload.num_samples % (2 * parts * workload.per_prompt) == 0
-    ):
-        parts *= 2
-    if parts == 1:
-        return workload, layout
-    order = sorted(range(workload.num_samples), key=lambda i: (-workload.lengths[i], i))
-    kept = sorted(order[::parts])
-    some = replace(
-        workload,
-        lengths=tuple(workload.lengths[i] for i in kept),
-        prompts=tuple(workload.prompts[i] for i in kept),
-        history=workload.history[: max(256, len(kept))],
-    )
-    return some, msgspec.structs.replace(layout, instances=layout.instances // parts)
-
-
 def memory_of(found: Evaluated) -> tuple[float, float, float, float, float]:
     """Bytes per device: (weights, optimizer, activations, keys and values, total)."""
     models, cluster, layout = found.workload.models, found.cluster, found.rollout.layout
-    trained, optimizer = found.training.held_bytes
+    held = found.early.trained.held_bytes if found.early and found.early_pays else None
+    trained, optimizer = held or found.training.held_bytes
     engine = costs.engine_bytes(models, cluster, layout.tp)
     activations = found.activation_bytes
     samples = -(-found.workload.num_samples // layout.instances)

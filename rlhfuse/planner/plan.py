@@ -8,7 +8,8 @@ from rlhfuse.config_check import check_for_plan
 from rlhfuse.hardware import Cluster, device
 from rlhfuse.planner import rollout as ro
 from rlhfuse.planner.advice import assumptions, limits, recommendation, warnings, worthwhile
-from rlhfuse.planner.evaluate import Evaluated, evaluate, memory_of, sliced
+from rlhfuse.planner.early import simulated
+from rlhfuse.planner.evaluate import Evaluated, evaluate, memory_of
 from rlhfuse.planner.measured_rate import with_measured_training
 from rlhfuse.planner.step import Round, bubbles, joined
 from rlhfuse.planner.summary import Memory, Pair, Plan, PlanSummary, stage_pairs
@@ -98,26 +99,32 @@ def timelines(found: Evaluated) -> tuple[Timeline, Timeline]:
     if found.intra_pays:
         rounds = [_round(training.schedule, sum(t.exchange_s for t in training.fused))]
     migration = found.rollout.migration if found.inter_pays else "serial"
-    groups = [t.parallel for t in training.serial]
-    return (
-        _timeline(found, "serial", serial_rounds, max(p.tp for p in groups), _ranks(serial_rounds)),
-        _timeline(found, migration, rounds, max(p.tp for p in groups), _ranks(rounds)),
-    )
-
-
-def _ranks(rounds: Sequence[Round]) -> int:
-    return max(len(part.tasks.lanes) for part in rounds)
+    group = max(t.parallel.tp for t in training.serial)
+    fused = _early(found) if found.early_pays else _timeline(found, migration, rounds, group)
+    return _timeline(found, "serial", serial_rounds, group), fused
 
 
 def _round(schedule: Schedule, exchange_s: float) -> Round:
     return Round(simulate(schedule), makespan(schedule), exchange_s)
 
 
-def _timeline(
-    found: Evaluated, migration: str, rounds: list[Round], group: int, ranks: int
-) -> Timeline:
+def _early(found: Evaluated) -> Timeline:
+    """With groups that are trained while others generate."""
+    early = found.early
+    assert early is not None
+    workload, small = ro.sliced(found.workload, early.layout, MOST_SHOWN, MOST_LANES)
+    line, stats = simulated(found.config, workload, small, found.cluster, early, record=True)
+    end = Round(Timeline(()), 0.0, early.trained.exchange_s)
+    lanes = min(small.instances, MOST_LANES)
+    others_s = found.rollout.cost.weight_sync_s
+    tp = small.tp
+    return joined(line, stats.end_s, [end], others_s, lambda i: (f"rank{i * tp}", 0), lanes)
+
+
+def _timeline(found: Evaluated, migration: str, rounds: list[Round], group: int) -> Timeline:
     layout, cost = found.rollout.layout, found.rollout.cost
-    workload, small = sliced(found.workload, layout, MOST_SHOWN, MOST_LANES)
+    workload, small = ro.sliced(found.workload, layout, MOST_SHOWN, MOST_LANES)
+    ranks = max(len(part.tasks.lanes) for part in rounds)
     policy = ro.policy_named(ro.policy_of(found.config, layout), migration)
     line, stats = ro.run(workload, small, cost, policy, record=True)
     tp = layout.tp

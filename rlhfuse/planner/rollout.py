@@ -133,3 +133,30 @@ def _candidate(
         if instances % block:
             return None
     return RolloutLayout(tp, instances, block, int(tokens))
+
+
+def sliced(
+    workload: Workload, layout: RolloutLayout, most_samples: int, most_instances: int = 1 << 30
+) -> tuple[Workload, RolloutLayout]:
+    """A slice of the cluster with its share of the samples: evenly spread over the lengths, so
+    that what is typical stays typical."""
+    parts = 1
+    while (
+        workload.num_samples / parts > most_samples or layout.instances / parts > most_instances
+    ) and (
+        layout.instances % (2 * parts) == 0
+        and (layout.instances // (2 * parts)) % layout.block == 0
+        and workload.num_samples % (2 * parts * workload.per_prompt) == 0
+    ):
+        parts *= 2
+    if parts == 1:
+        return workload, layout
+    order = sorted(range(workload.num_samples), key=lambda i: (-workload.lengths[i], i))
+    kept = sorted(order[::parts])
+    some = replace(
+        workload,
+        lengths=tuple(workload.lengths[i] for i in kept),
+        prompts=tuple(workload.prompts[i] for i in kept),
+        history=workload.history[: max(256, len(kept))],
+    )
+    return some, msgspec.structs.replace(layout, instances=layout.instances // parts)

@@ -50,6 +50,7 @@ class TrainingPlan:
     separate: tuple[Schedule, ...]  # model after model, in the layouts of `serial`
     split_schedule_s: float  # makespan with the weight gradient split off
     block_ranks: int
+    alone: tuple[Trained, ...] = ()  # layouts of a model that is trained alone
 
     @property
     def held_bytes(self) -> tuple[float, float]:
@@ -85,8 +86,9 @@ class TrainingPlanner:
             problem = self.problem(best)
             split = min(makespan(separate[0]), makespan(_fuse(problem, FEW_ITERATIONS, True)))
             return TrainingPlan(
-                best, serial_s, best, serial_s, separate[0], separate, split, best[0].parallel.pp
-            )
+                best, serial_s, best, serial_s, separate[0], separate, split,
+                best[0].parallel.pp, tuple(found[best[0].role]),
+            )  # fmt: skip
         fused, schedule = self._fuse_best(found, best)
         fused_s = makespan(schedule) + sum(t.exchange_s for t in fused)
         split = makespan(schedule)

@@ -80,7 +80,7 @@ def helpful(found: Evaluated, rows: Sequence[WhatIfRow]) -> list[str]:
     """What would make samples cheaper, best first."""
     training = found.training
     told: list[tuple[float, str]] = []
-    if found.intra_pays or len(training.fused) == 1:
+    if found.intra_pays or (len(training.fused) == 1 and not found.early_pays):
         tasks_s = training.fused_s - sum(t.exchange_s for t in training.fused)
         saved_s = found.workload.num_minibatches * (tasks_s - training.split_schedule_s)
         told.append(

@@ -20,6 +20,7 @@ from rlhfuse.config_file import dump, from_tree, parse_yaml
 from rlhfuse.planner.lengths_file import read_lengths
 from rlhfuse.planner.plan import make_plan
 from rlhfuse.planner.summary import Plan
+from rlhfuse.timeline import Kind
 
 PPO = Config(
     actor=ActorConfig(path="llama-7b", ppo_mini_batch_size=32),
@@ -78,15 +79,37 @@ def test_planning_again_with_what_was_recommended_gives_the_same(ppo: Plan) -> N
 
 @pytest.mark.slow
 def test_nothing_to_gain_is_said() -> None:
-    """No critic, no reward model, no KL: nothing could overlap, and the plan says zero."""
-    summary = make_plan(RULE, compare=False).summary
+    """No critic, no reward model, no KL, two optimizer steps: nothing could overlap, and the plan
+    says zero."""
+    actor = msgspec.structs.replace(RULE.actor, ppo_mini_batch_size=32)
+    summary = make_plan(msgspec.structs.replace(RULE, actor=actor), compare=False).summary
     assert summary.step_s.fused == pytest.approx(summary.step_s.serial)
     for worth in (summary.worthwhile.inter_stage, summary.worthwhile.intra_stage):
         assert not worth.worthwhile
         assert worth.saving_fraction == pytest.approx(0.0)
+    assert "several optimizer steps" in summary.worthwhile.inter_stage.reason
     assert summary.recommended["fusion.inter_stage"] == "off"
     assert summary.recommended["fusion.intra_stage"] == "off"
+    assert summary.recommended["fusion.early_training"] == "off"
     assert sum("does not pay" in text for text in summary.warnings) == 2
+
+
+@pytest.mark.slow
+def test_early_training_is_what_is_left_of_the_gain_without_a_critic() -> None:
+    """One optimizer step: groups are trained behind the tail, but not the group of the longest
+    response, nor faster than all devices could."""
+    plan = make_plan(RULE, compare=False)
+    summary, training = plan.summary, plan.summary.stages["training"]
+    worth = summary.worthwhile.inter_stage
+    assert worth.worthwhile
+    assert "fusion.early_training" in worth.reason
+    assert summary.recommended["fusion.early_training"] == "auto"
+    saved = summary.step_s.serial - summary.step_s.fused
+    assert worth.saving_fraction == pytest.approx(saved / summary.step_s.serial)
+    assert 0 < saved < training.serial_s
+    assert plan.fused.end_s == pytest.approx(summary.step_s.fused)
+    tokens = sum(span.args["tokens"] for span in plan.fused.of_kinds((Kind.F,)).spans)  # type: ignore[misc]
+    assert tokens >= 64 * 4 * 100  # every group is trained in the picture, too
 
 
 @pytest.mark.slow
