@@ -1,6 +1,7 @@
 """One vLLM instance on a CPU: sampler, near ties, migration, sleep and weight update.
 
-    OMP_NUM_THREADS=1 python -m bench.bench_vllm [ties] [sampler] [migration] [memory] [weights]
+    OMP_NUM_THREADS=1 python -m bench.bench_vllm [ties] [exactness] [sampler] [migration] [memory]
+        [weights]
 
 A random Llama, 4 layers, 256 wide; one thread. Nothing is simulated.
 """
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.record import Row, print_table, spread, write_result
 from rlhfuse.config import VllmConfig
 from rlhfuse.engines.base import Engine, Request, SamplingParams
+from rlhfuse.engines.canonical import canonical_logits
 from rlhfuse.engines.torch_engine import TorchEngine
 from rlhfuse.engines.vllm_adapter import VllmEngine
 from rlhfuse.models.loading import load_model
@@ -27,6 +29,7 @@ from rlhfuse.models.stage import Head
 
 VOCAB, LAYERS, WIDTH, MAX_LEN = 2048, 4, 256, 1280
 MIB = 2**20
+NEAR_TIES = 0.005  # of all tokens, the most that `ties` found
 
 
 def make_model(path: Path) -> None:
@@ -130,6 +133,42 @@ def ties(path: Path) -> list[Row]:
 
 def _differing(ours: dict[int, list[int]], theirs: dict[int, list[int]]) -> int:
     return sum(tokens != theirs[sample_id] for sample_id, tokens in ours.items())
+
+
+def exactness(path: Path) -> list[Row]:
+    """What exact tokens cost: milliseconds to decide one near tie by the length of its prefix, and
+    at the rate of near ties beside a decode step of one sample there."""
+    engine = vllm_engine(path)
+    model = load_model(path, head=Head.LM)
+    params = SamplingParams(max_tokens=64)
+    rows: list[Row] = []
+    for context in (32, 64, 128, 256, 512, 1024):
+        before = replace(engine.counts)
+        (request,) = requests(1, prompt_tokens=context, kinds=[params], first_id=context)
+        engine.add(request)
+        engine.step()
+        steps = []
+        while engine.num_running:
+            start = time.perf_counter()
+            engine.step()
+            steps.append(time.perf_counter() - start)
+        assert engine.counts.tokens == before.tokens + 64
+        decisions = []
+        for _ in range(12):
+            start = time.perf_counter()
+            canonical_logits(model, request.prompt)
+            decisions.append(time.perf_counter() - start)
+        decide, step = spread(decisions)[0], spread(steps)[0]
+        rows.append(
+            {
+                "context_tokens": context,
+                "decide_ms": decide * 1e3,
+                "decide_max_ms": spread(decisions)[2] * 1e3,
+                "decode_step_ms": step * 1e3,
+                "cost_at_rate": NEAR_TIES * decide / step,
+            }
+        )
+    return rows
 
 
 # --- the sampler ---------------------------------------------------------------------------
@@ -295,6 +334,7 @@ def weights(path: Path) -> list[Row]:
 
 PARTS: dict[str, Callable[[Path], list[Row]]] = {
     "ties": ties,
+    "exactness": exactness,
     "sampler": sampler,
     "migration": migration,
     "memory": memory,
