@@ -127,6 +127,7 @@ def run_step(session: Session, start: Path, fault: Fault | None) -> Measured:
         try:
             result = trainer.step()
         except TrainingLost as lost:
+            told.note(f"training is lost: {lost}")  # by whichever rank tells first
             recovery.restart(lost)
             trainer.sync_weights()
             told.note("training is back")

@@ -1,6 +1,7 @@
 """What a run would do, before anything starts: arithmetic, placement, predicted step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -9,9 +10,9 @@ import torch
 from rlhfuse.config import Config
 from rlhfuse.config_check import batch_arithmetic, ratios, why_reference_stays
 from rlhfuse.group_training import trains_groups, why_groups_wait
-from rlhfuse.placement import StagePlacement
+from rlhfuse.placement import Seat, StagePlacement
 from rlhfuse.planner.measured import StepCosts, predict, predict_one
-from rlhfuse.planner.memory import GIB, memory_plan
+from rlhfuse.planner.memory import GIB, DeviceMemory, check_room, memory_plan
 from rlhfuse.planner.step import LEGEND, bubbles, drawn
 from rlhfuse.planner.summary import Pair, StagePair, stage_pairs
 from rlhfuse.planner.workload import Workload, workload_of
@@ -26,7 +27,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     `update_ratio`: predicted serial over fused time of one update. `step_s`, `stages` and `bubble`
     (parts of device time, by cause) are predicted from `costs_from`; `timeline` is drawn in
     letters, serial and fused. `memory_bytes`: planned for the fullest device; `memory`: its parts
-    in GiB."""
+    in GiB; `refused`: why this machine is too small (empty: it is not, or others will run it)."""
 
     total_steps: int
     num_prompts: int
@@ -43,6 +44,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     timeline: dict[str, list[str]]
     memory_bytes: int
     memory: str
+    refused: str
     costs_from: str
     assumed: str
 
@@ -61,6 +63,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
         lines += [f"  early training: {self.early_training}"] if self.early_training else []
         most = self.memory_bytes / GIB
         lines += ["Memory", f"  {most:.3g} GiB on the fullest device: {self.memory}"]
+        lines += [f"  would be refused here: {self.refused}"] if self.refused else []
         return "\n".join([*lines, *self._predicted()])
 
     def _predicted(self) -> list[str]:
@@ -115,9 +118,24 @@ def describe(run: Resolved) -> DryRun:
         },
         memory_bytes=fullest.total,
         memory=fullest.text(),
+        refused=_refusal(config, plan, cuda=cuda),
         costs_from=costs.origin,
         assumed=workload.described,
     )
+
+
+def _refusal(config: Config, plan: Sequence[DeviceMemory], *, cuda: bool) -> str:
+    """What a run on this machine would end with."""
+    from rlhfuse.cluster import describe_node  # imports Ray, which takes a second
+
+    if config.placement.ray_address:
+        return ""
+    here = describe_node("", "127.0.0.1")
+    try:
+        check_room(plan, [Seat(here, index, None) for index in range(len(plan))], cuda=cuda)
+    except ValueError as error:
+        return str(error).removeprefix("memory: ")
+    return ""
 
 
 def _reference(config: Config) -> str:

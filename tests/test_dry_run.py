@@ -1,5 +1,6 @@
 """The dry run predicts the step: from data alone, or from what an earlier run measured."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -34,6 +35,17 @@ def test_a_prediction_without_any_measurement(run: Resolved) -> None:
     assert "a prediction, nothing ran" in text
     assert "rank0 g" in text
     assert msgspec.json.decode(msgspec.json.encode(plan))["step_s"]["serial"] > 0
+    assert "refused" not in text
+
+
+def test_a_machine_that_is_too_small_is_named(run: Resolved) -> None:
+    replace = msgspec.structs.replace
+    rollout = replace(run.config.rollout, cache_tokens=10**12)
+    huge = dataclasses.replace(run, config=replace(run.config, rollout=rollout))
+    told = describe(huge).text()
+    assert re.search(r"refused here: node .* has [\d.]+ GiB .* needs \d+.*cache_tokens", told)
+    elsewhere = replace(huge.config, placement=replace(run.config.placement, ray_address="h:1"))
+    assert not describe(dataclasses.replace(huge, config=elsewhere)).refused
 
 
 def _pretend(run: Resolved, seconds_factor: float) -> None:
