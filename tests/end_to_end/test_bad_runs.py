@@ -107,8 +107,10 @@ def service() -> Iterator[str]:
         server.shutdown()
 
 
-def _config(assets: Path, runs: Path, name: str = "compute_score", **reward: object) -> Config:
-    config = tiny_config(assets, runs, num_devices=2)
+def _config(
+    assets: Path, runs: Path, name: str = "compute_score", ray_address: str = "", **reward: object
+) -> Config:
+    config = tiny_config(assets, runs, num_devices=2, ray_address=ray_address)
     function = c.RewardFunctionConfig(path=str(assets / "rule.py"), name=name)
     return replace(
         config,
@@ -118,11 +120,10 @@ def _config(assets: Path, runs: Path, name: str = "compute_score", **reward: obj
     )
 
 
-@pytest.mark.usefixtures("taken")
 def test_passing_trouble_with_rewards_changes_no_bit(
-    assets: Path, tmp_path: Path, service: str
+    assets: Path, tmp_path: Path, service: str, ray_address: str
 ) -> None:
-    config = _config(assets, tmp_path)
+    config = _config(assets, tmp_path, ray_address=ray_address)
     with open_session(resolve(config), resume=False) as session:
         start = Trainer(session).save()
         undisturbed = _step(session, start, config)
@@ -176,6 +177,7 @@ def _train(config: Config, folder: Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.usefixtures("taken")
 def test_a_hung_reward_function_ends_the_run_and_names_the_sample(
     assets: Path, tmp_path: Path
 ) -> None:

@@ -46,8 +46,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(assets: Path, runs: Path, steps: int, **trainer: object) -> Config:
-    config = tiny_config(assets, runs, num_devices=2)
+def _config(assets: Path, runs: Path, steps: int, ray_address: str = "") -> Config:
+    config = tiny_config(assets, runs, num_devices=2, ray_address=ray_address)
     return replace(
         config,
         # Long enough to be hit, and a tail that is sure to move.
@@ -59,7 +59,6 @@ def _config(assets: Path, runs: Path, steps: int, **trainer: object) -> Config:
             report=False,
             restart_freq=1,
             heartbeat_timeout_s=3.0,
-            **trainer,
         ),
     )
 
@@ -86,13 +85,16 @@ FAULTS = [
 def test_results_do_not_depend_on_who_dies_when(
     assets: Path,
     tmp_path: Path,
+    ray_address: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     _let_tails_move(monkeypatch)
     monkeypatch.setattr(loop, "_QUIET_S", 1.0)
     steps = 5
-    with open_session(resolve(_config(assets, tmp_path, steps)), resume=False) as session:
+    with open_session(
+        resolve(_config(assets, tmp_path, steps, ray_address)), resume=False
+    ) as session:
         kept = tmp_path / "start"
         shutil.copytree(Trainer(session).save(), kept)
         undisturbed = Trainer(session)
@@ -119,9 +121,11 @@ def test_results_do_not_depend_on_who_dies_when(
     assert _all_gone(processes)
 
 
-def test_groups_trained_while_others_generate_whoever_dies(assets: Path, tmp_path: Path) -> None:
+def test_groups_trained_while_others_generate_whoever_dies(
+    assets: Path, tmp_path: Path, ray_address: str
+) -> None:
     """Scored by a rule. Serial, with groups trained ahead, and the same with deaths meanwhile."""
-    config = _in_groups(_config(assets, tmp_path, 2), tmp_path / "rule.py")
+    config = _in_groups(_config(assets, tmp_path, 2, ray_address), tmp_path / "rule.py")
     with open_session(resolve(config), resume=False) as session:
         kept = tmp_path / "start"
         shutil.copytree(Trainer(session).save(), kept)
@@ -251,7 +255,7 @@ def _all_gone(processes: Iterable[psutil.Process]) -> bool:
 
 
 def test_a_run_whose_driver_or_workers_die_ends_clean_and_resumes(
-    assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    assets: Path, tmp_path: Path
 ) -> None:
     config = _config(assets, tmp_path, 10_000)
     folder = RunFolder(config.trainer)
@@ -291,9 +295,10 @@ def test_a_run_whose_driver_or_workers_die_ends_clean_and_resumes(
     with pytest.raises(ValueError, match=both), open_session(resolve(other), resume=True):
         pass
     longer = replace(config, trainer=replace(config.trainer, total_training_steps=step + 1))
-    with open_session(resolve(longer), resume=True) as session:
-        Trainer(session).fit()
-    assert f"trainer.total_training_steps: 10000 is now {step + 1}" in capfd.readouterr().err
+    run = _start(longer, tmp_path, "--resume")
+    _, told = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 0, told
+    assert f"trainer.total_training_steps: 10000 is now {step + 1}" in told
     rows = [json.loads(row) for row in (folder.path / "metrics.jsonl").read_text().splitlines()]
     trained = [row["step"] for row in rows if "timing_s/step" in row]
     assert trained == list(range(1, step + 2))

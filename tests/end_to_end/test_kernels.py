@@ -10,7 +10,7 @@ from rlhfuse.config import Config
 from rlhfuse.resolve import resolve
 from rlhfuse.session import open_session
 from rlhfuse.trainer import StepResult, Trainer
-from tests.end_to_end.tiny_run import make_assets, tiny_config
+from tests.end_to_end.tiny_run import make_assets, ray_cluster, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -29,12 +29,13 @@ def test_a_run_in_tritons_interpreter_equals_the_plain_one(
     make_assets(tmp_path)
     results = []
     for asked in ("auto", "triton"):
-        config = tiny_config(tmp_path, tmp_path / asked, num_devices=1)
-        small = msgspec.structs.replace(config.rollout, response_length=8)
-        config = msgspec.structs.replace(config, rollout=small)
         monkeypatch.setenv("RLHFUSE_KERNELS", asked)
         monkeypatch.setenv("TRITON_INTERPRET", str(int(asked == "triton")))
-        results.append(_step(config))
+        with ray_cluster() as cluster:  # whose processes inherit the variables
+            runs = tmp_path / asked
+            config = tiny_config(tmp_path, runs, num_devices=1, ray_address=cluster.address)
+            small = msgspec.structs.replace(config.rollout, response_length=8)
+            results.append(_step(msgspec.structs.replace(config, rollout=small)))
     plain, forced = results
     assert forced.tokens == plain.tokens
     assert forced.rewards == plain.rewards

@@ -25,18 +25,18 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fused_equals_serial(assets: Path, tmp_path: Path) -> None:
+def test_fused_equals_serial(assets: Path, tmp_path: Path, ray_address: str) -> None:
     """On four devices; on two, and two nodes: `test_two_nodes`."""
-    config = tiny_config(assets, tmp_path, num_devices=4)
+    config = tiny_config(assets, tmp_path, num_devices=4, ray_address=ray_address)
     result = verify_run(config, 2, tmp_path)
     assert result.first_difference is None
     assert result.equal
 
 
 def test_fused_equals_serial_with_split_weights_epochs_and_groups(
-    assets: Path, tmp_path: Path
+    assets: Path, tmp_path: Path, ray_address: str
 ) -> None:
-    config = tiny_config(assets, tmp_path, num_devices=2)
+    config = tiny_config(assets, tmp_path, num_devices=2, ray_address=ray_address)
     config = replace(
         config,
         actor=replace(config.actor, ppo_epochs=2, entropy_coeff=0.01, num_microbatches=3),
@@ -49,8 +49,8 @@ def test_fused_equals_serial_with_split_weights_epochs_and_groups(
     assert result.equal
 
 
-def test_critic_free_fused_equals_serial(assets: Path, tmp_path: Path) -> None:
-    config = tiny_config(assets, tmp_path, num_devices=2)
+def test_critic_free_fused_equals_serial(assets: Path, tmp_path: Path, ray_address: str) -> None:
+    config = tiny_config(assets, tmp_path, num_devices=2, ray_address=ray_address)
     config = replace(
         config,
         algorithm=replace(config.algorithm, adv_estimator="grpo"),
@@ -65,11 +65,17 @@ def test_critic_free_fused_equals_serial(assets: Path, tmp_path: Path) -> None:
     assert result.equal
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(assets: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    assets: Path, tmp_path: Path, ray_address: str
+) -> None:
+    def tiny(name: str) -> Config:
+        runs = tmp_path / name
+        return _truncated(tiny_config(assets, runs, num_devices=2, ray_address=ray_address))
+
     # 40 prompts in batches of 16: the third step crosses the end of an epoch.
-    whole = _with_steps(_truncated(tiny_config(assets, tmp_path / "whole", num_devices=2)), 4)
+    whole = _with_steps(tiny("whole"), 4)
     train_run(resolve(whole), resume=False)
-    stopped = _truncated(tiny_config(assets, tmp_path / "stopped", num_devices=2))
+    stopped = tiny("stopped")
     for steps in (1, 3, 4):
         # The learning rate follows the whole run: only the stop comes earlier.
         train_run(resolve(_with_steps(stopped, steps)), resume=steps > 1)

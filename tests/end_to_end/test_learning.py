@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 replace = msgspec.structs.replace
 
 
-def test_the_mean_reward_rises(tmp_path: Path) -> None:
+def test_the_mean_reward_rises(tmp_path: Path, ray_address: str) -> None:
     make_assets(tmp_path)
     rule = tmp_path / "rule.py"
     # The share of words from the lower half of the vocabulary: about a half by chance.
@@ -24,7 +24,7 @@ def test_the_mean_reward_rises(tmp_path: Path) -> None:
         "    words = solution_str.split()\n"
         "    return sum(int(w[1:]) < 22 for w in words if w[1:].isdigit()) / max(1, len(words))\n"
     )
-    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2)
+    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2, ray_address=ray_address)
     config = replace(
         config,
         actor=replace(config.actor, optim=c.OptimConfig(lr=1e-2), ppo_epochs=2),

@@ -20,10 +20,12 @@ replace = msgspec.structs.replace
 
 
 @pytest.mark.slow
-def test_a_run_resumed_serially_ends_like_an_uninterrupted_fused_one(tmp_path: Path) -> None:
+def test_a_run_resumed_serially_ends_like_an_uninterrupted_fused_one(
+    tmp_path: Path, ray_address: str
+) -> None:
     """Two replicas of the actor with Megatron's distributed optimizer, the critic in two stages."""
     make_assets(tmp_path)
-    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2)
+    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2, ray_address=ray_address)
     whole = replace(
         config,
         actor=replace(config.actor, backend="megatron"),

@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from ray.cluster_utils import Cluster as RayCluster
 
 from rlhfuse.cluster import Cluster
 from rlhfuse.config import Config
@@ -14,7 +13,7 @@ from rlhfuse.fleet import Fleet
 from rlhfuse.resolve import resolve
 from rlhfuse.session import open_session
 from rlhfuse.trainer import Fusions, StepResult, Trainer
-from tests.end_to_end.tiny_run import make_assets, tiny_config
+from tests.end_to_end.tiny_run import make_assets, ray_cluster, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 replace = msgspec.structs.replace
@@ -36,20 +35,17 @@ def _nodes(fleet: Fleet) -> set[str]:
     return {member.spec.seat.node.node_id for member in fleet._members.values()}
 
 
-def test_two_nodes_train_to_the_same_bits(tmp_path: Path) -> None:
+def test_two_nodes_train_to_the_same_bits(tmp_path: Path, ray_address: str) -> None:
     make_assets(tmp_path)
-    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2)
+    config = tiny_config(tmp_path, tmp_path / "runs", num_devices=2, ray_address=ray_address)
     alone, one, _ = _steps(config, fused=False)
-    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
+    with ray_cluster() as cluster:
         cluster.add_node(num_cpus=2)
         placement = replace(config.placement, ray_address=cluster.address)
         trainer = replace(config.trainer, experiment_name="two-nodes")
         together, two, workers = _steps(
             replace(config, placement=placement, trainer=trainer), fused=True
         )
-    finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]
     assert (len(one), len(two)) == (1, 2)
     assert [(r.tokens, r.rewards, r.weights) for r in together] == [
         (r.tokens, r.rewards, r.weights) for r in alone

@@ -41,9 +41,9 @@ SHAPE = {
 }
 
 
-def _config(folder: Path, family: str) -> Config:
+def _config(folder: Path, family: str, ray_address: str) -> Config:
     _assets(folder / "assets", family)
-    config = tiny_config(folder / "assets", folder, num_devices=2)
+    config = tiny_config(folder / "assets", folder, num_devices=2, ray_address=ray_address)
     return replace(config, data=replace(config.data, max_prompt_length=32))
 
 
@@ -81,16 +81,16 @@ def _holds(config: Config, folder: Path) -> None:
     assert result.equal
 
 
-def test_qwen2_with_tied_embeddings_and_without_a_critic(tmp_path: Path) -> None:
+def test_qwen2_with_tied_embeddings_and_without_a_critic(tmp_path: Path, ray_address: str) -> None:
     """On two data-parallel replicas."""
-    config = _with(_config(tmp_path, "qwen2"), "rloo")
+    config = _with(_config(tmp_path, "qwen2", ray_address), "rloo")
     _holds(replace(config, placement=replace(config.placement, actor_pp=1)), tmp_path)
 
 
 def test_qwen3_with_adapters_warm_up_adaptive_kl_and_a_critic_of_two_replicas(
-    tmp_path: Path,
+    tmp_path: Path, ray_address: str
 ) -> None:
-    config = _config(tmp_path, "qwen3")
+    config = _config(tmp_path, "qwen3", ray_address)
     algorithm = replace(
         config.algorithm,
         critic_warmup=1,
@@ -106,15 +106,15 @@ def test_qwen3_with_adapters_warm_up_adaptive_kl_and_a_critic_of_two_replicas(
     _holds(config, tmp_path)
 
 
-def test_tied_embeddings_over_two_stages(tmp_path: Path) -> None:
-    config = _config(tmp_path, "qwen2")
+def test_tied_embeddings_over_two_stages(tmp_path: Path, ray_address: str) -> None:
+    config = _config(tmp_path, "qwen2", ray_address)
     _holds(config, tmp_path)
 
 
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus"])
-def test_one_device_and_other_estimators(tmp_path: Path, estimator: str) -> None:
+def test_one_device_and_other_estimators(tmp_path: Path, ray_address: str, estimator: str) -> None:
     make_assets(tmp_path / "assets")
-    config = tiny_config(tmp_path / "assets", tmp_path, num_devices=1)
+    config = tiny_config(tmp_path / "assets", tmp_path, num_devices=1, ray_address=ray_address)
     config = _with(config, estimator)
     if estimator != "gae":
         # On one device batches do not depend on fusion, so neither do the engine's own numbers, nor

@@ -49,10 +49,10 @@ FAULTS = [
 ]
 
 
-def _config(folder: Path) -> Config:
+def _config(folder: Path, ray_address: str) -> Config:
     make_assets(folder, hidden=128)  # heads of 32, the least that vLLM has on a CPU
     (folder / "rule.py").write_text(SCORE)
-    config = tiny_config(folder, folder, num_devices=2)
+    config = tiny_config(folder, folder, num_devices=2, ray_address=ray_address)
     return replace(
         config,
         reward=c.RewardConfig(function=c.RewardFunctionConfig(path=str(folder / "rule.py"))),
@@ -83,11 +83,14 @@ def _bits(history: list[StepResult]) -> list[tuple[int, str, str, str]]:
 
 
 def test_fused_steps_with_deaths_in_every_stage_are_the_serial_ones_on_vllm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(stage, "rollout_policy", _forced)
     monkeypatch.setattr(loop, "_QUIET_S", 1.0)
-    with open_session(resolve(_config(tmp_path)), resume=False) as session:
+    with open_session(resolve(_config(tmp_path, ray_address)), resume=False) as session:
         start = Trainer(session).save()
         serial = Trainer(session, Fusions(inter_stage=False, intra_stage=False))
         serial.fit()

@@ -1,9 +1,12 @@
 """A run small enough for tests: random models, a word-level tokenizer, a few prompts."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from ray.cluster_utils import Cluster as RayCluster
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -55,8 +58,19 @@ def make_assets(folder: Path, *, hidden: int = 32, layers: int = 4) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def tiny_config(assets: Path, runs: Path, *, num_devices: int) -> Config:
-    """A PPO configuration over `make_assets`' files."""
+@contextmanager
+def ray_cluster() -> Iterator[RayCluster]:
+    """A Ray cluster of one node."""
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = RayCluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def tiny_config(assets: Path, runs: Path, *, num_devices: int, ray_address: str = "") -> Config:
+    """A PPO configuration over `make_assets`' files; by default on a private Ray cluster."""
     return Config(
         actor=c.ActorConfig(
             path=str(assets / "policy"),
@@ -88,5 +102,5 @@ def tiny_config(assets: Path, runs: Path, *, num_devices: int) -> Config:
             logger=("jsonl",),
             wait_timeout_s=120.0,
         ),
-        placement=c.PlacementConfig(device="cpu", num_devices=num_devices),
+        placement=c.PlacementConfig(device="cpu", num_devices=num_devices, ray_address=ray_address),
     )
