@@ -7,9 +7,13 @@ left is messages, bookkeeping and the timer (whose slack, 50 us on Linux, is set
 stands for computing, which ends when it is done). `measured` is from the first task's start to the
 last one's end, `with_setup` from the call to its return on all ranks, `task_over_planned` the part
 that the sleeping itself adds, `cpu_us_per_task` the processor time of all that is not sleep.
-Beside it, in turn, the same messages between the same sleeping ranks without the executor
-(`bench.bare_gloo`): `bare_over_planned` is the floor on this machine, `over_bare` what the executor
-adds to it.
+
+`replayed` is what an ideal executor, with free messages, would take for tasks that sleep as long as
+they did: `over_replayed` is what ours loses. `message_us` is the median time from a task's end to
+the start of one that waited for its message, and `over_latency` compares with a plan that knows it.
+`carrier`: what messages travel by, in processes of their own: between processes of one machine
+(`local`, as a run on CPUs does) or process groups (`gloo`); with gloo also `bare`, the same
+messages between the same sleeping ranks without the executor (`bench.bare_gloo`), in turn.
 """
 
 import argparse
@@ -17,7 +21,8 @@ import ctypes
 import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -25,10 +30,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from bench.bare_gloo import BareGloo
+from bench.ideal_executor import TASKS, replay, sources
 from bench.ranks import run_ranks, say
 from bench.record import Row, print_table, write_result
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Op, Pipeline, Problem
+from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.channels import Channels
@@ -37,7 +43,6 @@ from rlhfuse.training.executor import Executor
 
 CPU = torch.device("cpu")
 PR_SET_TIMERSLACK = 29
-TASKS = (Kind.F, Kind.B, Kind.I, Kind.W)
 
 
 class Sleeper:
@@ -78,109 +83,160 @@ def two_models(num_ranks: int, num_microbatches: int, forward_s: float) -> Probl
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One rank. `walls`: per repeat the call, first start, last end, return, and bare start and
-    end; `stretch`: of each task, over its plan."""
+    """One rank, per repeat: when the call began and returned, the spans, processor seconds; the
+    bare run's start and end."""
 
-    walls: list[tuple[float, ...]]
-    overheads: list[float]
-    stretch: list[float]
-    cpu_s: float  # a task
-    bare_cpu_s: float
+    calls: list[tuple[float, float]] = field(default_factory=list)
+    spans: list[list[Span]] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    bare: list[tuple[float, float]] = field(default_factory=list)
 
 
 def seconds_of(forward_s: float) -> dict[Op, float]:
     return {Op.F: forward_s, Op.B: 2 * forward_s, Op.I: forward_s, Op.W: forward_s}
 
 
-def fidelity(num_ranks: int, forward_s: float, repeats: int, rows: int, split: bool) -> Row:
-    """One table row: `repeats` runs of a fused schedule on `num_ranks` processes."""
-    say(f"{num_ranks} ranks, {forward_s * 1e3:g} ms, {'F I W' if split else 'F B'}: searching")
-    problem = two_models(num_ranks, 2 * num_ranks, forward_s)
-    schedule = fuse(problem, iterations=40, split_weight=split)
+def run_schedule(
+    schedule: Schedule, forward_s: float, repeats: int, rows: int, carrier: str
+) -> list[Measured]:
+    """`repeats` runs of a schedule of sleeping tasks, on as many processes as it has ranks."""
     shape = (rows, 256)
+    pipelines = schedule.problem.pipelines
 
     def run(rank: int) -> Measured:
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
-        ranks = {pipe.name: pipe.stages for pipe in problem.pipelines}
         channels = Channels(
-            rank, ranks, device=CPU, dtype=torch.float32, timeout=timedelta(seconds=60)
+            rank,
+            {pipe.name: pipe.stages for pipe in pipelines},
+            device=CPU,
+            dtype=torch.float32,
+            timeout=timedelta(seconds=60),
+            local=carrier == "local",
         )
-        runners = {
-            (name, stages.index(rank)): Sleeper(forward_s, shape) for name, stages in ranks.items()
-        }
+        runners = {(p.name, p.stages.index(rank)): Sleeper(forward_s, shape) for p in pipelines}
         executor = Executor(rank, channels, runners, HostClock(), _get_default_store())
-        shapes = {name: [shape] * 2 * num_ranks for name in ranks}
-        bare = BareGloo(schedule, rank, seconds_of(forward_s), shape)
-        walls: list[tuple[float, ...]] = []
-        overheads, stretch = [], []
-        used_s, bare_used_s, tasks = 0.0, 0.0, 0
+        shapes = {pipe.name: [shape] * pipe.num_microbatches for pipe in pipelines}
+        bare = None
+        if carrier == "gloo":
+            bare = BareGloo(schedule, rank, seconds_of(forward_s), shape)
+        found = Measured()
         for _ in range(repeats):
+            if bare is not None:
+                dist.barrier()
+                found.bare.append(bare.run(ahead=2))
             dist.barrier()
-            cpu_s = time.process_time()
-            floor = bare.run(ahead=2)
-            bare_used_s += time.process_time() - cpu_s
-            dist.barrier()
-            start, cpu_s = time.monotonic(), time.process_time()
             spans: list[Span] = []
+            start, cpu_s = time.monotonic(), time.process_time()
             executor.run(schedule, shapes, spans)
-            end = time.monotonic()
-            used_s += time.process_time() - cpu_s
-            busy = [span for span in spans if span.kind in TASKS]
-            walls.append((start, busy[0].start_s, busy[-1].end_s, end, *floor))
-            tasks += len(busy)
-            stretch += [s.duration_s / seconds_of(forward_s)[Op(s.kind.value)] for s in busy]
-            for before, after in itertools.pairwise(busy):
-                waited = sum(
-                    s.duration_s
-                    for s in spans
-                    if s.kind is Kind.WAIT and before.end_s <= s.start_s <= after.start_s
-                )
-                overheads.append(after.start_s - before.end_s - waited)
-        return Measured(walls, overheads, stretch, used_s / tasks, bare_used_s / tasks)
+            found.calls.append((start, time.monotonic()))
+            found.cpu_s.append((time.process_time() - cpu_s) / len(schedule.rows[rank]))
+            found.spans.append(spans)
+        return found
 
-    planned = makespan(schedule)
-    say(f"  running {repeats} times {planned:.2f} s")
-    results = run_ranks(num_ranks, run)
-    ratios, whole, floor = (
-        [
-            (max(r.walls[i][last] for r in results) - min(r.walls[i][first] for r in results))
-            / planned
-            for i in range(repeats)
-        ]
-        for first, last in ((1, 2), (0, 3), (4, 5))
+    return run_ranks(schedule.problem.num_ranks, run)
+
+
+def fidelity(
+    num_ranks: int, forward_s: float, repeats: int, rows: int, split: bool, carrier: str
+) -> Row:
+    """One table row: `repeats` runs of a fused schedule on `num_ranks` processes."""
+    what = f"{num_ranks} ranks, {forward_s * 1e3:g} ms, {'F I W' if split else 'F B'}, {carrier}"
+    schedule = fuse(
+        two_models(num_ranks, 2 * num_ranks, forward_s), iterations=40, split_weight=split
     )
-    overheads = sorted(o for result in results for o in result.overheads)
+    planned = makespan(schedule)
+    say(f"{what}: running {repeats} times {planned:.2f} s")
+    results = run_schedule(schedule, forward_s, repeats, rows, carrier)
+    per_repeat = [[s for r in results for s in r.spans[i]] for i in range(repeats)]
+    tasks = [[s for s in spans if s.kind in TASKS] for spans in per_repeat]
+    ratios = [
+        (max(s.end_s for s in part) - min(s.start_s for s in part)) / planned for part in tasks
+    ]
+    whole = [
+        (max(r.calls[i][1] for r in results) - min(r.calls[i][0] for r in results)) / planned
+        for i in range(repeats)
+    ]
+    bare = [
+        (max(r.bare[i][1] for r in results) - min(r.bare[i][0] for r in results)) / planned
+        for i in range(repeats if results[0].bare else 0)
+    ]
+    latency_s = statistics.median(x for part in tasks for x in message_times(schedule, part))
+    problem = replace(schedule.problem, link_latency=latency_s)
+    with_latency = makespan(Schedule(problem, schedule.rows)) / planned
+    overheads = sorted(x for r in results for spans in r.spans for x in between_tasks(spans))
+    seconds = seconds_of(forward_s)
     return {
         "ranks": num_ranks,
         "forward_ms": forward_s * 1e3,
         "message_kb": rows,
         "split_weight": split,
+        "carrier": carrier,
         "planned_s": round(planned, 4),
         "measured_over_planned": round(statistics.median(ratios), 4),
-        "with_setup_over_planned": round(statistics.median(whole), 4),
         "best_over_planned": round(min(ratios), 4),
-        "bare_over_planned": round(statistics.median(floor), 4),
-        "over_bare": round(statistics.median(a / b for a, b in zip(ratios, floor, strict=True)), 4),
-        "task_over_planned": round(statistics.mean(x for r in results for x in r.stretch), 4),
-        "cpu_us_per_task": round(statistics.mean(r.cpu_s for r in results) * 1e6, 1),
-        "bare_cpu_us_per_task": round(statistics.mean(r.bare_cpu_s for r in results) * 1e6, 1),
+        "with_setup_over_planned": round(statistics.median(whole), 4),
+        "over_replayed": round(
+            statistics.median(
+                ratio * planned / replay(schedule, part)
+                for ratio, part in zip(ratios, tasks, strict=True)
+            ),
+            4,
+        ),
+        "message_us": round(latency_s * 1e6, 1),
+        "over_latency": round(statistics.median(ratios) / with_latency, 4),
+        "bare_over_planned": round(statistics.median(bare), 4) if bare else 0.0,
+        "task_over_planned": round(
+            statistics.mean(
+                s.duration_s / seconds[Op(s.kind.value)] for part in tasks for s in part
+            ),
+            4,
+        ),
+        "cpu_us_per_task": round(statistics.mean(x for r in results for x in r.cpu_s) * 1e6, 1),
         "overhead_us_p50": round(statistics.median(overheads) * 1e6, 1),
         "overhead_us_p99": round(overheads[int(0.99 * len(overheads))] * 1e6, 1),
     }
+
+
+def message_times(schedule: Schedule, tasks: Sequence[Span]) -> list[float]:
+    """Seconds from a task's end to the start of a task of another rank that waited for it."""
+    by_name = {span.name: span for span in tasks}
+    found = []
+    for row in schedule.rows:
+        for before, task in itertools.pairwise(row):
+            made = [by_name[str(t)] for t in sources(schedule, task) if str(t) in by_name]
+            mine, free_s = by_name[str(task)], by_name[str(before)].end_s
+            found += [
+                mine.start_s - s.end_s for s in made if s.lane != mine.lane and s.end_s > free_s
+            ]
+    return found
+
+
+def between_tasks(spans: Sequence[Span]) -> list[float]:
+    """Seconds of one rank from task to task, without waits."""
+    busy = [span for span in spans if span.kind in TASKS]
+    waits = [span for span in spans if span.kind is Kind.WAIT]
+    return [
+        after.start_s
+        - before.end_s
+        - sum(s.duration_s for s in waits if before.end_s <= s.start_s <= after.start_s)
+        for before, after in itertools.pairwise(busy)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--forward-ms", type=float, nargs="+", default=[10.0, 5.0])
+    parser.add_argument("--carriers", nargs="+", default=["local", "gloo"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64, help="rows of 1 KB in a message")
     asked = parser.parse_args()
     rows = [
-        fidelity(ranks, milliseconds / 1e3, asked.repeats, asked.rows, split)
+        fidelity(ranks, milliseconds / 1e3, asked.repeats, asked.rows, split, carrier)
         for ranks in asked.ranks
         for milliseconds in asked.forward_ms
         for split in (False, True)
+        for carrier in asked.carriers
     ]
     print_table(rows)
     print(write_result("bench_fidelity", rows))

@@ -19,7 +19,7 @@ def replay(schedule: Schedule, spans: Sequence[Span]) -> float:
     while any(rows):
         for rank, row in enumerate(rows):
             while row:
-                source = _input_of(schedule, row[0])
+                source = sources(schedule, row[0])
                 if source and not any(task in ends for task in source):
                     break
                 ready = max((ends[task] for task in source if task in ends), default=0.0)
@@ -29,8 +29,8 @@ def replay(schedule: Schedule, spans: Sequence[Span]) -> float:
     return max(free)
 
 
-def _input_of(schedule: Schedule, task: Task) -> tuple[Task, ...]:
-    """The tasks one of which makes the input of `task`."""
+def sources(schedule: Schedule, task: Task) -> tuple[Task, ...]:
+    """The tasks one of which makes the input of `task`; none where it needs none."""
     last = schedule.problem.pipeline(task.pipeline).num_stages - 1
     if task.op is Op.F:
         return (replace(task, pp_stage=task.pp_stage - 1),) if task.pp_stage else ()

@@ -18,6 +18,7 @@ from rlhfuse.megatron.orders import most_in_flight
 from rlhfuse.megatron.timers import quiet_timers
 from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import Kind, Span
+from rlhfuse.training.carrier import GroupCarrier
 from rlhfuse.training.clock import Clock, Mark, clock_of
 from rlhfuse.training.exchange import Exchange, Form, Links
 from rlhfuse.training.executor import StepFailed, publish_failure, task_label
@@ -138,12 +139,12 @@ class Engine:
                 ranks, device = model.groups.pp_ranks, model.call.device
                 self._flows[key] = FlowGroups(ranks, device, shapes=shapes)
             groups[name] = self._flows[key]
+        peer = placed.ranks.__getitem__
         links = Links(
             next(iter(models.values())).call.device,
-            placed.ranks.__getitem__,
-            lambda way: groups[way.pipeline].of(way.flow),
+            GroupCarrier(peer, lambda way: groups[way.pipeline].of(way.flow)),
             lambda message: forms[message.channel.pipeline],
-            headers=lambda way: groups[way.pipeline].shapes_of(way.flow),
+            GroupCarrier(peer, lambda way: groups[way.pipeline].shapes_of(way.flow)),
         )
         return Exchange(links, placed.plan.expected)
 

@@ -1,4 +1,4 @@
-"""The process groups of a set of pipelines, and their messages, schedule after schedule."""
+"""The channels of a set of pipelines, and their messages, schedule after schedule."""
 
 import itertools
 import logging
@@ -8,8 +8,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from rlhfuse.training.carrier import Carrier, GroupCarrier
 from rlhfuse.training.exchange import Exchange, Form, Links
 from rlhfuse.training.links import Channel, Flow, Message
+from rlhfuse.training.local_link import LocalLinks, on_one_machine
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +21,11 @@ Shapes = Mapping[str, Sequence[Shape]]
 
 
 class Channels:
-    """All channels of one rank: one process group per (pipeline, flow), as NCCL needs it.
+    """All channels of one rank, on whatever carries them best.
 
-    gloo knows tags, and every group of its own costs a thread that wakes up a hundred times a
-    second: there one group carries all flows.
+    Between processes of one machine, on CPUs: `LocalLinks`. Else process groups: one per (pipeline,
+    flow), as order alone says which message is which and NCCL knows no tags; gloo does, and every
+    group of its own costs a thread that wakes up a hundred times a second: one carries all flows.
     """
 
     def __init__(
@@ -34,33 +37,34 @@ class Channels:
         dtype: torch.dtype,
         timeout: timedelta,
         tp: int = 1,
+        local: bool = True,
     ) -> None:
-        """Make the process groups and use every link once. Collective: all ranks call it alike.
+        """Connect all ranks. Collective: all ranks call it alike.
 
         Args:
             pipelines: the rows of each pipeline's stages, in stage order. Row r is rank r; with
                 tensor parallelism ranks ``r tp`` and up, each with channels to its like.
             dtype: of all messages.
             timeout: longest wait for one message.
+            local: whether `LocalLinks` may be used.
         """
         self._row, self._column = divmod(rank, tp)
         self._tp = tp
         self._device = device
         self._dtype = dtype
         self._groups: dict[tuple[str, Flow], dist.ProcessGroup] = {}
+        self._tags: dict[tuple[str, Flow], int] = {}
         self._forms: dict[str, list[Form]] = {}
         self._exchange: Exchange | None = None
-        flows = [(name, flow) for name in sorted(pipelines) for flow in Flow]
-        self._tags = {flow: tag for tag, flow in enumerate(flows)}
-        shares = [flows] if device.type == "cpu" else [[flow] for flow in flows]
-        for share in shares:
-            rows = {row for name, _ in share for row in pipelines[name]}
-            for column in range(tp):
-                ranks = sorted(row * tp + column for row in rows)
-                group = dist.new_group(ranks, timeout=timeout)
-                if rank in ranks:
-                    self._groups |= dict.fromkeys(share, group)
-        self._warm_up(pipelines)
+        self._local: LocalLinks | None = None
+        self._carrier: Carrier
+        ways = all_channels(pipelines)
+        if device.type == "cpu" and tp == 1 and local and ways and on_one_machine():
+            self._carrier = self._local = LocalLinks(rank, ways, timeout)
+        else:
+            self._make_groups(rank, pipelines, timeout)
+            self._carrier = GroupCarrier(self._peer, self._group, self._tag)
+            self._warm_up(ways)
 
     def open(self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes) -> None:
         """Get ready for the messages of one schedule: post the first receives of each channel."""
@@ -69,7 +73,7 @@ class Channels:
             name: [Form(tuple(shape), self._dtype) for shape in mine]
             for name, mine in shapes.items()
         }
-        links = Links(self._device, self._peer, self._group, self._form, self._tag)
+        links = Links(self._device, self._carrier, self._form)
         self._exchange = Exchange(links, expected)
 
     def receive(self, message: Message) -> torch.Tensor:
@@ -90,9 +94,11 @@ class Channels:
         self._exchange = None
 
     def close(self) -> None:
-        """Leave the groups, also in the middle of a schedule: peers that wait for this rank (and
-        peers that wait for them) then fail at once instead of at the time limit."""
+        """Leave, also in the middle of a schedule: peers that wait for this rank (and peers that
+        wait for them) then fail at once instead of at the time limit."""
         self._exchange = None
+        if self._local is not None:
+            self._local.close()
         groups = dict.fromkeys(self._groups.values())
         self._groups.clear()
         for group in groups:
@@ -119,20 +125,40 @@ class Channels:
     def _form(self, message: Message) -> Form:
         return self._forms[message.channel.pipeline][message.microbatch]
 
-    def _warm_up(self, pipelines: Mapping[str, Sequence[int]]) -> None:
+    def _make_groups(
+        self, rank: int, pipelines: Mapping[str, Sequence[int]], timeout: timedelta
+    ) -> None:
+        flows = [(name, flow) for name in sorted(pipelines) for flow in Flow]
+        self._tags |= {flow: tag for tag, flow in enumerate(flows)}
+        shares = [flows] if self._device.type == "cpu" else [[flow] for flow in flows]
+        for share in shares:
+            rows = {row for name, _ in share for row in pipelines[name]}
+            for column in range(self._tp):
+                ranks = sorted(row * self._tp + column for row in rows)
+                group = dist.new_group(ranks, timeout=timeout)
+                if rank in ranks:
+                    self._groups |= dict.fromkeys(share, group)
+
+    def _warm_up(self, ways: Sequence[Channel]) -> None:
         """One message over every link, in one order on all ranks (NCCL connects at first use)."""
         token = torch.zeros(1, dtype=self._dtype, device=self._device)
-        for name in sorted(pipelines):
-            stages = pipelines[name]
-            for below, above in itertools.pairwise(stages):
-                if below == above:
-                    continue
-                for flow, source, target in (
-                    (Flow.ACTIVATION, below, above),
-                    (Flow.GRADIENT, above, below),
-                ):
-                    tag = self._tags[name, flow]
-                    if self._row == source:
-                        dist.send(token, self._peer(target), self._groups[name, flow], tag)
-                    elif self._row == target:
-                        dist.recv(token, self._peer(source), self._groups[name, flow], tag)
+        for way in ways:
+            if self._row == way.source:
+                dist.send(token, self._peer(way.target), self._group(way), self._tag(way))
+            elif self._row == way.target:
+                dist.recv(token, self._peer(way.source), self._group(way), self._tag(way))
+
+
+def all_channels(pipelines: Mapping[str, Sequence[int]]) -> list[Channel]:
+    """Between different rows, in one order on all ranks."""
+    ways = [
+        Channel(source, target, name, flow)
+        for name in sorted(pipelines)
+        for below, above in itertools.pairwise(pipelines[name])
+        if below != above
+        for flow, source, target in (
+            (Flow.ACTIVATION, below, above),
+            (Flow.GRADIENT, above, below),
+        )
+    ]
+    return list(dict.fromkeys(ways))

@@ -1,7 +1,6 @@
 """One rank's messages while it runs one schedule: receives posted ahead, sends that do not block.
 
-Order alone says which message is which, so each flow of a pipeline has a process group or a tag of
-its own (NCCL knows no tags). Two receives are posted on each channel; `refill` fills the place of
+Two receives are posted on each channel; `refill` fills the place of
 one that was taken, when nobody waits for this rank. A send's buffer is kept until it is complete,
 and a second one on its channel first waits for it. Where only the sender knows a message's shape,
 one header is posted ahead instead, the body when it is asked for, and two sends may be open: a rank
@@ -16,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
+from rlhfuse.training.carrier import Carrier, Pending
 from rlhfuse.training.links import Channel, Message
 
 HEADER = 8
@@ -44,14 +43,10 @@ class Links:
     """How one rank reaches the others."""
 
     device: torch.device
-    peer: Callable[[int], int]
-    """Row of a schedule to the global rank that this one speaks with."""
-    group: Callable[[Channel], dist.ProcessGroup]
+    carrier: Carrier
     form: Callable[[Message], Form]
-    tag: Callable[[Channel], int] = lambda channel: 0
-    """What tells the channels of one group apart, where its backend knows tags."""
-    headers: Callable[[Channel], dist.ProcessGroup] | None = None
-    """Groups for tensors of the CPU; needed where a shape is None."""
+    headers: Carrier | None = None
+    """For tensors of the CPU; needed where a shape is None."""
 
 
 @dataclass(slots=True)
@@ -59,7 +54,7 @@ class _Receiving:
     """A channel's receiving end: what is still to come, what is posted, what has arrived."""
 
     coming: deque[Message]
-    posted: deque[tuple[Message, torch.Tensor, dist.Work]] = field(default_factory=deque)
+    posted: deque[tuple[Message, torch.Tensor, Pending]] = field(default_factory=deque)
     arrived: dict[Message, torch.Tensor] = field(default_factory=dict)
 
 
@@ -69,9 +64,8 @@ class Exchange:
     def __init__(self, links: Links, expected: Mapping[Channel, Iterable[Message]]) -> None:
         """Posts the first receives of each channel. `expected`: all that comes here."""
         self._links = links
-        self._ends: dict[tuple[Channel, int, bool], tuple[dist.ProcessGroup, int, int]] = {}
         self._receiving = {way: _Receiving(deque(order)) for way, order in expected.items()}
-        self._sending: dict[Channel, deque[list[tuple[dist.Work, torch.Tensor]]]] = {}
+        self._sending: dict[Channel, deque[list[tuple[Pending, torch.Tensor]]]] = {}
         self._handed: dict[Message, torch.Tensor] = {}
         self._short = list(self._receiving.values())  # with fewer receives posted than may be
         self.refill()
@@ -122,7 +116,7 @@ class Exchange:
             return
         form = self._links.form(message)
         opened = self._sending.setdefault(message.channel, deque())
-        _settle(opened, 1 if form.shape is None else 0, message)
+        _settle(opened, 1 if form.shape is None else self._links.carrier.open_sends, message)
         tensor = tensor.detach()
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
@@ -169,42 +163,32 @@ class Exchange:
         _wait(self._coming(message, body, header=False), "waiting for", message)
         return body
 
-    def _sent(self, message: Message, tensor: torch.Tensor, header: bool) -> dist.Work:
-        group, target, tag = self._end(message.channel, message.channel.target, header)
-        try:  # gloo notices here, too, that the peer is gone
-            return group.send([tensor], target, tag)
+    def _sent(self, message: Message, tensor: torch.Tensor, header: bool) -> Pending:
+        try:  # a carrier may notice here, too, that the peer is gone
+            return self._carrier(header).send(message.channel, tensor)
         except RuntimeError as error:
             raise PeerLost(f"beginning to send {message}: {error}") from error
 
-    def _coming(self, message: Message, buffer: torch.Tensor, header: bool) -> dist.Work:
-        group, source, tag = self._end(message.channel, message.channel.source, header)
+    def _coming(self, message: Message, buffer: torch.Tensor, header: bool) -> Pending:
         try:
-            return group.recv([buffer], source, tag)
+            return self._carrier(header).receive(message.channel, buffer)
         except RuntimeError as error:
             raise PeerLost(f"getting ready for {message}: {error}") from error
 
-    def _end(self, way: Channel, row: int, header: bool) -> tuple[dist.ProcessGroup, int, int]:
-        """The group of a channel, the place of `row` in it, and the channel's tag."""
-        found = self._ends.get((way, row, header))
-        if found is None:
-            if header:
-                assert self._links.headers is not None, f"{way}: no group for shapes"
-                group = self._links.headers(way)
-            else:
-                group = self._links.group(way)
-            place = dist.get_group_rank(group, self._links.peer(row))
-            found = group, place, self._links.tag(way)
-            self._ends[way, row, header] = found
-        return found
+    def _carrier(self, header: bool) -> Carrier:
+        if not header:
+            return self._links.carrier
+        assert self._links.headers is not None, "no carrier for shapes"
+        return self._links.headers
 
 
-def _settle(opened: deque[list[tuple[dist.Work, torch.Tensor]]], most: int, what: object) -> None:
+def _settle(opened: deque[list[tuple[Pending, torch.Tensor]]], most: int, what: object) -> None:
     while len(opened) > most:
         for work, _ in opened.popleft():
             _wait(work, "waiting to send", what)
 
 
-def _wait(work: dist.Work, what: str, of: object) -> None:
+def _wait(work: Pending, what: str, of: object) -> None:
     """Failures of the backend are the peer's."""
     try:
         work.wait()

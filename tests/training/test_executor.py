@@ -74,7 +74,9 @@ def gradients_of(module: nn.Module) -> list[torch.Tensor]:
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
-def run_on(rank: int, schedules: list[Schedule]) -> tuple[list[Gradients], list[Span]]:
+def run_on(
+    rank: int, schedules: list[Schedule], *, local: bool = True
+) -> tuple[list[Gradients], list[Span]]:
     """Gradients after each schedule, of this rank's stages in stage order."""
     pipelines = schedules[0].problem.pipelines
     channels = Channels(
@@ -83,6 +85,7 @@ def run_on(rank: int, schedules: list[Schedule]) -> tuple[list[Gradients], list[
         device=CPU,
         dtype=torch.float32,
         timeout=timedelta(seconds=20),
+        local=local,
     )
     modules, runners = {}, {}
     for pipe in pipelines:
@@ -179,7 +182,9 @@ class Failing(AutogradRunner):
         raise ValueError("the model broke")
 
 
-def fail_on(rank: int, hang_s: float, timeout_s: float, *, catch: bool = True) -> tuple[str, float]:
+def fail_on(
+    rank: int, hang_s: float, timeout_s: float, *, catch: bool = True, local: bool = True
+) -> tuple[str, float]:
     schedule = gpipe(problem(4))
     channels = Channels(
         rank,
@@ -187,6 +192,7 @@ def fail_on(rank: int, hang_s: float, timeout_s: float, *, catch: bool = True) -
         device=CPU,
         dtype=torch.float32,
         timeout=timedelta(seconds=timeout_s),
+        local=local,
     )
     runners = {}
     for pipe in schedule.problem.pipelines:
@@ -207,8 +213,9 @@ def fail_on(rank: int, hang_s: float, timeout_s: float, *, catch: bool = True) -
     return "", 0.0
 
 
-def test_a_rank_that_raises_ends_all_ranks_at_once_and_all_name_the_task() -> None:
-    results = run_ranks(4, lambda rank: fail_on(rank, 0.0, 15.0))
+@pytest.mark.parametrize("local", [False, True])
+def test_a_rank_that_raises_ends_all_ranks_at_once_and_all_name_the_task(local: bool) -> None:
+    results = run_ranks(4, lambda rank: fail_on(rank, 0.0, 15.0, local=local))
     for rank, (message, seconds) in enumerate(results):
         assert "rank 2 failed at actor:2B0: ValueError: the model broke" in message
         assert "<-- ERROR HERE" in message
@@ -225,10 +232,11 @@ def test_a_rank_that_hangs_ends_the_others_at_the_time_limit() -> None:
     assert 1.0 < seconds < 3.5
 
 
-def test_a_rank_that_dies_ends_the_others_at_once() -> None:
+@pytest.mark.parametrize("local", [False, True])
+def test_a_rank_that_dies_ends_the_others_at_once(local: bool) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
-        run_ranks(4, lambda rank: fail_on(rank, -1.0, 30.0, catch=False))
+        run_ranks(4, lambda rank: fail_on(rank, -1.0, 30.0, catch=False, local=local))
     assert time.monotonic() - start < 10.0
     message = str(caught.value)
     assert "rank 2: died" in message
@@ -240,10 +248,9 @@ def test_operations_of_the_hand_made_schedule_include_all_four() -> None:
     assert {task.op for row in fused_by_hand().rows for task in row} == set(Op)
 
 
-@pytest.mark.parametrize("num_ranks", [4])
-def test_four_ranks(num_ranks: int) -> None:
-    schedules = [one_f_one_b(problem(num_ranks))]
-    results = run_ranks(num_ranks, lambda rank: run_on(rank, schedules))
+def test_four_ranks_over_process_groups() -> None:
+    schedules = [one_f_one_b(problem(4))]
+    results = run_ranks(4, lambda rank: run_on(rank, schedules, local=False))
     for pipeline in ("actor", "critic"):
         actual = joined(results, 0, pipeline)[pipeline]
         assert all(map(torch.equal, actual, plain_gradients(pipeline)))
