@@ -143,7 +143,9 @@ class RolloutConfig(Section, frozen=True):
     # Whether instances give back their keys and values for scoring and training; auto: on GPUs.
     sleep: Switch = "auto"
     score_token_budget: Positive = 2048  # tokens per scoring batch
-    old_log_probs: Literal["recompute", "engine"] = "recompute"
+    # Of the policy that drew the tokens: scored on rollout workers; the engine's own numbers; or,
+    # where a step has one optimizer step, those of the update's own forward pass: ratios are 1.
+    old_log_probs: Literal["recompute", "engine", "update"] = "recompute"
     exactness: Literal["auto", "token", "distribution"] = "auto"
     vllm: VllmConfig = VllmConfig()
 
@@ -316,8 +318,11 @@ class Config(Section, frozen=True):
     @property
     def why_no_replay(self) -> str:
         """Why log-probabilities cannot be renormalised over what the sampler keeps, or nothing."""
-        if self.rollout.old_log_probs == "engine":
-            return "rollout.old_log_probs: engine knows no kept tokens, recompute finds them again"
+        if self.rollout.old_log_probs != "recompute":
+            given = self.rollout.old_log_probs
+            return (
+                f"rollout.old_log_probs: {given} knows no kept tokens, recompute finds them again"
+            )
         if self.placement.tp > 1:
             return f"placement.tp: {self.placement.tp} cuts the vocabulary"
         return ""

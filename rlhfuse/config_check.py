@@ -164,6 +164,9 @@ def _sampling(config: Config) -> Iterator[str]:
             f"rollout.cache_tokens: {rollout.cache_tokens} do not hold one sample of {longest} "
             "tokens (data.max_prompt_length + rollout.response_length)"
         )
+    reason = why_old_wait(config)
+    if rollout.old_log_probs == "update" and reason:
+        yield f"rollout.old_log_probs: update, but {reason}; choose recompute"
     if 0 < config.actor.clip_ratio_c <= 1:
         yield f"actor.clip_ratio_c: {config.actor.clip_ratio_c} must be above 1, or 0 for off"
     if config.algorithm.tis_floor >= config.algorithm.tis_cap:
@@ -262,6 +265,20 @@ def data_parallel(config: Config, role: str) -> int:
     devices = max(1, place.num_devices // place.tp)
     stages = (place.actor_pp if role == "actor" else place.critic_pp) or devices
     return max(1, devices // stages)
+
+
+def why_old_wait(config: Config) -> str:
+    """Why old log-probabilities must be known before the update; empty where its own forward pass
+    may give them: they belong to the policy before its first optimizer step."""
+    reasons = {
+        "a step has several optimizer steps (actor.ppo_mini_batch_size, actor.ppo_epochs), and "
+        "all but the first train another policy": _updates(config, config.actor) > 1,
+        "rewards, and so all advantages, depend on them (algorithm.use_kl_in_reward)": (
+            config.reference_in_rewards
+        ),
+        "importance weights need them (algorithm.tis)": config.algorithm.tis == "on",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def why_reference_stays(config: Config) -> str:

@@ -21,10 +21,11 @@ from rlhfuse.kernels.whiten import whiten_batch
 
 @dataclass(frozen=True, slots=True)
 class TokenRewards:
-    """Reward of each token [T] (float32), and each sample's sum of KL estimates [N] (float64)."""
+    """Reward of each token [T] (float32), and each sample's sum of KL estimates [N] (float64; None
+    where it is not known)."""
 
     rewards: Tensor
-    kl: Tensor
+    kl: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def token_rewards(
             f"scores must be one per sample ({cu_seqlens.numel() - 1}), not {tuple(scores.shape)}"
         )
     rewards = torch.zeros(num_tokens, dtype=torch.float32, device=scores.device)
-    kl = torch.zeros(scores.numel(), dtype=torch.float64, device=scores.device)
+    kl = None
     if logprobs is not None and ref_logprobs is not None:
         check_packed(cu_seqlens, logprobs.numel())
         estimate = kl_terms(logprobs.float(), ref_logprobs.float(), kl_estimator)
@@ -172,8 +173,9 @@ def batch_stats(
             means[f"{name}/mean"] = (wide.sum(), wide.new_tensor(float(wide.numel())))
             maxima[f"{name}/max"] = wide.max()
     kl = token_rewards.kl
-    means["actor/reward_kl_penalty"] = (kl.sum(), kl.new_tensor(float(num_tokens)))
-    means["critic/kl"] = (kl.sum(), kl.new_tensor(float(max(kl.numel(), 1))))
+    if kl is not None:
+        means["actor/reward_kl_penalty"] = (kl.sum(), kl.new_tensor(float(num_tokens)))
+        means["critic/kl"] = (kl.sum(), kl.new_tensor(float(max(kl.numel(), 1))))
     return Stats(means, {}, maxima)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhfuse.algorithms.mismatch import mismatch_stats
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.linear_loss import linear_loss
@@ -61,19 +62,27 @@ class PolicyLossSettings:
 class PolicyInputs:
     """One micro-batch, [T] each. `logprobs` and `entropy` carry gradients.
 
+    `old_logprobs`: None where the policy itself drew the tokens: then they are `logprobs`, without
+    a gradient, and `rollout_logprobs`, the engine's (NaN where lost), go into the metrics.
     `weights` correct for the rollout's own log-probabilities (`mismatch.importance_weights`).
     `full_logprobs`: where `logprobs` and `old_logprobs` are those among the tokens that the sampler
     kept, the ones of the whole distribution, whose KL to the reference is taken.
     """
 
     logprobs: Tensor
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None
     advantages: Tensor
     cu_seqlens: Tensor
     entropy: Tensor | None = None
     ref_logprobs: Tensor | None = None
     weights: Tensor | None = None
     full_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+
+    @property
+    def old(self) -> Tensor:
+        """Log-probabilities of the policy that drew the tokens."""
+        return self.logprobs.detach() if self.old_logprobs is None else self.old_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +162,7 @@ def policy_loss(inputs: PolicyInputs, settings: PolicyLossSettings, *, normalize
         "actor/pg_loss": (_weighted(coefficients, terms.policy.loss), share),
         "actor/pg_clipfrac": (terms.policy.clipped.sum(), count),
         "actor/pg_clipfrac_lower": (terms.policy.clipped_lower.sum(), count),
-        "actor/ppo_kl": (_total(inputs.old_logprobs - inputs.logprobs), count),
+        "actor/ppo_kl": (_total(inputs.old - inputs.logprobs), count),
         "actor/ratio_mean": (_total(terms.policy.ratio), count),
     }
     if inputs.entropy is not None:
@@ -161,7 +170,12 @@ def policy_loss(inputs: PolicyInputs, settings: PolicyLossSettings, *, normalize
     if terms.kl is not None:
         means["actor/kl_loss"] = (_weighted(coefficients, terms.kl), share)
     maxima = {"actor/ratio_max": terms.policy.ratio.double().max()} if num_tokens else {}
-    return Loss((coefficients * terms.loss).sum(), Stats(means, {}, maxima))
+    stats = Stats(means, {}, maxima)
+    if inputs.rollout_logprobs is not None:
+        known = ~inputs.rollout_logprobs.isnan()
+        gap = mismatch_stats(inputs.rollout_logprobs[known], inputs.old[known])
+        stats = Stats({**means, **gap.means}, gap.sums, {**maxima, **gap.maxima})
+    return Loss((coefficients * terms.loss).sum(), stats)
 
 
 def linear_policy_loss(
@@ -210,11 +224,12 @@ def linear_policy_loss(
             inputs,
             logprobs=replayed,
             full_logprobs=logprobs,
-            old_logprobs=inputs.old_logprobs[rows],
+            old_logprobs=None if inputs.old_logprobs is None else inputs.old_logprobs[rows],
             advantages=inputs.advantages[rows],
             entropy=spread if wanted else None,
             ref_logprobs=None if inputs.ref_logprobs is None else inputs.ref_logprobs[rows],
             weights=None if inputs.weights is None else inputs.weights[rows],
+            rollout_logprobs=None,
         )
         return (coefficients[rows] * _token_terms(chunk, settings).loss).sum()
 
@@ -285,7 +300,7 @@ class _TokenTerms:
 
 
 def _token_terms(inputs: PolicyInputs, settings: PolicyLossSettings) -> _TokenTerms:
-    logprobs, old_logprobs = inputs.logprobs, inputs.old_logprobs
+    logprobs, old_logprobs = inputs.logprobs, inputs.old
     if settings.ratio_level == "sequence":
         logprobs, old_logprobs = _response_means(inputs), torch.zeros_like(old_logprobs)
     policy = policy_terms(
@@ -313,7 +328,7 @@ def _token_terms(inputs: PolicyInputs, settings: PolicyLossSettings) -> _TokenTe
 
 def _response_means(inputs: PolicyInputs) -> Tensor:
     """Each token's response's mean log-ratio, with the gradient of the token's own; [T]."""
-    own = inputs.logprobs - inputs.old_logprobs
+    own = inputs.logprobs - inputs.old
     means = segment_sum(own, inputs.cu_seqlens) / lengths(inputs.cu_seqlens).clamp_min(1)
     return own - own.detach() + expand(means.to(own.dtype), inputs.cu_seqlens, own.numel())
 

@@ -123,6 +123,8 @@ def needs_logprobs(session: Session) -> bool:
     config = session.run.config
     if config.rollout.old_log_probs == "engine" or config.algorithm.tis == "on":
         return True
+    if config.rollout.old_log_probs == "update":
+        return False
     exact = all("float32" in session.fleet.detail(name) for name in session.fleet.rollout)
     return config.algorithm.tis == "auto" and not exact
 

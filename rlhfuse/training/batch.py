@@ -29,8 +29,9 @@ from rlhfuse.training.records import SampleData
 Columns = Mapping[str, Mapping[int, torch.Tensor]]
 """Per-token numbers [L] by name and sample id, on the CPU."""
 
-OLD, REFERENCE, ADVANTAGES, RETURNS, VALUES, WEIGHTS = (
+OLD, ROLLOUT, REFERENCE, ADVANTAGES, RETURNS, VALUES, WEIGHTS = (
     "old_logprobs",
+    "rollout_logprobs",
     "reference_logprobs",
     "advantages",
     "returns",
@@ -119,20 +120,23 @@ def loss_data(
     """Advantages (and, with `truncate`, importance weights) of a whole batch, on the CPU.
 
     `later`: samples whose reference log-probabilities come later (`with_reference`): advantages
-    must not depend on them, and the batch's metrics are without KL. Results do not depend on the
-    order of the samples: every rank that computes them gets the same bits. Raises ValueError where
-    a sample lacks numbers that the algorithm needs.
+    must not depend on them, and the batch's metrics are without KL. Where the old
+    log-probabilities are the update's own, losses see to the mismatch metrics. Results do not
+    depend on the order of the samples: every rank that computes them gets the same bits. Raises
+    ValueError where a sample lacks numbers that the algorithm needs.
     """
     cu_seqlens = _bounds(samples)
     scores = torch.tensor([sample.score for sample in samples], dtype=torch.float32)
-    old = _joined(samples, OLD, [s.old_logprobs for s in samples])
-    rollout = _joined(samples, "rollout_logprobs", [s.rollout_logprobs for s in samples])
+    own = config.rollout.old_log_probs == "update"
+    old = None if own else _joined(samples, OLD, [s.old_logprobs for s in samples])
+    rollout = _joined(samples, ROLLOUT, [s.rollout_logprobs for s in samples])
     values = reference = None
     if config.uses_critic:
         values = _joined(samples, VALUES, [s.values for s in samples])
     if config.uses_reference and not later:
         reference = _joined(samples, REFERENCE, [s.reference_logprobs for s in samples])
-    assert not (later and config.reference_in_rewards), "advantages need the whole reference"
+    missing = later or old is None
+    assert not (missing and config.reference_in_rewards), "advantages need the whole KL"
     kept = {s.sample_id: s.kept for s in samples if s.kept is not None}
     full = old  # the reference's are of the whole distribution
     if kept:
@@ -141,7 +145,7 @@ def loss_data(
         scores,
         cu_seqlens,
         logprobs=full if reference is not None else None,
-        ref_logprobs=reference,
+        ref_logprobs=reference if full is not None else None,
         kl_coef=kl_coef if config.algorithm.use_kl_in_reward and reference is not None else 0.0,
         kl_estimator=config.algorithm.kl_penalty,
     )
@@ -155,16 +159,21 @@ def loss_data(
             cu_seqlens=cu_seqlens,
             values=values,
         ),
-        mismatch_stats(rollout[known], old[known]),
     ]
     if kept:
         stats.append(_kept_stats(list(kept.values())))
-    joined = {OLD: old, ADVANTAGES: advantages.advantages, RETURNS: advantages.returns}
+    joined = {ADVANTAGES: advantages.advantages, RETURNS: advantages.returns}
+    if old is None:
+        joined[ROLLOUT] = rollout
+    else:
+        joined[OLD] = old
+        stats.append(mismatch_stats(rollout[known], old[known]))
     if values is not None:
         joined[VALUES] = values
     if reference is not None:
         joined[REFERENCE] = reference
     if truncate:
+        assert old is not None, "importance weights need the old policy before the update"
         corrected = importance_weights(old, rollout, cu_seqlens, correction(config))
         joined[WEIGHTS] = corrected.weights
         stats.append(corrected.stats)

@@ -23,6 +23,7 @@ from rlhfuse.training.batch import (
     OLD,
     REFERENCE,
     RETURNS,
+    ROLLOUT,
     VALUES,
     WEIGHTS,
     MicroBatch,
@@ -63,11 +64,12 @@ def actor_loss(
     def loss(batch: MicroBatch, hidden: torch.Tensor) -> Loss:
         inputs = PolicyInputs(
             logprobs=hidden.new_empty(0),
-            old_logprobs=batch.columns[OLD],
+            old_logprobs=batch.columns.get(OLD),
             advantages=batch.columns[ADVANTAGES],
             cu_seqlens=batch.cu_seqlens,
             ref_logprobs=batch.columns[REFERENCE] if config.actor.use_kl_loss else None,
             weights=batch.columns.get(WEIGHTS),
+            rollout_logprobs=batch.columns.get(ROLLOUT),
         )
         rows, weight, labels = hidden[batch.rows], stage.lm_head_weight(), batch.labels
         temperature = config.rollout.temperature

@@ -17,10 +17,10 @@ Floats = npt.NDArray[np.float32]
 class SampleData:
     """A scored sample. Per-token arrays have one number per response token [L].
 
-    `old_logprobs` are the behaviour policy's as the loss takes them, `rollout_logprobs` the
-    engine's own. With `kept`, what the sampler kept at each position, they are those among it, and
-    `full_logprobs` those of the whole distribution. A rank without a loss needs the tokens alone:
-    it may be given empty arrays.
+    `old_logprobs` are the behaviour policy's as the loss takes them (not read where it takes the
+    update's own), `rollout_logprobs` the engine's own. With `kept`, what the sampler kept at each
+    position, they are those among it, and `full_logprobs` those of the whole distribution. A rank
+    without a loss needs the tokens alone: it may be given empty arrays.
     """
 
     sample_id: int

@@ -304,7 +304,10 @@ class RankTrainer:
 
 def uses_truncation(config: Config, dtype: torch.dtype) -> bool:
     """Whether truncated importance sampling applies: `auto` means off in float32, where the
-    engine's tokens are the trainer's policy exactly, and on otherwise."""
+    engine's tokens are the trainer's policy exactly, and where its log-probabilities are known in
+    the update alone; on otherwise."""
+    if config.algorithm.tis == "auto" and config.rollout.old_log_probs == "update":
+        return False
     if config.algorithm.tis == "auto":
         return dtype not in (torch.float32, torch.float64)
     return config.algorithm.tis == "on"

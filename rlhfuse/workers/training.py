@@ -148,8 +148,8 @@ class TrainingWorker:
     def _data(
         self, samples: Sequence[m.TrainSample], floats: dict[tuple[str, int], FloatArray]
     ) -> list[SampleData]:
-        recomputed = self._config.rollout.old_log_probs == "recompute"
-        return [_sample_data(sample, floats, recomputed, self._needs_data) for sample in samples]
+        scored = self._config.rollout.old_log_probs == "recompute"
+        return [_sample_data(sample, floats, scored, self._needs_data) for sample in samples]
 
     def _train_group(self, command: m.TrainGroup) -> None:
         """The weights stay as they are, and may be fetched all the while."""
@@ -298,7 +298,7 @@ def fetch_all(
 def _sample_data(
     sample: m.TrainSample,
     floats: dict[tuple[str, int], FloatArray],
-    recomputed: bool,
+    scored: bool,
     with_data: bool,
 ) -> SampleData:
     """A rank without a loss gets empty arrays: it needs token ids and lengths alone."""
@@ -307,7 +307,7 @@ def _sample_data(
     if with_data:
         lost = np.full(len(sample.tokens.response) // 4, np.nan, dtype=np.float32)
         rollout = floats.get((ROLLOUT, sample_id), lost)
-    old = floats["actor", sample_id] if with_data and recomputed else rollout
+    old = floats["actor", sample_id] if with_data and scored else rollout
     kept = None
     if (KEPT, sample_id) in floats:
         together = floats[KEPT, sample_id].view(np.int32)

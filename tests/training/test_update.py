@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhfuse.algorithms.tally import named
 from rlhfuse.config import AlgorithmConfig
@@ -253,6 +254,37 @@ def test_padded_batches_give_the_gradients_of_packed_ones(models: Models, tmp_pa
         for name, expected in packed.items():
             largest = float(expected.abs().max())
             assert torch.allclose(found[name], expected, rtol=1e-4, atol=2e-5 * largest), name
+
+
+def test_the_update_s_own_old_logprobs_give_the_update_of_recomputed_ones(
+    models: Models, tmp_path: Path
+) -> None:
+    config = make_config(models)
+    config = msgspec.structs.replace(config, algorithm=AlgorithmConfig(use_kl_in_reward=False))
+    own = msgspec.structs.replace(
+        config, rollout=msgspec.structs.replace(config.rollout, old_log_probs="update")
+    )
+    actor = AutoModelForCausalLM.from_pretrained(config.actor.path).float()
+    samples = []
+    for sample in make_samples(8):
+        tokens = torch.from_numpy(np.concatenate([sample.prompt, sample.response])).long()
+        logits = actor(tokens[None]).logits[0, len(sample.prompt) - 1 : -1]
+        logprobs = (logits / config.rollout.temperature).log_softmax(-1).detach()
+        old = logprobs.gather(1, tokens[len(sample.prompt) :, None])[:, 0].numpy()
+        samples.append(replace(sample, old_logprobs=old))
+    scored = one_update(config, 2, tmp_path / "scored", samples=samples)
+    nothing = [replace(s, old_logprobs=np.zeros(0, np.float32)) for s in samples]
+    found = one_update(own, 2, tmp_path / "own", samples=nothing)
+    known = set(scored) - {"actor/reward_kl_penalty", "critic/kl"}
+    assert {name: found[name] for name in known} == pytest.approx(
+        {name: scored[name] for name in known}, rel=1e-4, abs=1e-6
+    )
+    assert found["actor/ratio_max"] == 1.0
+    for role in ("actor", "critic"):
+        expected, moments = (first_moments(tmp_path / name, role) for name in ("scored", "own"))
+        for name, moment in expected.items():
+            allowed = 2e-5 * float(moment.abs().max())
+            assert torch.allclose(moments[name], moment, rtol=1e-4, atol=allowed), name
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])

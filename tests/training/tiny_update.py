@@ -255,10 +255,14 @@ def two_updates(
 
 
 def one_update(
-    config: Config, num_ranks: int, folder: Path, num_microbatches: int = 2
+    config: Config,
+    num_ranks: int,
+    folder: Path,
+    num_microbatches: int = 2,
+    samples: Sequence[SampleData] | None = None,
 ) -> dict[str, float]:
     """One mini-batch, and a checkpoint of what it did. Returns all metrics."""
-    samples = make_samples(8)
+    samples = samples or make_samples(8)
     rounds = serial_rounds(make_problem(num_ranks, num_microbatches))
     plans = make_plans(cut(samples, 1, num_microbatches), rounds)
 
