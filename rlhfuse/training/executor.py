@@ -132,10 +132,10 @@ class Executor:
             sent = self._clock.mark()
         self._channels.refill()
         if step.receives is not None:
-            measured.append(_Measured(step.task, step.receives, start, arrived))
-        measured.append(_Measured(step.task, None, arrived, end, cpu_s))
+            measured.append(_Measured(step, step.receives, start, arrived))
+        measured.append(_Measured(step, None, arrived, end, cpu_s))
         if step.sends is not None:
-            measured.append(_Measured(step.task, step.sends, end, sent))
+            measured.append(_Measured(step, step.sends, end, sent))
 
     def _compute(self, task: Task, received: torch.Tensor | None) -> torch.Tensor | None:
         runner = self._runners[task.pipeline, task.pp_stage]
@@ -152,15 +152,20 @@ class Executor:
         lane = f"rank{self._rank}"
         for item in measured:
             start, end = self._clock.seconds(item.start), self._clock.seconds(item.end)
+            task = item.step.task
+            messages = (item.step.receives, item.step.sends)
+            if item.message is not None:
+                messages = (item.message, None)
             args: dict[str, ArgValue] = {
-                "pipeline": item.task.pipeline,
-                "pp_stage": item.task.pp_stage,
-                "microbatch": item.task.microbatch,
-                "rows": shapes[item.task.pipeline][item.task.microbatch][0],
+                "pipeline": task.pipeline,
+                "pp_stage": task.pp_stage,
+                "microbatch": task.microbatch,
+                "rows": shapes[task.pipeline][task.microbatch][0],
+                "bytes": sum(self._channels.size(m) for m in messages if m is not None),
                 "round": self._round,
             }
             if item.message is None:
-                kind = Kind(item.task.op.value)
+                kind = Kind(task.op.value)
                 args["cpu_s"] = round(item.cpu_s, 6)
             elif end - start < SHORTEST_WAIT_S or item.message.local:
                 continue
@@ -170,7 +175,7 @@ class Executor:
                 incoming = way.target == self._row
                 args["peer"] = f"rank{way.source if incoming else way.target}"
                 args["what"] = f"{'receive' if incoming else 'send'} {way.flow.value}"
-            yield Span(lane, start, end, kind, str(item.task), args)
+            yield Span(lane, start, end, kind, str(task), args)
 
     def _failed(self, schedule: Schedule, at: Step | None, error: Exception) -> StepFailed:
         """What to raise: this rank's own failure, which others are told of, or, where a peer
@@ -188,12 +193,12 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """A task (`message` None), or what it waited for: a message to come, or its channel.
+    """A step's task (`message` None), or what it waited for: a message to come, or its channel.
 
     `cpu_s`: processor time of the task; on a CPU, a longer span means that others used the core.
     """
 
-    task: Task
+    step: Step
     message: Message | None
     start: Mark
     end: Mark

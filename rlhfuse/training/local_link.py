@@ -113,8 +113,12 @@ class _Source:
         shared = [self._grow(size)] if size * PLACES > self._memory.numel() else []
         offset = self._given % PLACES * (self._memory.numel() // PLACES)
         self._memory[offset : offset + size].copy_(flat)
+        word = _WORD.pack(offset, size)
         try:
-            socket.send_fds(self._end, [_WORD.pack(offset, size)], shared)
+            if shared:
+                socket.send_fds(self._end, [word], shared)
+            else:
+                self._end.send(word)
         except OSError as error:
             raise RuntimeError(f"the other end is gone: {error}") from error
         finally:

@@ -156,6 +156,11 @@ def test_two_ranks_any_schedule_gives_the_gradients_of_a_plain_loop() -> None:
     assert [s.name for s in spans if s.lane == "rank0"] == [
         str(task) for schedule in schedules for task in schedule.rows[0]
     ]
+    moved = [
+        sum(int(s.args["bytes"]) for s in spans if s.lane == lane) for lane in ("rank0", "rank1")
+    ]
+    # Every message has two ends: of each model and schedule one per flow and micro-batch.
+    assert moved == [len(schedules) * 2 * 2 * sum(ROWS) * WIDTH * 4] * 2
     waits = [s for result in results for s in result[1] if s.kind is Kind.WAIT]
     assert all((s.lane, s.args["peer"]) in {("rank0", "rank1"), ("rank1", "rank0")} for s in waits)
     assert any(s.args["what"] == "receive activation" for s in waits)
