@@ -82,9 +82,16 @@ def _holds(config: Config, folder: Path) -> None:
 
 
 def test_qwen2_with_tied_embeddings_and_without_a_critic(tmp_path: Path, ray_address: str) -> None:
-    """On two data-parallel replicas."""
+    """On two data-parallel replicas; old log-probabilities are the update's own."""
     config = _with(_config(tmp_path, "qwen2", ray_address), "rloo")
-    _holds(replace(config, placement=replace(config.placement, actor_pp=1)), tmp_path)
+    config = replace(
+        config,
+        placement=replace(config.placement, actor_pp=1),
+        rollout=replace(config.rollout, old_log_probs="update"),
+        algorithm=replace(config.algorithm, use_kl_in_reward=False),
+        actor=replace(config.actor, use_kl_loss=True),
+    )
+    _holds(config, tmp_path)
 
 
 def test_qwen3_with_adapters_warm_up_adaptive_kl_and_a_critic_of_two_replicas(
@@ -101,7 +108,7 @@ def test_qwen3_with_adapters_warm_up_adaptive_kl_and_a_critic_of_two_replicas(
         config,
         algorithm=algorithm,
         placement=replace(config.placement, critic_pp=1),
-        actor=replace(config.actor, lora_rank=4),
+        actor=replace(config.actor, lora_rank=4, lora_dropout=0.1),
     )
     _holds(config, tmp_path)
 
