@@ -24,6 +24,7 @@ _CONTEXTS_BYTES = GIB
 CONTROLLER_BYTES = GIB  # of a CPU's memory: the controller, Ray, and what workers are forked from
 _VLLM_BLOCK_TOKENS = 32
 FROZEN_ROLES = ("reference", "reward")
+_POSTED = 2  # receives that are posted on a channel
 _ANY_ORDER_BYTES = 8  # a gradient's sum over groups that are trained one by one, in any order
 _PARTS = ("weights", "gradients", "optimizer", "keys and values", "scoring", "training", "programs")
 
@@ -209,7 +210,7 @@ def _activations(
 ) -> float:
     """Numbers kept for backward passes by the micro-batches that a stage has begun at one time (at
     most one for each stage from here on), and of the one at its end the logits or (from the forward
-    pass on) the gradient of the head."""
+    pass on) the gradient of the head; and the messages that a stage is ready to receive."""
     share = workload.tokens_per_minibatch / num_replicas
     budget = model.ppo_max_token_len_per_gpu
     count = model.num_microbatches or max(1, -(-int(share) // budget))
@@ -220,6 +221,8 @@ def _activations(
     numbers = tokens * begun * kept * shape.hidden_size
     if model.gradient_checkpointing:
         numbers += tokens * KEPT_VALUES * shape.hidden_size
+    neighbours = (stage > 0) + (stage + 1 < len(placed.ranks))
+    numbers += neighbours * _POSTED * tokens * shape.hidden_size
     if stage == len(placed.ranks) - 1 and shape is workload.models["actor"]:
         numbers += max(tokens, shape.hidden_size) * shape.vocab_size
     return numbers
