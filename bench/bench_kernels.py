@@ -181,7 +181,7 @@ def linear_pairs(num_tokens: int, hidden_size: int, vocab: int) -> list[Pair]:
         logprobs = plain_logprob(h @ w.T, labels, 1.0, False)
         full = PolicyInputs(
             logprobs=logprobs,
-            old_logprobs=inputs.old_logprobs.to(h.dtype),
+            old_logprobs=inputs.old.to(h.dtype),
             advantages=inputs.advantages.to(h.dtype),
             cu_seqlens=inputs.cu_seqlens,
         )

@@ -79,10 +79,10 @@ class LocalLinks:
 
     def close(self) -> None:
         """Leave: whoever waits for this process fails at once."""
-        for end in (*self._sources.values(), *self._targets.values()):
-            end.close()
-        self._sources.clear()
-        self._targets.clear()
+        while self._sources:
+            self._sources.popitem()[1].close()
+        while self._targets:
+            self._targets.popitem()[1].close()
 
 
 def on_one_machine() -> bool:

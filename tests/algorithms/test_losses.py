@@ -55,7 +55,7 @@ def cut(inputs: PolicyInputs, first: int, last: int) -> PolicyInputs:
 
     return PolicyInputs(
         logprobs=inputs.logprobs[start:end],
-        old_logprobs=inputs.old_logprobs[start:end],
+        old_logprobs=inputs.old[start:end],
         advantages=inputs.advantages[start:end],
         cu_seqlens=cumulative(LENGTHS[first:last]),
         entropy=own(inputs.entropy),
@@ -99,7 +99,7 @@ def plain_policy_loss(
     assert inputs.weights is not None
     assert settings.dual_clip is not None
     columns = [
-        inputs.logprobs, inputs.old_logprobs, inputs.advantages, inputs.entropy,
+        inputs.logprobs, inputs.old, inputs.advantages, inputs.entropy,
         inputs.ref_logprobs, inputs.weights,
     ]  # fmt: skip
     rows = iter(zip(*(column.tolist() for column in columns), strict=True))
