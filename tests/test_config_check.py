@@ -39,7 +39,7 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
         (["actor.backend=megatron", "placement.tp=3"], "placement.tp", "choose one of 1, 2"),
         (["actor.backend=megatron", "critic.lora_rank=4"], "critic.lora_rank", "use 0"),
         (["critic.lora_dropout=0.1"], "critic.lora_dropout", "critic.lora_rank"),
-        (["rollout.old_log_probs=update"], "rollout.old_log_probs", "use_kl_in_reward"),
+        (["rollout.old_log_probs=update"], "rollout.old_log_probs", "several optimizer steps"),
         (["reward.path="], "reward", "no source of scores"),
         (["reward.url=http://x"], "reward", "reward.path and reward.url exclude each other"),
         (["reward.path=", "reward.url=x"], "reward.url", "http://"),
