@@ -197,6 +197,30 @@ def test_gradients_in_bf16_are_no_worse_than_plain_torchs() -> None:
     assert relative(ours.grad, wide.grad) < min(4e-3, relative(plain.grad, wide.grad))
 
 
+def test_a_heads_gradients_in_bf16_are_no_worse_than_plain_torchs() -> None:
+    rng = torch.Generator().manual_seed(9)
+    factors = torch.randn(600, 64, generator=rng), torch.randn(1003, 64, generator=rng) * 0.4
+    labels, above = torch.randint(0, 1003, (600,), generator=rng), torch.randn(600, generator=rng)
+
+    def grads(dtype: torch.dtype, kind: str) -> tuple[Tensor, ...]:
+        hidden, weight = (part.bfloat16().to(dtype).requires_grad_() for part in factors)
+        if kind == "plain":
+            rows = torch.log_softmax(hidden @ weight.T, -1)
+            loss = (rows.gather(1, labels[:, None]).squeeze(1) * above.to(dtype)).sum()
+        elif kind == "apart":
+            loss = (linear_logprob(hidden, weight, labels).logprob * above).sum()
+        else:
+            loss = linear_loss(
+                hidden, weight, labels, lambda part, logp, *_: (logp * above[part]).sum()
+            ).loss
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    truth, theirs = grads(torch.float64, "plain"), grads(torch.bfloat16, "plain")
+    for kind in ("apart", "fused"):
+        for ours, plain, true in zip(grads(torch.bfloat16, kind), theirs, truth, strict=True):
+            assert relative(ours, true) < min(4e-3, relative(plain, true))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_logits_are_folded_in_float32(dtype: torch.dtype) -> None:
     logits, labels = make_logits(50, 4099, "plain", seed=3)
