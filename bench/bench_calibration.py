@@ -6,7 +6,11 @@ steps that follow, whose response lengths the simulator is told.
 Step 1 warms up (compilation, first touch); costs are fitted from the first two steps after it in
 which others used less than a twentieth of the machine's processors (`others_share`), and steps
 with more are left out of the summary: a busy machine is no calibration. After those, serial and
-fused steps take turns. `blind_error`: lengths drawn again from those of earlier steps.
+fused steps take turns. `blind_error`: lengths drawn again from those of earlier steps. A run of
+`rlhfuse train` that is over can be held against the simulator, too; what others used of the machine
+meanwhile is not known then:
+
+    python -m bench.bench_calibration configs/quickstart.yaml --again runs/rlhfuse/quickstart
 """
 
 import argparse
@@ -34,6 +38,8 @@ from rlhfuse.planner.measured import (
 from rlhfuse.planner.workload import with_lengths, workload_of
 from rlhfuse.resolve import resolve
 from rlhfuse.rollout.records import RolloutResult
+from rlhfuse.run_costs import metrics_rows
+from rlhfuse.run_folder import RunFolder
 from rlhfuse.session import open_session
 from rlhfuse.step_metrics import StepTimes
 from rlhfuse.timeline import load_chrome
@@ -106,6 +112,26 @@ def run_live(config: Config, steps: int, serial_every: int) -> Live:
             before = now
             done.append(Step(number, prompts, lengths, metrics))
         return Live(config, tuple(done), session.folder.path)
+
+
+def steps_of(folder: Path, config: Config) -> tuple[Step, ...]:
+    """Of a run that --keep kept, or of any run's folder."""
+    kept = folder / "lengths.json"
+    if kept.exists():
+        return msgspec.json.decode(kept.read_bytes(), type=tuple[Step, ...])
+    metrics: dict[int, dict[str, float]] = {}
+    for row in metrics_rows(folder / "metrics.jsonl"):  # validation has rows of its own
+        metrics.setdefault(int(row["step"]), {}).update(row)
+    lengths = RunFolder(config.trainer, folder).read_lengths()
+    return tuple(
+        Step(
+            step,
+            tuple(sampled.prompts),
+            tuple(sampled.lengths),
+            {**metrics[step], "serial": metrics[step]["fusion/serial"], OTHERS: 0.0},
+        )
+        for step, sampled in sorted(lengths.items())
+    )
 
 
 def rows_of(live: Live) -> list[Row]:
@@ -209,7 +235,7 @@ def main() -> None:
     parser.add_argument("--serial-every", type=int, default=2)
     parser.add_argument("--name", default="bench_calibration")
     parser.add_argument("--keep", type=Path, help="Keep the run below this folder.")
-    parser.add_argument("--again", type=Path, help="Predict a run that --keep kept, by its folder.")
+    parser.add_argument("--again", type=Path, help="Predict a run that is over, by its folder.")
     args = parser.parse_args()
     config = load(args.config, args.overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -222,8 +248,7 @@ def main() -> None:
         fusion = msgspec.structs.replace(config.fusion, audit_every=0)
         config = msgspec.structs.replace(config, trainer=trainer, fusion=fusion)
         if args.again:
-            lengths = (args.again / "lengths.json").read_bytes()
-            live = Live(config, msgspec.json.decode(lengths, type=tuple[Step, ...]), args.again)
+            live = Live(config, steps_of(args.again, config), args.again)
         else:
             live = run_live(config, args.steps, args.serial_every)
             (live.folder / "lengths.json").write_bytes(msgspec.json.encode(live.steps))

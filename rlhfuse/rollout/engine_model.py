@@ -241,27 +241,28 @@ def report(e, i, now_s):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def arrive(e, i, now_s, samples, prefill_s):  # type: ignore[no-untyped-def]
-    """Samples come; computing what they hold takes `prefill_s` (below 0: their cache comes with
-    them). Returns when that starts."""
-    _catch_up(e, i, now_s)
-    m, places = e.engines[i], e.places[i]
-    for number in samples:
-        sample = e.samples[number]
-        due = m.steps + (sample.length - sample.done)
-        place = m.count
-        assert place < len(places)
-        while place > 0:
-            below = places[place - 1]
-            if below.due > due or (below.due == due and below.sample > number):
-                break
-            places[place].due, places[place].sample = below.due, below.sample
-            place -= 1
-        places[place].due, places[place].sample = due, number
-        m.count += 1
-        m.context += sample.prompt + sample.done
-        sample.engine, sample.since = i, e.sizes[1]
-        e.sizes[1] += 1
+def _add(e, i, number):  # type: ignore[no-untyped-def]
+    """A sample comes to an engine that is up to date."""
+    m, places, sample = e.engines[i], e.places[i], e.samples[number]
+    due = m.steps + (sample.length - sample.done)
+    place = m.count
+    assert place < len(places)
+    while place > 0:
+        below = places[place - 1]
+        if below.due > due or (below.due == due and below.sample > number):
+            break
+        places[place].due, places[place].sample = below.due, below.sample
+        place -= 1
+    places[place].due, places[place].sample = due, number
+    m.count += 1
+    m.context += sample.prompt + sample.done
+    sample.engine, sample.since = i, e.sizes[1]
+    e.sizes[1] += 1
+
+
+@numba.njit(cache=True)
+def _prefill(e, i, now_s, prefill_s):  # type: ignore[no-untyped-def]
+    m = e.engines[i]
     start_s = now_s
     if prefill_s >= 0.0:
         start_s = max(now_s, m.blocked_s)
@@ -271,25 +272,63 @@ def arrive(e, i, now_s, samples, prefill_s):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def depart(e, i, now_s, samples):  # type: ignore[no-untyped-def]
-    """These samples go: `done` says with how many tokens."""
+def arrive(e, i, now_s, number, prefill_s):  # type: ignore[no-untyped-def]
+    """A sample comes; computing what it holds takes `prefill_s` (below 0: its cache comes with
+    it). Returns when that starts."""
     _catch_up(e, i, now_s)
-    m, places = e.engines[i], e.places[i]
+    _add(e, i, number)
+    return _prefill(e, i, now_s, prefill_s)
+
+
+@numba.njit(cache=True)
+def arrive_all(e, i, now_s, samples, prefill_s):  # type: ignore[no-untyped-def]
+    """`arrive`, of several together."""
+    _catch_up(e, i, now_s)
     for number in samples:
-        sample = e.samples[number]
-        kept = 0
-        for p in range(m.count):
-            if places[p].sample == number:
-                sample.done = _so_far(e, i, p)
-            else:
-                places[kept].due, places[kept].sample = places[p].due, places[p].sample
-                kept += 1
-        m.count = kept
-        m.context -= sample.prompt + sample.done
-        sample.engine = -1
+        _add(e, i, number)
+    return _prefill(e, i, now_s, prefill_s)
+
+
+@numba.njit(cache=True)
+def _remove(e, i, number):  # type: ignore[no-untyped-def]
+    """A sample goes from an engine that is up to date: `done` says with how many tokens. Whether
+    it was there."""
+    m, places, sample = e.engines[i], e.places[i], e.samples[number]
+    if sample.engine != i:
+        return False
+    kept = 0
+    for p in range(m.count):
+        if places[p].sample == number:
+            sample.done = _so_far(e, i, p)
+        else:
+            places[kept].due, places[kept].sample = places[p].due, places[p].sample
+            kept += 1
+    m.count = kept
+    m.context -= sample.prompt + sample.done
+    sample.engine = -1
     if m.count == 0:
         m.context = 0.0
+    return True
+
+
+@numba.njit(cache=True)
+def depart(e, i, now_s, number):  # type: ignore[no-untyped-def]
+    """A sample goes. Whether it was there."""
+    _catch_up(e, i, now_s)
+    was_there = _remove(e, i, number)
     plan(e, i, now_s)
+    return was_there
+
+
+@numba.njit(cache=True)
+def depart_all(e, i, now_s, samples):  # type: ignore[no-untyped-def]
+    """`depart`, of several together. [n] whether each was there."""
+    _catch_up(e, i, now_s)
+    were_there = np.zeros(len(samples), np.bool_)
+    for k in range(len(samples)):
+        were_there[k] = _remove(e, i, samples[k])
+    plan(e, i, now_s)
+    return were_there
 
 
 @numba.njit(cache=True)

@@ -92,16 +92,14 @@ class Fleet:
         columns.send(self.running, self.number[sample.id], destination)
         self.ready.note(destination)
 
-    def destination(self, sample: Sample) -> int:
-        """Where a MOVING sample goes."""
-        return int(self.running.to[self.number[sample.id]])
-
-    def arrive(self, sample: Sample, expected: float, now_s: float) -> None:
-        """The sample, which was MOVING, runs at its destination; `expected`: tokens to come."""
+    def arrive(self, sample: Sample, expected: float, now_s: float) -> int:
+        """The sample, which was MOVING, runs at its destination, which is returned; -1: that is
+        lost, and the sample still where it was. `expected`: tokens to come."""
         number, tokens = self.number[sample.id], sample.response_tokens
-        emptied, _ = columns.arrive(self.running, number, tokens, float(expected), float(now_s))
+        to, emptied = columns.arrive(self.running, number, tokens, float(expected), float(now_s))
         if emptied >= 0:
             self.ready.note(emptied)
+        return int(to)
 
     def remove(self, sample: Sample) -> None:
         """Forget where the sample runs and is going to."""

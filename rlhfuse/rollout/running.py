@@ -188,10 +188,13 @@ def remove(r, number):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def arrive(r, number, tokens, expected, now_s):  # type: ignore[no-untyped-def]
-    """The sample has left and runs where it was going; returns as `remove`."""
+    """The sample has left and runs where it was going. Returns (where that is, its old worker if
+    that is empty now), -1 for neither: where it was going is lost, and nothing has changed."""
+    if not r.workers[r.to[number]].alive:
+        return -1, -1
     emptied, to = remove(r, number)
     place(r, number, to, tokens, expected, now_s)
-    return emptied, to
+    return to, emptied
 
 
 @numba.njit(cache=True)

@@ -283,9 +283,9 @@ class RolloutScheduler:
         if sample is None or sample.state is not S.MOVING or sample.instance != event.instance:
             return
         sample.response_tokens = event.response_tokens
-        destination = self._fleet.destination(sample)
-        if self._fleet.workers[destination].alive:
-            self._fleet.arrive(sample, self.lengths.expected_tokens(sample), self._now_s)
+        expected = self.lengths.expected_tokens(sample)
+        destination = self._fleet.arrive(sample, expected, self._now_s)
+        if destination >= 0:
             sample.move(S.RUNNING, destination)
         else:
             self._fleet.remove(sample)

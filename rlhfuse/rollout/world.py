@@ -96,7 +96,7 @@ class Simulator:
             self._engines.engines[name] for name in ("count", "blocked_s", "at_s")
         )
         self._sizes, self._look_s = self._engines.sizes, self._engines.looks["at_s"]
-        self._done, self._where = (self._engines.samples[name] for name in ("done", "engine"))
+        self._done = self._engines.samples["done"]
         self._block = scheduler.policy.block
         self._progress_s, self._reward_s = progress_s, reward_s
         self._record = record
@@ -261,9 +261,13 @@ class Simulator:
                 if self._is_new(worker, sample_id):
                     tokens += self._prompts[sample_id]
         seconds = self._cost.prefill_s(tokens) if prefill else -1.0
-        start_s = model.arrive(self._engines, index, self._now_s, np.array(sample_ids), seconds)
+        engines, now_s = self._engines, self._now_s
+        if len(sample_ids) == 1:
+            start_s = model.arrive(engines, index, now_s, sample_ids[0], seconds)
+        else:
+            start_s = model.arrive_all(engines, index, now_s, np.array(sample_ids), seconds)
         self._flush()
-        if prefill:
+        if prefill and self._record:
             args: dict[str, ArgValue] = {"tokens": float(tokens)}
             end_s = float(self._blocked_s[index])
             self._span(index, start_s, end_s, Kind.PREFILL, "prefill", args)
@@ -301,9 +305,13 @@ class Simulator:
     def _migrate(self, command: ev.Migrate) -> None:
         index = command.source
         source, destination = self._workers[index], self._workers[command.destination]
-        here = [s for s in command.sample_ids if self._where[s] == index]
+        here = command.sample_ids
+        if len(here) == 1:
+            here = here if model.depart(self._engines, index, self._now_s, here[0]) else ()
+        else:
+            gone = model.depart_all(self._engines, index, self._now_s, np.array(here))
+            here = tuple(s for s, is_gone in zip(here, gone.tolist(), strict=True) if is_gone)
         self._moved += len(here)
-        model.depart(self._engines, index, self._now_s, np.array(here, dtype=np.int64))
         self._flush()
         blocked_s = max(self._now_s, float(self._blocked_s[index]))
         for sample_id in here:
