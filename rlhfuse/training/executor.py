@@ -8,8 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.autograd import profiler as autograd_profiler
@@ -24,6 +23,7 @@ from rlhfuse.training.links import Message, Step, plan_row
 
 logger = logging.getLogger(__name__)
 
+_KINDS = {op: Kind(op.value) for op in Op}
 FAILURE_KEY = "rlhfuse/first_failure"
 SHORTEST_WAIT_S = 20e-6
 """Shorter waits are the cost of asking, and get no span."""
@@ -106,7 +106,7 @@ class Executor:
             self._channels.open(plan.expected, shapes)
             for step in plan.steps:
                 at = step
-                self._run_step(step, measured)
+                measured.append(self._run_step(step))
                 if done is not None:
                     done(step.task)
             self._channels.drain()
@@ -114,7 +114,7 @@ class Executor:
             raise self._failed(schedule, at, error) from error
         spans.extend(self._spans(measured, shapes))
 
-    def _run_step(self, step: Step, measured: list["_Measured"]) -> None:
+    def _run_step(self, step: Step) -> "_Measured":
         """What the next rank waits for comes first: receive, compute, send; then the books."""
         start = arrived = self._clock.mark()
         received = None
@@ -124,18 +124,14 @@ class Executor:
         cpu_start_s = time.thread_time()
         with task_label(step.task):
             result = self._compute(step.task, received)
-        end = self._clock.mark()
+        end = sent = self._clock.mark()
         cpu_s = time.thread_time() - cpu_start_s
         if step.sends is not None:
             assert result is not None, f"{step.task} made nothing to send"
             self._channels.send(step.sends, result)
             sent = self._clock.mark()
         self._channels.refill()
-        if step.receives is not None:
-            measured.append(_Measured(step, step.receives, start, arrived))
-        measured.append(_Measured(step, None, arrived, end, cpu_s))
-        if step.sends is not None:
-            measured.append(_Measured(step, step.sends, end, sent))
+        return _Measured(step, start, arrived, end, sent, cpu_s)
 
     def _compute(self, task: Task, received: torch.Tensor | None) -> torch.Tensor | None:
         runner = self._runners[task.pipeline, task.pp_stage]
@@ -149,33 +145,38 @@ class Executor:
         return None
 
     def _spans(self, measured: list["_Measured"], shapes: Shapes) -> Iterator[Span]:
-        lane = f"rank{self._rank}"
+        lane, seconds = f"rank{self._rank}", self._clock.seconds
         for item in measured:
-            start, end = self._clock.seconds(item.start), self._clock.seconds(item.end)
-            task = item.step.task
-            messages = (item.step.receives, item.step.sends)
-            if item.message is not None:
-                messages = (item.message, None)
+            task, receives, sends = item.step.task, item.step.receives, item.step.sends
+            name, start, end = str(task), seconds(item.arrived), seconds(item.end)
             args: dict[str, ArgValue] = {
                 "pipeline": task.pipeline,
                 "pp_stage": task.pp_stage,
                 "microbatch": task.microbatch,
                 "rows": shapes[task.pipeline][task.microbatch][0],
-                "bytes": sum(self._channels.size(m) for m in messages if m is not None),
                 "round": self._round,
             }
-            if item.message is None:
-                kind = Kind(task.op.value)
-                args["cpu_s"] = round(item.cpu_s, 6)
-            elif end - start < SHORTEST_WAIT_S or item.message.local:
-                continue
-            else:
-                kind = Kind.WAIT
-                way = item.message.channel
-                incoming = way.target == self._row
-                args["peer"] = f"rank{way.source if incoming else way.target}"
-                args["what"] = f"{'receive' if incoming else 'send'} {way.flow.value}"
-            yield Span(lane, start, end, kind, str(task), args)
+            if receives is not None:
+                began = seconds(item.start)
+                if start - began >= SHORTEST_WAIT_S and not receives.local:
+                    yield Span(lane, began, start, Kind.WAIT, name, args | self._wait(receives))
+            moved = sum(self._channels.size(m) for m in (receives, sends) if m is not None)
+            own: dict[str, ArgValue] = {"bytes": moved, "cpu_s": round(item.cpu_s, 6)}
+            yield Span(lane, start, end, _KINDS[task.op], name, args | own)
+            if sends is not None:
+                sent = seconds(item.sent)
+                if sent - end >= SHORTEST_WAIT_S and not sends.local:
+                    yield Span(lane, end, sent, Kind.WAIT, name, args | self._wait(sends))
+
+    def _wait(self, message: Message) -> dict[str, ArgValue]:
+        """What a span of waiting for a message, or for its channel, says of it."""
+        way = message.channel
+        incoming = way.target == self._row
+        return {
+            "bytes": self._channels.size(message),
+            "peer": f"rank{way.source if incoming else way.target}",
+            "what": f"{'receive' if incoming else 'send'} {way.flow.value}",
+        }
 
     def _failed(self, schedule: Schedule, at: Step | None, error: Exception) -> StepFailed:
         """What to raise: this rank's own failure, which others are told of, or, where a peer
@@ -191,18 +192,18 @@ class Executor:
         return StepFailed(word + surroundings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """A step's task (`message` None), or what it waited for: a message to come, or its channel.
+class _Measured(NamedTuple):
+    """A step: when it began to wait for its message, had it, was computed, and had sent.
 
     `cpu_s`: processor time of the task; on a CPU, a longer span means that others used the core.
     """
 
     step: Step
-    message: Message | None
     start: Mark
+    arrived: Mark
     end: Mark
-    cpu_s: float = 0.0
+    sent: Mark
+    cpu_s: float
 
 
 def publish_failure(store: Store, word: str) -> str:
