@@ -23,12 +23,17 @@ class _Compiled(Protocol):
 @pytest.mark.parametrize(
     "entry",
     [
-        end_s, running.remove, engine_model.lose, climbs, anneal,
-        compiled_rows._gradient_rows, compiled_scans._scale,
+        end_s, running.remove, engine_model.lose, climbs, anneal, compiled_scans._scale,
     ],
-    ids=["forecast", "fleet", "engines", "climbs", "anneal", "rows", "scans"],
+    ids=["forecast", "fleet", "engines", "climbs", "anneal", "scans"],
 )  # fmt: skip
 def test_everything_is_compiled_at_set_up(entry: object) -> None:
     warm_up()
     warm_up_kernels()
     assert cast(_Compiled, entry).signatures
+
+
+@pytest.mark.slow
+def test_what_threads_run_is_compiled_at_set_up() -> None:
+    warm_up_kernels()
+    assert compiled_rows._entries.cache_info().currsize
