@@ -3,6 +3,8 @@
 Sequence i owns the tokens ``cu_seqlens[i] : cu_seqlens[i + 1]``; it may be empty.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,24 +56,15 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Each sum runs over its own tokens only, so it does not depend on the other sequences.
     """
-    values = values.detach()
-    if values.numel() == 0:
-        return torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
-    if values.device.type == "cpu":
-        bounds = cu_seqlens.numpy()
-        occupied = bounds[1:] > bounds[:-1]
-        found = np.zeros(len(occupied))
-        # Pairwise sums, several times faster than torch's.
-        found[occupied] = np.add.reduceat(values.double().numpy(), bounds[:-1][occupied])
-        return torch.from_numpy(found)
-    sums: Tensor = torch.segment_reduce(
-        values.double(), "sum", lengths=lengths(cu_seqlens), unsafe=True, initial=0.0
-    )
-    return sums
+    return _over_segments(values, cu_seqlens, "sum")
 
 
 def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Float64 maximum of each sequence's tokens, [T] -> [N]; 0 for an empty one. No gradient."""
+    return _over_segments(values, cu_seqlens, "max")
+
+
+def _over_segments(values: Tensor, cu_seqlens: Tensor, what: Literal["sum", "max"]) -> Tensor:
     values = values.detach().double()
     if values.numel() == 0:
         return torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
@@ -79,9 +72,15 @@ def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         bounds = cu_seqlens.numpy()
         occupied = bounds[1:] > bounds[:-1]
         found = np.zeros(len(occupied))
-        found[occupied] = np.maximum.reduceat(values.numpy(), bounds[:-1][occupied])
+        # Sums are pairwise, and several times faster than torch's.
+        reduce = np.add if what == "sum" else np.maximum
+        found[occupied] = reduce.reduceat(values.numpy(), bounds[:-1][occupied])
         return torch.from_numpy(found)
-    tops: Tensor = torch.segment_reduce(
-        values, "max", lengths=lengths(cu_seqlens), unsafe=True, initial=-torch.inf
+    reduced: Tensor = torch.segment_reduce(
+        values,
+        what,
+        lengths=lengths(cu_seqlens),
+        unsafe=True,
+        initial=0.0 if what == "sum" else -torch.inf,
     )
-    return torch.where(lengths(cu_seqlens) > 0, tops, 0.0)
+    return torch.where(lengths(cu_seqlens) > 0, reduced, 0.0)

@@ -48,7 +48,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     # Imports make some 500,000 objects that stay: with Python's own limits (700 new ones, 10, 10)
-    # a third of a start goes into looking through them.
+    # a quarter of their processor time goes into looking through them.
     gc.set_threshold(100_000, 20, 100)
     sys.exit(run_command(cli, sys.argv[1:]))
 

@@ -1,10 +1,12 @@
 """Messages between processes of one machine: a copy in shared memory, and a word through a socket.
 
-A receiver sleeps in its socket, and one word wakes it; gloo's way (TCP, a thread in every process
-that wakes up a hundred times a second, word before and after each message) takes two to four times
-the processor time. Every channel has two places in memory that its source makes and its target
-maps, so at most two messages are under way, and a third one waits until the first was taken: no
-earlier than by the rule that `rlhfuse.schedules.timing.check_channels` proves schedules by.
+A receiver sleeps in its socket, and one word wakes it. gloo's way (TCP, a thread in every process
+that wakes up a hundred times a second) takes more processor time and about twice as long between
+tasks (`bench/bench_fidelity.py`).
+
+Every channel has two places in memory that its source makes and its target maps, so at most two
+messages are under way, and a third one waits until the first was taken: no earlier than by the rule
+that `rlhfuse.schedules.timing.check_channels` proves schedules by.
 
 The sockets are of Linux' abstract kind: they leave no file behind, and processes of other users are
 turned away. When one end leaves or dies, the other one hears of it at once.
