@@ -135,6 +135,10 @@ class RolloutConfig(Section, frozen=True):
     top_k: NonNegative = 0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     min_p: Fraction = 0.0
+    # Of training responses; log-probabilities in losses are those without.
+    repetition_penalty: PositiveFloat = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     response_length: Positive = 256
     min_response_length: NonNegative = 0
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's end-of-sequence token
@@ -325,13 +329,20 @@ class Config(Section, frozen=True):
             )
         if self.placement.tp > 1:
             return f"placement.tp: {self.placement.tp} cuts the vocabulary"
-        return ""
+        return "penalties reshape what is kept" if self.penalises else ""
 
     @property
     def truncates(self) -> bool:
         """Whether responses are drawn from less than the whole distribution."""
         rollout = self.rollout
         return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's chances depend on which tokens came before it."""
+        rollout = self.rollout
+        penalties = (rollout.presence_penalty, rollout.frequency_penalty)
+        return rollout.repetition_penalty != 1 or any(penalties)
 
     @property
     def replays(self) -> bool:

@@ -37,7 +37,8 @@ def ratios(config: Config) -> str:
     """Which distributions the policy's ratios compare; empty where tokens are drawn from whole
     ones."""
     if not config.truncates:
-        return ""
+        penalties = "of the softmax without penalties, though tokens are drawn with them"
+        return penalties if config.penalises else ""
     if config.replays:
         return (
             "of what top-k, top-p and min-p keep (4 bytes a kept token; rollout.top_k bounds "
@@ -136,16 +137,6 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     rollout, estimator = config.rollout, config.algorithm.adv_estimator
-    if rollout.vllm.speculative_config is not None and rollout.exactness == "token":
-        yield (
-            "rollout.exactness: token is not possible with rollout.vllm.speculative_config, "
-            "choose distribution"
-        )
-    if rollout.vllm.tensor_parallel_size > 1:
-        yield (
-            f"rollout.vllm.tensor_parallel_size: {rollout.vllm.tensor_parallel_size}, but an "
-            "instance runs on one device (`rlhfuse plan` alone plans for more); set it to 1"
-        )
     if estimator in ("grpo", "rloo") and rollout.n < 2:
         yield f"rollout.n: {estimator} compares the responses of a prompt and needs 2 or more"
     if config.algorithm.replay_truncation == "on" and config.truncates and config.why_no_replay:
@@ -173,6 +164,37 @@ def _sampling(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.tis_floor: {config.algorithm.tis_floor} must be below "
             f"algorithm.tis_cap {config.algorithm.tis_cap}"
+        )
+
+
+def _vllm(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.vllm.speculative_config is not None and rollout.exactness == "token":
+        yield (
+            "rollout.exactness: token is not possible with rollout.vllm.speculative_config, "
+            "choose distribution"
+        )
+    if rollout.vllm.tensor_parallel_size > 1:
+        yield (
+            f"rollout.vllm.tensor_parallel_size: {rollout.vllm.tensor_parallel_size}, but an "
+            "instance runs on one device (`rlhfuse plan` alone plans for more); set it to 1"
+        )
+
+
+def _penalties(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    counts = rollout.presence_penalty or rollout.frequency_penalty
+    own = rollout.vllm.speculative_config is not None or rollout.vllm.position_keyed == "off"
+    if counts and own and rollout.engine != "torch":
+        yield (
+            "rollout.presence_penalty: neither it nor frequency_penalty is possible with "
+            "rollout.vllm.speculative_config or rollout.vllm.position_keyed: off (vLLM's own "
+            "sampler takes the response of a sample that moved for its prompt); set both to 0"
+        )
+    if config.penalises and rollout.old_log_probs == "engine":
+        yield (
+            "rollout.old_log_probs: engine gives those with penalties, and the update's are "
+            "without; choose recompute"
         )
 
 
@@ -251,7 +273,19 @@ def _fusion(config: Config) -> Iterator[str]:
         yield f"fusion.early_training: on, but {reason}; set it to auto"
 
 
-_RULES = (_finite, _models, _reward, _batches, _sampling, _devices, _backend, _data, _fusion)
+_RULES = (
+    _finite,
+    _models,
+    _reward,
+    _batches,
+    _sampling,
+    _vllm,
+    _penalties,
+    _devices,
+    _backend,
+    _data,
+    _fusion,
+)
 
 
 def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:

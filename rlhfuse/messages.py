@@ -12,7 +12,7 @@ import msgspec
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.timeline import Span
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
@@ -63,6 +63,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     max_tokens: int
     min_tokens: int
     stop_token_ids: tuple[int, ...]
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 class Growth(msgspec.Struct, frozen=True, array_like=True):

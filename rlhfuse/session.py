@@ -116,7 +116,8 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
             f"{folder.path} holds a run with checkpoints: go on with --resume, "
             "or choose another trainer.experiment_name"
         )
-    if config.truncates and not config.replays and config.algorithm.replay_truncation != "off":
+    reshaped = config.penalises or config.truncates
+    if reshaped and not config.replays and config.algorithm.replay_truncation != "off":
         logger.warning("the policy's ratios are %s", ratios(config))
     if not config.placement.ray_address:  # else when the nodes are known
         for warning in check_memory(run, [describe_node("", "127.0.0.1")]):

@@ -57,6 +57,16 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
             "rollout.vllm.tensor_parallel_size",
             "on one device",
         ),
+        (
+            ["rollout.frequency_penalty=0.2", "rollout.vllm.position_keyed=off"],
+            "rollout.presence_penalty",
+            "set both to 0",
+        ),
+        (
+            ["rollout.repetition_penalty=1.2", "rollout.old_log_probs=engine"],
+            "rollout.old_log_probs",
+            "choose recompute",
+        ),
         (["placement.actor_pp=4"], "placement.actor_pp", "1, 2"),
         (["actor.clip_ratio_c=0.5"], "actor.clip_ratio_c", "above 1"),
         (["data.train_files=[]"], "data.train_files", "is empty"),
@@ -144,6 +154,14 @@ def test_what_ratios_compare_is_told_where_the_sampler_truncates(tmp_path: Path)
         config = _config(tmp_path, "rollout.top_p=0.9", off)
         assert not config.replays
         assert off.partition("=")[0] in ratios(config)
+
+
+def test_what_ratios_compare_is_told_where_penalties_are(tmp_path: Path) -> None:
+    penalised = _config(tmp_path, "rollout.repetition_penalty=1.1")
+    assert "without penalties" in ratios(penalised)
+    both = _config(tmp_path, "rollout.repetition_penalty=1.1", "rollout.top_p=0.9")
+    assert not both.replays
+    assert "penalties" in ratios(both)
 
 
 def test_the_arithmetic_is_printed(tmp_path: Path) -> None:

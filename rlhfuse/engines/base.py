@@ -20,7 +20,10 @@ TokenIds = npt.NDArray[np.int32]
 class SamplingParams:
     """How a response is drawn. ``temperature == 0`` is greedy.
 
-    `max_tokens` and `min_tokens` count the whole response, also after a migration.
+    `max_tokens`, `min_tokens` and penalties count the whole response, also after a migration.
+    `repetition_penalty` divides logits above 0 of tokens that prompt or response has (and
+    multiplies those below); `frequency_penalty` is taken off for each time that the response has a
+    token, `presence_penalty` once: transformers' and vLLM's definitions, before the temperature.
     """
 
     temperature: float = 1.0
@@ -30,6 +33,19 @@ class SamplingParams:
     max_tokens: int = 256
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw depends on which tokens were drawn before."""
+        return self.repetition_penalty != 1 or self.counts_response
+
+    @property
+    def counts_response(self) -> bool:
+        """Whether it depends on which of them are the response's."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

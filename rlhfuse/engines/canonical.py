@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 from rlhfuse.engines.base import SamplingParams, TokenIds
-from rlhfuse.engines.sampling import NEAR_TIE, RowParams, draw, forbid_early_stop
+from rlhfuse.engines.sampling import NEAR_TIE, RowParams, draw, forbid_early_stop, penalise
 from rlhfuse.models.attention import PackedAttention
 from rlhfuse.models.packed import pack
 from rlhfuse.models.stage import ModelStage
@@ -60,6 +60,8 @@ def decide(
     were too close to call. Warns where `seen` is further off than the bound allows for."""
     logits = canonical_logits(stage, prefix)[None]
     forbid_early_stop(logits, [params], [response_tokens])
+    if params.penalises:
+        penalise(logits[0], params, prefix, len(prefix) - response_tokens)
     difference = (logits[0] - seen.double()).nan_to_num_(0.0)  # -inf on both sides
     noise = float(difference.abs().max())
     if noise > ALARM:

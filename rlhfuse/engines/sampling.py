@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from rlhfuse.engines.base import SamplingParams
+from rlhfuse.engines.base import SamplingParams, TokenIds
 from rlhfuse.kernels.keyed import row_bits, row_keys, signed
 
 NEAR_TIE = 1e-3
@@ -47,6 +47,7 @@ class RowParams:
     top_k: torch.Tensor  # vocabulary size where off
     top_p: torch.Tensor
     min_p: torch.Tensor
+    slope: torch.Tensor  # most that noise in a logit grows by a penalty
     truncates: bool
 
     @classmethod
@@ -67,6 +68,7 @@ class RowParams:
                     min(p.top_k or vocab_size, vocab_size),
                     p.top_p,
                     p.min_p,
+                    max(p.repetition_penalty, 1 / p.repetition_penalty),
                 )
                 for p in params
             ],
@@ -80,6 +82,7 @@ class RowParams:
             top_k=columns[2].long(),
             top_p=columns[3],
             min_p=columns[4],
+            slope=columns[5],
             truncates=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
         )
 
@@ -97,15 +100,16 @@ class Draw:
 def draw(
     logits: torch.Tensor, positions: torch.Tensor, rows: RowParams, *, near_tie: float = NEAR_TIE
 ) -> Draw:
-    """Draw one token per row from logits [rows, V] (float32 or float64; -inf forbids a token).
+    """Draw one token per row from logits [rows, V] (float32 or float64; -inf forbids a token),
+    after `forbid_early_stop` and `penalise`.
 
-    `near_tie` bounds the noise in the logits; with 0 the logits are taken at their word.
+    `near_tie` bounds the noise that the logits had before; with 0 they are taken at their word.
     """
     dtype = logits.dtype
     scaled = logits / rows.temperature.to(dtype)[:, None]
     noise = gumbel(rows.seeds, positions, logits.shape[1]) * rows.noise_scale[:, None]
     noisy = scaled + noise.to(dtype)
-    bound = near_tie / rows.temperature.to(dtype)
+    bound = near_tie * (rows.slope / rows.temperature).to(dtype)
     certain = None
     if rows.truncates:
         certain, kept, possible = _truncate(scaled, rows, bound)
@@ -186,3 +190,17 @@ def forbid_early_stop(
     for row, (p, length) in enumerate(zip(params, response_tokens, strict=True)):
         if p.stop_token_ids and length < p.min_tokens:
             logits[row, list(p.stop_token_ids)] = -math.inf
+
+
+def penalise(logits: torch.Tensor, params: SamplingParams, prefix: TokenIds, prompt: int) -> None:
+    """Apply, in place, the penalties of one row's logits [V]; the first `prompt` tokens of
+    `prefix` are the prompt, the others the response so far."""
+    if params.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(prefix)).long().to(logits.device)
+        values, by = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / by, values * by)
+    if params.counts_response:
+        tokens, counts = np.unique(prefix[prompt:], return_counts=True)
+        off = params.presence_penalty + params.frequency_penalty * counts
+        index = torch.from_numpy(tokens).long().to(logits.device)
+        logits[index] -= torch.from_numpy(off).to(logits)

@@ -20,7 +20,7 @@ from rlhfuse.engines.base import Counts, Output, Request, Running, TokenIds
 from rlhfuse.engines.cache_attention import DecodeAttention, PrefillAttention
 from rlhfuse.engines.canonical import decide
 from rlhfuse.engines.kv_cache import CacheShape, KVCache
-from rlhfuse.engines.sampling import RowParams, draw, forbid_early_stop
+from rlhfuse.engines.sampling import RowParams, draw, forbid_early_stop, penalise
 from rlhfuse.models.packed import pack
 from rlhfuse.models.stage import Head, ModelStage
 
@@ -284,6 +284,10 @@ class TorchEngine:
         params = [sequence.request.params for sequence in rows]
         response_tokens = [sequence.response_tokens for sequence in rows]
         forbid_early_stop(logits, params, response_tokens)
+        for row, sequence in enumerate(rows):
+            if params[row].penalises:
+                prompt = len(sequence.request.prompt)
+                penalise(logits[row], params[row], sequence.prefix, prompt)
         if self._params is None:
             seeds = [sequence.request.seed for sequence in rows]
             self._params = RowParams.of(

@@ -55,17 +55,19 @@ class VllmEngine:
         cache_tokens: int | None = None,
         exact: bool | None = None,
         policy_version: int = -1,
+        keyed: bool = False,
         options: VllmConfig | None = None,
     ) -> None:
         """`path`: the model folder, for its config; weights come from `model` and by
-        `load_weights`. `exact`: near ties are decided in float64 (default: in float32). Raises
-        ValueError for sizes and wishes that cannot go together."""
+        `load_weights`. `exact`: near ties are decided in float64 (default: in float32). `keyed`:
+        draws must be our processor's, exact or not. Raises ValueError for sizes and wishes that
+        cannot go together."""
         vllm_setup.prepare()
         options = options or VllmConfig()
         weight = model.lm_head_weight()
         self._exact = exactness(exact, weight.dtype, options)
-        if self._exact:
-            # The second model runner takes no processor that could flag near ties.
+        if self._exact or keyed:
+            # The second model runner takes no processor.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         if cache_tokens is None:
             cache_tokens = max_num_seqs * max_model_len
@@ -143,6 +145,12 @@ class VllmEngine:
             raise ValueError(f"{place}: its response is complete at max_tokens already")
         if request.sample_id in self._samples:
             raise ValueError(f"{place}: is running here already")
+        if request.params.counts_response and self._core.draws is None:
+            # Where a sample goes on, that sampler would take its response for its prompt.
+            raise ValueError(
+                f"{place}: presence and frequency penalties need position-keyed draws, and here "
+                "vLLM's own sampler draws"
+            )
         sample = VllmSample(request, request.response.tolist())
         self._requests.submit(sample, cache)
         self._samples[request.sample_id] = sample

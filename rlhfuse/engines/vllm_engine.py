@@ -49,7 +49,7 @@ class KeyedProcessor(LogitsProcessor):  # type: ignore[misc]
         for row in batch_update.removed:
             self.draws.remove(row)
         for row, params, prompt, output in batch_update.added:
-            self.draws.add(row, params.extra_args["sample_id"], len(prompt), output)
+            self.draws.add(row, params.extra_args["sample_id"], prompt, output)
         for source, target, direction in batch_update.moved:
             self.draws.move(source, target, swap=direction == MoveDirectionality.SWAP)
 
@@ -254,6 +254,9 @@ class VllmCore:
                 top_k=params.top_k,
                 top_p=params.top_p,
                 min_p=params.min_p,
+                repetition_penalty=params.repetition_penalty,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
                 seed=seed % (1 << 63),
                 min_tokens=max(0, params.min_tokens - response_tokens),
                 logprobs=0,

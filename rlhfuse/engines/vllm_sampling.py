@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from rlhfuse.engines.base import SamplingParams
-from rlhfuse.engines.sampling import NEAR_TIE, RowParams, draw, forbid_early_stop
+from rlhfuse.engines.base import SamplingParams, TokenIds
+from rlhfuse.engines.sampling import NEAR_TIE, RowParams, draw, forbid_early_stop, penalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class KeyedSample:
 
 class Drawn(NamedTuple):
     """A row's draw. `seen`: float32 logits [V] where the draw is a near tie, after the ban on early
-    stops."""
+    stops and penalties."""
 
     token: int
     logprob: float
@@ -39,8 +40,16 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Row:
     sample: KeyedSample
-    given: int  # tokens that vLLM was given as prompt
+    given: Sequence[int]  # what vLLM was given as prompt
     output: Sequence[int]  # what it has generated since: a list of vLLM's that grows
+
+    @property
+    def length(self) -> int:
+        return len(self.given) + len(self.output)
+
+    @property
+    def prefix(self) -> TokenIds:
+        return np.array([*self.given, *self.output], dtype=np.int32)
 
 
 class KeyedDraws:
@@ -74,7 +83,7 @@ class KeyedDraws:
         self._rows.pop(row, None)
         self._columns = None
 
-    def add(self, row: int, sample_id: int, given: int, output: Sequence[int]) -> None:
+    def add(self, row: int, sample_id: int, given: Sequence[int], output: Sequence[int]) -> None:
         """A request takes a row; `output` is the list that grows with every token."""
         self._rows[row] = _Row(self._samples[sample_id], given, output)
         self._columns = None
@@ -90,15 +99,18 @@ class KeyedDraws:
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens int64 [rows] for float32 logits [rows, V], which are changed (stop tokens are
-        forbidden before `min_tokens`)."""
+        forbidden before `min_tokens`, penalties are applied)."""
         rows = [self._rows[i] for i in range(logits.shape[0])]
         params = [row.sample.params for row in rows]
-        positions = [row.given + len(row.output) for row in rows]
+        positions = [row.length for row in rows]
         forbid_early_stop(
             logits,
             params,
             [p - row.sample.prompt_tokens for p, row in zip(positions, rows, strict=True)],
         )
+        for index, row in enumerate(rows):
+            if params[index].penalises:
+                penalise(logits[index], params[index], row.prefix, row.sample.prompt_tokens)
         if self._columns is None:
             self._columns = RowParams.of(
                 [row.sample.seed for row in rows],

@@ -299,7 +299,7 @@ def _refusal(place: str, here: Sequence[DeviceMemory], needed: int, room: int) -
 def _way_out(memory: DeviceMemory) -> str:
     parts = {**memory.held, **memory.turns}
     hints = {
-        "keys and values": "lower rollout.max_num_seqs or set rollout.cache_tokens",
+        "keys and values": "lower rollout.max_num_seqs, or set a smaller rollout.cache_tokens",
         "scoring": "lower rollout.score_token_budget",
         "training": "raise num_microbatches, or set gradient_checkpointing",
     }

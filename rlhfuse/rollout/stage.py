@@ -161,6 +161,9 @@ def training_sampling(config: Config, stop_token_ids: Sequence[int]) -> m.Sampli
         max_tokens=rollout.response_length,
         min_tokens=rollout.min_response_length,
         stop_token_ids=tuple(stop_token_ids),
+        repetition_penalty=rollout.repetition_penalty,
+        presence_penalty=rollout.presence_penalty,
+        frequency_penalty=rollout.frequency_penalty,
     )
 
 

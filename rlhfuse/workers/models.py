@@ -52,6 +52,7 @@ def make_engine(config: Config, model: ModelStage) -> Engine:
             max_model_len=max_len,
             cache_tokens=rollout.cache_tokens or None,
             exact=exact,
+            keyed=rollout.presence_penalty != 0 or rollout.frequency_penalty != 0,
             options=rollout.vllm,
         )
     assert rollout.engine == "torch", "auto is decided before workers start"

@@ -365,4 +365,7 @@ def _sampling_params(sampling: m.Sampling) -> SamplingParams:
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         stop_token_ids=sampling.stop_token_ids,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
     )

@@ -20,8 +20,10 @@ Weights = Callable[[], Mapping[str, torch.Tensor]]
 NOTHING: TokenIds = np.zeros(0, dtype=np.int32)
 PARAMS = (
     SamplingParams(max_tokens=24),
+    SamplingParams(max_tokens=24, repetition_penalty=1.3, frequency_penalty=0.4),
     SamplingParams(max_tokens=24, temperature=0.7, top_k=20),
     SamplingParams(max_tokens=24, top_p=0.8, min_tokens=5, stop_token_ids=(3, 4, 5, 6, 7, 8)),
+    SamplingParams(max_tokens=24, temperature=0.0, presence_penalty=0.7, repetition_penalty=0.8),
     SamplingParams(max_tokens=24, min_p=0.1, temperature=1.3, stop_token_ids=tuple(range(9, 30))),
     SamplingParams(max_tokens=24, temperature=0.0),
 )
@@ -158,7 +160,10 @@ def logprobs_equal_a_plain_forward(
     for request in asked:
         params, result = request.params, results[request.sample_id]
         tokens = np.concatenate([request.prompt, np.array(result.tokens, dtype=np.int32)])
-        rows = reference(tokens)[len(request.prompt) - 1 : -1] / (params.temperature or 1.0)
+        rows = reference(tokens)[len(request.prompt) - 1 : -1]
+        for place, row in enumerate(rows):
+            penalise_plainly(row, params, request.prompt.tolist(), result.tokens[:place])
+        rows /= params.temperature or 1.0
         if params.min_tokens:
             rows[: params.min_tokens, list(params.stop_token_ids)] = -torch.inf
         plain = torch.log_softmax(rows, -1)
@@ -178,9 +183,28 @@ def logprobs_equal_a_plain_forward(
             assert result.tokens == rows.argmax(-1).tolist()
 
 
+def penalise_plainly(
+    row: torch.Tensor, params: SamplingParams, prompt: list[int], response: list[int]
+) -> None:
+    """The definition, token by token."""
+    for token in range(len(row)):
+        if token in prompt or token in response:
+            by = params.repetition_penalty
+            row[token] = row[token] / by if row[token] > 0 else row[token] * by
+        row[token] -= params.frequency_penalty * response.count(token)
+        row[token] -= params.presence_penalty * (token in response)
+
+
 def stops_where_it_should(make: EngineFactory, *, vocab_size: int) -> None:
     every = tuple(range(vocab_size // 2))
-    base = SamplingParams(max_tokens=12, min_tokens=6, stop_token_ids=every)
+    base = SamplingParams(
+        max_tokens=12,
+        min_tokens=6,
+        stop_token_ids=every,
+        repetition_penalty=1.1,
+        presence_penalty=0.3,
+        frequency_penalty=0.4,
+    )
     asked = [replace(r, params=base) for r in requests(6, vocab_size=vocab_size)]
     asked += [
         replace(
@@ -203,7 +227,7 @@ def stops_where_it_should(make: EngineFactory, *, vocab_size: int) -> None:
             assert not hits
             assert len(result.tokens) == params.max_tokens
     assert "stop" in {result.finish_reason for result in results.values()}
-    # min_tokens and max_tokens count the whole response, also where it is continued
+    # min_tokens, max_tokens and penalties count the whole response, also where it is continued
     for cut in (3, 7):
         for request in asked:
             result = results[request.sample_id]

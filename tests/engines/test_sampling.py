@@ -1,12 +1,14 @@
 """Position-keyed draws: the right distribution, the right flags, the same on repetition."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from rlhfuse.engines.base import SamplingParams
 from rlhfuse.engines.sampling import (
@@ -16,6 +18,7 @@ from rlhfuse.engines.sampling import (
     draw,
     forbid_early_stop,
     gumbel,
+    penalise,
 )
 
 VOCAB = 37
@@ -131,18 +134,25 @@ def test_truncation_keeps_what_its_definition_keeps(
     st.sampled_from(CHOICES),
     st.sampled_from([0.01, 0.3, 3.0]),
     st.floats(0, NEAR_TIE * 0.49),
+    st.sampled_from([0.3, 1.0, 2.5]),
 )
 def test_what_is_not_flagged_cannot_be_turned(
-    seed: int, params: SamplingParams, spread: float, noise: float
+    seed: int, params: SamplingParams, spread: float, noise: float, penalty: float
 ) -> None:
     """Logits wrong by less than half the bound (so a margin by less than all of it): every draw
     that changes was flagged. Narrow spreads make many near ties at every edge."""
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(32, VOCAB, dtype=torch.float64, generator=rng) * spread
     error = (torch.rand(32, VOCAB, dtype=torch.float64, generator=rng) * 2 - 1) * noise
+    params = replace(params, repetition_penalty=penalty, frequency_penalty=0.1)
     rows, positions = rows_of(params, 32), torch.arange(32)
+    wrong = logits + error
+    for row in range(32):
+        said = np.arange(row, dtype=np.int32)
+        penalise(logits[row], params, said, row // 2)
+        penalise(wrong[row], params, said, row // 2)
     first = draw(logits, positions, rows)
-    second = draw(logits + error, positions, rows, near_tie=0.0)
+    second = draw(wrong, positions, rows, near_tie=0.0)
     turned = first.tokens != second.tokens
     assert not (turned & ~first.near_ties).any()
 
@@ -157,6 +167,25 @@ def test_near_ties_are_flagged_at_every_edge() -> None:
     logits[0, 20] = 3.0
     for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=1)):
         assert not bool(draw(logits, torch.tensor([5]), rows_of(params, 1)).near_ties)
+
+
+def test_penalties_are_transformers_and_forbidden_tokens_stay_forbidden() -> None:
+    """And those that transformers does not have are once, and once for each time."""
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
+    logits[30] = -math.inf
+    prefix = np.array([3, 4, 4, 30, 7, 7, 7, 4], dtype=np.int32)  # the first four: prompt
+    ours = logits.clone()
+    penalise(ours, SamplingParams(repetition_penalty=1.7), prefix, 4)
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(
+        torch.from_numpy(prefix.astype(np.int64))[None], logits[None].clone()
+    )[0]
+    assert torch.equal(ours, theirs)
+    ours = logits.clone()
+    penalise(ours, SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), prefix, 4)
+    expected = logits.clone()
+    expected[7] -= 0.5 + 3 * 0.25
+    expected[4] -= 0.5 + 0.25
+    torch.testing.assert_close(ours, expected)
 
 
 def test_stop_tokens_wait_for_min_tokens() -> None:

@@ -253,6 +253,26 @@ def test_vllm_s_own_sampler_draws_from_the_same_distribution(llama: Path) -> Non
     assert ((counts - expected) ** 2 / expected).sum() < 24.3  # 7 degrees of freedom, p = 0.001
 
 
+def test_vllm_s_own_sampler_penalises_the_whole_response_or_refuses(llama: Path) -> None:
+    """A repetition penalty does not ask which tokens are the response's, so a sample may go on
+    anywhere; for the others it would take the response so far for prompt."""
+    engine = new_engine(llama, options=VllmConfig(position_keyed="off"))
+    (request,) = conformance.requests(1, vocab_size=VOCAB)
+    params = SamplingParams(max_tokens=24, temperature=0.0, repetition_penalty=1.4)
+    request = replace(request, params=params)
+    embedded = TorchEngine(
+        load_model(llama, head=Head.LM), max_num_seqs=4, max_model_len=MAX_LEN, policy_version=0
+    )
+    plain = conformance.run(embedded, [request])[request.sample_id]
+    begun = conformance.Result(plain.tokens[:9])
+    assert conformance.run(engine, [request])[request.sample_id].tokens == plain.tokens
+    rest = conformance.run(engine, [conformance.resumed(request, begun)])[request.sample_id]
+    assert rest.tokens == plain.tokens[9:]
+    for counting in (replace(params, presence_penalty=0.1), replace(params, frequency_penalty=0.1)):
+        with pytest.raises(ValueError, match="penalties need position-keyed draws"):
+            engine.add(replace(request, params=counting))
+
+
 @pytest.mark.slow  # vLLM compiles its n-gram search first
 def test_speculative_decoding_passes_through(llama: Path) -> None:
     """vLLM's own sampler: greedy tokens, lengths and log-probabilities hold."""
