@@ -29,21 +29,23 @@ from rlhfuse.timeline import Span
 from rlhfuse.training.channels import Channels, Shape
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StageRunner
-from rlhfuse.training.gradients import GradientSums
+from rlhfuse.training.gradients import GradientSums, square_sum
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner, Compute, ForwardRunner
-from rlhfuse.training.streams import draws, stream
+from rlhfuse.training.streams import draws, may_draw, stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """One pipeline. All ranks give the same names and `ranks`, each its own `stages`.
 
-    `stages`: the modules of this rank by pp_stage, tensor in and tensor out. `optimizer`: over
-    their parameters; it is stepped and cleared once an update, after clipping by the global norm
-    over all stages (`clip_grad`, 0: off). `split_weight`: linear layers may be split into I and W.
-    `recompute`: hold only the inputs of stages, and compute them again in backward. `seed`: of
-    dropout; every update, stage and micro-batch draws from a stream of its own.
+    `stages`: the modules of this rank by pp_stage, tensor in and tensor out; they keep their parts
+    and parameters from here on. `optimizer`: over their parameters; it is stepped and cleared once
+    an update, after clipping by the global norm over all stages (`clip_grad`, 0: off). Gradients of
+    parameters in half precision are summed in float32, and rounded once. `split_weight`: linear
+    layers may be split into I and W. `recompute`: hold only the inputs of stages, and compute them
+    again in backward. `seed`: of dropout; every update, stage and micro-batch draws from a stream
+    of its own.
     """
 
     name: str
@@ -108,11 +110,25 @@ class FusedStep:
                     f"{model.name}: rank {rank} holds stages {sorted(mine)} by `ranks`, "
                     f"but was given {sorted(model.stages)}"
                 )
+        # Walked once: of many small modules, names alone would take longer than their numbers.
+        self._parameters = {
+            model.name: tuple(
+                dict.fromkeys(p for _, m in sorted(model.stages.items()) for p in m.parameters())
+            )
+            for model in models
+            if not model.forward_only
+        }
+        self._sums = {name: GradientSums(mine) for name, mine in self._parameters.items()}
+        self._droppers = {
+            model.name: tuple(part for m in model.stages.values() for part in may_draw(m))
+            for model in models
+        }
         self._device = device
         self._batches: Mapping[str, Batch] = {}
         self._finished: dict[str, dict[int, torch.Tensor]] = {}
         self._number = 0
         self._drawing: frozenset[str] = frozenset()
+        self._proven: Schedule | None = None
         self._control = dist.new_group(timeout=timeout, backend="gloo")
         self._channels = Channels(
             rank, {m.name: m.ranks for m in models}, device=device, dtype=dtype, timeout=timeout
@@ -143,17 +159,20 @@ class FusedStep:
             StepFailed: a task failed here or elsewhere; this object is of no more use.
         """
         self._check(batches, schedule)
-        check_channels(schedule)
+        if schedule is not self._proven:  # a schedule never changes
+            check_channels(schedule)
+            self._proven = schedule
         self._batches = batches
         self._finished = {name: {} for name in batches}
         self._number = self._number + 1 if number is None else number
         self._drawing = frozenset(
-            name
-            for name in batches
-            if any(draws(module) for module in self._models[name].stages.values())
+            name for name in batches if any(draws(part) for part in self._droppers[name])
         )
         shapes = {name: batch.shapes for name, batch in batches.items()}
         self._executor.run(schedule, shapes, [] if spans is None else spans)
+        for name in batches:
+            if name in self._sums:
+                self._sums[name].hand_over()
         norms = self._norms(sorted(batches))
         for name, norm in norms.items():
             if not math.isfinite(norm):
@@ -176,7 +195,7 @@ class FusedStep:
         compute = self._compute(model, stage, module)
         if model.forward_only:
             return ForwardRunner(compute, last=last)
-        store = WeightStore(GradientSums(module.parameters())) if model.split_weight else None
+        store = WeightStore(self._sums[model.name]) if model.split_weight else None
         if store is not None:
             split_linears(module, store)
         return AutogradRunner(compute, last=last, weights=store, recompute=model.recompute)
@@ -225,9 +244,7 @@ class FusedStep:
     def _norms(self, names: Sequence[str]) -> dict[str, float]:
         squares = torch.zeros(len(names), dtype=torch.float64)
         for index, name in enumerate(names):
-            for gradient in self._gradients(self._models[name]):
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                squares[index] += norm.square().cpu()
+            squares[index] = sum(map(square_sum, self._gradients(self._models[name])))
         dist.all_reduce(squares, group=self._control)
         return {name: math.sqrt(float(s)) for name, s in zip(names, squares, strict=True)}
 
@@ -242,15 +259,9 @@ class FusedStep:
 
     def _clear(self, names: Mapping[str, Batch]) -> None:
         for name in names:
-            for module in self._models[name].stages.values():
-                module.zero_grad()
+            if name in self._sums:
+                self._sums[name].clear()
 
     def _gradients(self, model: Model) -> list[torch.Tensor]:
-        if model.forward_only:
-            return []
-        return [
-            parameter.grad
-            for _, module in sorted(model.stages.items())
-            for parameter in module.parameters()
-            if parameter.grad is not None
-        ]
+        parameters = self._parameters.get(model.name, ())
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]

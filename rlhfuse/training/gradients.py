@@ -1,6 +1,7 @@
 """Sums of gradients over micro-batches, in float32 at least: in the order in which they arise, or
 such that no order shows."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 # Units of sums that no order shows in: small beside the float32 rounding of what counts.
 _UNITS = 2.0**48
+_PIECE = 1024
+_LEAST = 1e-30  # of a sum of squares: below it, float32 may have lost some
 
 
 class GradientSums:
@@ -30,9 +33,9 @@ class GradientSums:
             if any_order or _is_narrow(parameter):
                 parameter.register_post_accumulate_grad_hook(self._move)
 
-    @torch.no_grad()
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        """One more contribution, made outside autograd. The sum may keep `gradient` itself."""
+        """One more contribution, made outside autograd; to be called where no graph is made. The
+        sum may keep `gradient` itself."""
         if parameter.grad is None:
             parameter.grad = gradient
         else:
@@ -58,6 +61,14 @@ class GradientSums:
         for parameter, total in self._wide.items():
             self._wide[parameter] = total.mul_(factor / _UNITS).float()
 
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Nothing more comes: the sums go to ``.grad``, in the dtypes of the parameters, where an
+        optimizer of torch looks for them."""
+        while self._wide:
+            parameter, total = self._wide.popitem()
+            parameter.grad = total.to(parameter.dtype)
+
     def clear(self) -> None:
         """Forget all sums."""
         self._wide.clear()
@@ -75,6 +86,19 @@ class GradientSums:
             self._wide[parameter] += wide
         else:
             self._wide[parameter] = wide
+
+
+def square_sum(gradient: torch.Tensor) -> float:
+    """Sum of squares, to some 1e-7 of it: of pieces in float32 (which a CPU does several times
+    faster), of their sums in float64. Where float32 cannot hold a piece's sum, all in float64."""
+    flat = gradient.reshape(-1)
+    whole = flat.numel() // _PIECE * _PIECE
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _PIECE), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
+    total = float(norms.double().square().sum() + rest.square())
+    if math.isfinite(total) and total > _LEAST:
+        return total
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64).square())
 
 
 def _is_narrow(parameter: nn.Parameter) -> bool:

@@ -7,7 +7,7 @@ and stays in `I`. After `I` only the inputs of linear layers and the gradients o
 held; the rest of the graph is free.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class WeightStore:
         self._open = None
 
     def add(self, product: "_Product") -> None:
-        """Called in the backward pass of a linear layer."""
+        """Called in the backward pass of a linear layer, where no graph is made."""
         if self._open is None:
             product.compute(self._sums)
         else:
@@ -52,8 +52,9 @@ class WeightStore:
 
     def compute(self, microbatch: int) -> None:
         """Compute and forget what was kept of this micro-batch."""
-        for product in self._deferred.pop(microbatch):
-            product.compute(self._sums)
+        with torch.no_grad():
+            for product in self._deferred.pop(microbatch):
+                product.compute(self._sums)
 
     def clear(self) -> None:
         """Forget everything (a step was given up)."""
@@ -87,28 +88,31 @@ def split_linears(module: nn.Module, store: WeightStore) -> None:
             module.set_submodule(name, SplitLinear(child, store))
 
 
-class _Product:
-    """A weight (and bias) gradient to come: of rows [T, in] and output gradient [T, out]."""
+class _Product(NamedTuple):
+    """A weight (and bias) gradient to come: of rows [..., in] and output gradient [..., out]."""
 
-    def __init__(self, linear: "_Saved", rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._weight, self._bias = linear
-        self._rows = rows
-        self._gradient = gradient
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    rows: torch.Tensor
+    gradient: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes + self._gradient.nbytes
+        return self.rows.nbytes + self.gradient.nbytes
 
-    @torch.no_grad()
     def compute(self, sums: GradientSums) -> None:
-        gradient = self._gradient.reshape(-1, self._gradient.shape[-1])
-        if self._weight.requires_grad:
-            sums.add(self._weight, gradient.T @ self._rows.reshape(-1, self._rows.shape[-1]))
-        if self._bias is not None and self._bias.requires_grad:
-            sums.add(self._bias, gradient.sum(0))
+        """To be called without a graph. Many and small where layers are: nothing is in vain."""
+        rows, gradient = self.rows, self.gradient
+        if gradient.dim() != 2:
+            rows, gradient = _flat(rows), _flat(gradient)
+        if self.weight.requires_grad:
+            sums.add(self.weight, gradient.T @ rows)
+        if self.bias is not None and self.bias.requires_grad:
+            sums.add(self.bias, gradient.sum(0))
 
 
-_Saved = tuple[nn.Parameter, nn.Parameter | None]
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -134,6 +138,6 @@ class _Linear(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         weight, bias = ctx.linear
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            ctx.store.add(_Product(ctx.linear, rows.detach(), gradient))
-        by_rows = gradient @ ctx.linear[0] if ctx.needs_input_grad[0] else None
+            ctx.store.add(_Product(weight, bias, rows.detach(), gradient))
+        by_rows = gradient @ weight if ctx.needs_input_grad[0] else None
         return by_rows, None, None, None

@@ -15,10 +15,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from rlhfuse.kernels.keyed import key_of
 
 
-def draws(module: nn.Module) -> bool:
-    """Whether a forward pass may draw random numbers: some part of `module` is in training and has
-    dropout (a module of torch's, or a rate of its own, as Hugging Face's attention has)."""
-    return any(part.training and _rate(part) > 0 for part in module.modules())
+def may_draw(module: nn.Module) -> list[nn.Module]:
+    """The parts of `module` whose forward pass may draw random numbers in training: dropout (a
+    module of torch's, or a rate of its own, as Hugging Face's attention has)."""
+    return [part for part in module.modules() if _rates(part)]
+
+
+def draws(part: nn.Module) -> bool:
+    """Whether one of `may_draw` does so now: it is in training, and its rate is not zero."""
+    return part.training and any(rate > 0 for rate in _rates(part))
 
 
 @contextmanager
@@ -34,8 +39,8 @@ def stream(device: torch.device, *key: object) -> Iterator[None]:
         yield
 
 
-def _rate(part: nn.Module) -> float:
+def _rates(part: nn.Module) -> list[float]:
     if isinstance(part, _DropoutNd):
-        return part.p
-    rates = (value for name, value in vars(part).items() if "drop" in name)
-    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+        return [part.p]
+    named = (value for name, value in vars(part).items() if "drop" in name)
+    return [rate for rate in named if isinstance(rate, float)]

@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhfuse.models.dropout import RowDropout, Rows
 from rlhfuse.models.packed import PackedBatch, pack
-from rlhfuse.training.streams import draws
+from rlhfuse.training.streams import draws, may_draw
 
 WIDTH, RATE = 512, 0.25
 
@@ -65,5 +65,8 @@ def test_modules_that_draw_are_found() -> None:
     hugging_face = nn.Linear(2, 2)
     hugging_face.attention_dropout = 0.1  # type: ignore[assignment]
     plain, active = nn.Sequential(nn.Dropout(0.0)), nn.Sequential(nn.Dropout(0.1))
-    assert [draws(m) for m in (plain, active, hugging_face)] == [False, True, True]
-    assert not draws(active.eval())
+    found = [may_draw(m) for m in (nn.Linear(2, 2), plain, active, hugging_face)]
+    assert [len(parts) for parts in found] == [0, 1, 1, 1]
+    assert [draws(part) for parts in found for part in parts] == [False, True, True]
+    active.eval()
+    assert not draws(active[0])

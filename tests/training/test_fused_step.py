@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
-from rlhfuse.schedules.standard import one_f_one_b
+from rlhfuse.schedules.standard import one_f_one_b, zb_h1
 from rlhfuse.training.fused_step import Batch, FusedStep, Model, Result
 from tests.training.ranks import run_ranks
 
@@ -281,3 +281,31 @@ def test_nothing_is_stepped_when_a_gradient_is_not_finite() -> None:
         )
 
     assert run_ranks(1, run) == [True]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_half_precision_trains_on_gradients_summed_in_float32(split: bool) -> None:
+    pipeline = Pipeline.make("one", (0,), COUNT, 1, 2, weight=1)
+    schedule = (zb_h1 if split else one_f_one_b)(Problem(1, (pipeline,)))
+    inputs, targets = ([x.bfloat16() for x in rows(seed)] for seed in (1, 2))
+
+    def run(rank: int) -> Weights:
+        module = stages(1)[0].bfloat16()
+        model = Model("one", (0,), {0: module}, adam([module]), split_weight=split)
+        step = FusedStep([model], rank=rank, device=torch.device("cpu"), dtype=torch.bfloat16)
+        step.update({"one": batch(inputs, mean_square(targets))}, schedule)
+        return named([module])
+
+    module = stages(1)[0].bfloat16()
+    optimizer, parameters = adam([module]), list(module.parameters())
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    for microbatch in range(COUNT):
+        loss = mean_square(targets)(microbatch, module(inputs[microbatch]))
+        for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+            total += gradient
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad = total.bfloat16()
+    optimizer.step()
+    (found,) = run_ranks(1, run)
+    expected = named([module])
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

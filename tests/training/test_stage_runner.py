@@ -1,5 +1,6 @@
 """Split backward equals unsplit equals plain autograd; memory is released."""
 
+import math
 import weakref
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from rlhfuse.schedules.checks import peak_memory
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import gpipe, one_f_one_b
-from rlhfuse.training.gradients import GradientSums
+from rlhfuse.training.gradients import GradientSums, square_sum
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner
 
@@ -162,3 +163,13 @@ def test_microbatches_in_flight_are_those_of_the_memory_model(
             else:
                 runners[rank].backward(task.microbatch, torch.ones(2))
     assert tuple(runner.peak for runner in runners) == peak_memory(schedule)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 1024), (5, 1000), (64, 33, 2)])
+def test_squares_are_summed_as_in_float64(shape: tuple[int, ...], scale: float) -> None:
+    gradient = scale * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    expected = float(gradient.double().square().sum())
+    assert square_sum(gradient) == pytest.approx(expected, rel=1e-7, abs=0.0)
+    assert square_sum(gradient.T if gradient.dim() == 2 else gradient) == pytest.approx(expected)
+    assert math.isnan(square_sum(torch.cat([gradient.reshape(-1), torch.tensor([math.nan])])))
