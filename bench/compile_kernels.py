@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhfuse.kernels import triton_gae, triton_linear, triton_logprob, triton_whiten
+from rlhfuse.kernels import (
+    triton_gae,
+    triton_linear,
+    triton_logprob,
+    triton_meet,
+    triton_value,
+    triton_whiten,
+)
 
 TARGETS = (80, 90, 100)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A kernel, the types of its run-time arguments, and its compile-time ones."""
+    """A kernel, the types of its run-time arguments, its compile-time ones, and how it is
+    launched."""
 
     name: str
     kernel: Any
     types: Mapping[str, str]
     constants: Mapping[str, int | bool]
-    num_warps: int = 8
+    options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 8})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +67,14 @@ def cases() -> list[Case]:
         "rewards_ptr": "*fp32", "logprobs_ptr": "*fp32", "ref_ptr": "*fp32", "scores_ptr": "*fp32",
         "values_ptr": "*fp32", "bootstrap_ptr": "*fp32", "cu_seqlens_ptr": "*i32",
         "advantages_ptr": "*fp32", "returns_ptr": "*fp32", "shaped_ptr": "*fp32",
-        "moments_ptr": "*fp32", "gamma": "fp32", "decay": "fp32", "log2_decay": "fp32",
+        "moments_ptr": "*fp64", "gamma": "fp32", "decay": "fp32", "log2_decay": "fp32",
         "kl": "fp32", "num_tokens": "i32", "num_sequences": "i32",
     }  # fmt: skip
     blocks: dict[str, int | bool] = {"VALUES": True, "BLOCK": 2048, "AHEAD": 2048}
     white = {
-        "values_ptr": "*fp32", "mask_ptr": "*i1", "moments_ptr": "*fp32", "out_ptr": "*fp32",
-        "num_values": "i32", "num_parts": "i32", "eps": "fp32",
+        "values_ptr": "*fp32", "mask_ptr": "*i1", "parts_ptr": "*fp64", "counter_ptr": "*i32",
+        "statistics_ptr": "*fp64", "above_ptr": "*fp32", "gradient_ptr": "*fp32",
+        "out_ptr": "*fp32", "num_values": "i32", "num_parts": "i32", "eps": "fp32",
     }  # fmt: skip
     value = {
         "values_ptr": "*bf16", "old_ptr": "*fp32", "returns_ptr": "*fp32", "loss_ptr": "*fp32",
@@ -73,6 +82,8 @@ def cases() -> list[Case]:
         "clip": "fp32",
     }  # fmt: skip
     whole: dict[str, int | bool] = {"MASKED": True, "BLOCK": 2048}
+    few = {"num_warps": triton_whiten._WARPS}
+    merged = whole | {"SHIFT": True, "MERGED": triton_whiten._MERGED}
     head = {
         "hidden_ptr": "*bf16", "hidden_stride": "i32", "weight_ptr": "*bf16",
         "weight_stride": "i32", "bias_ptr": "*bf16", "labels_ptr": "*i64",
@@ -112,14 +123,38 @@ def cases() -> list[Case]:
             scan,
             blocks | {"SHAPED": 3, "BOOTSTRAP": True},
         ),
-        Case("moments", triton_whiten._moments, white, whole),
-        Case("whiten", triton_whiten._whiten, white, whole | {"SHIFT": True, "MERGED": 1024}),
+        Case("moments", triton_whiten._moments, white, whole, few),
         Case(
-            "value loss forward", triton_whiten._value_forward, value, {"CLIP": True, "BLOCK": 2048}
+            "mean and variance forward",
+            triton_whiten._statistics,
+            white | {"out_ptr": "*fp64"},
+            merged,
+            few,
+        ),
+        Case(
+            "mean and variance backward",
+            triton_whiten._statistics_backward,
+            white | {"above_ptr": "*fp64"},
+            whole,
+            few,
+        ),
+        Case("whiten by moments", triton_whiten._whiten, white, merged | {"GIVEN": True}, few),
+        Case(
+            "whiten forward",
+            triton_whiten._whiten,
+            white,
+            merged | {"GIVEN": False},
+            triton_meet.options(),
+        ),
+        Case(
+            "whiten backward", triton_whiten._whiten_backward, white, merged, triton_meet.options()
+        ),
+        Case(
+            "value loss forward", triton_value._value_forward, value, {"CLIP": True, "BLOCK": 2048}
         ),
         Case(
             "value loss backward",
-            triton_whiten._value_backward,
+            triton_value._value_backward,
             value,
             {"CLIP": True, "BLOCK": 2048},
         ),
@@ -147,7 +182,7 @@ def compile_case(case: Case, capability: int) -> Report:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps},
+        options=dict(case.options),
     )
     registers, stores, loads = account(compiled.asm["ptx"], capability)
     return Report(case.name, f"sm_{capability}", registers, stores, loads, compiled.metadata.shared)
@@ -179,8 +214,14 @@ def account(ptx: str, capability: int) -> tuple[int, int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args()
-    reports = [compile_case(case, target) for case in cases() for target in TARGETS]
+    reports = [
+        compile_case(case, target)
+        for case in cases()
+        if options.only in case.name
+        for target in TARGETS
+    ]
     for report in reports:
         print(
             f"{report.kernel:34} {report.target:7} {report.registers:4} registers  "

@@ -140,7 +140,7 @@ def _gae(
             given, values, bootstrap, cu_seqlens, gamma=gamma, decay=gamma * lam
         )
         advantages, moments = found.advantages, found.moments
-        white = triton_whiten.whiten(advantages, moments) if whitened else advantages
+        white = triton_whiten.whiten(advantages, moments)[0] if whitened else advantages
         return white, found.returns, rewards.new_empty(0) if shaping is None else found.rewards
     made = rewards.new_empty(0, dtype=accumulation_dtype(rewards))
     if shaping is not None:

@@ -42,9 +42,9 @@ def value_terms_op(
 ) -> tuple[Tensor, Tensor]:
     """Loss and whether it was clipped, of each token: one node of a compiled graph."""
     if _by_triton(values):
-        from rlhfuse.kernels import triton_whiten  # triton is optional
+        from rlhfuse.kernels import triton_value  # triton is optional
 
-        return triton_whiten.value_forward(values, old_values, returns, clip)
+        return triton_value.value_forward(values, old_values, returns, clip)
     wide = values.to(accumulation_dtype(values))
     terms = reference.value_terms(wide, old_values, returns, clip=clip)
     return terms.loss, terms.clipped
@@ -66,9 +66,9 @@ def _backward(
 ) -> Tensor:
     """Gradient by the values."""
     if _by_triton(values):
-        from rlhfuse.kernels import triton_whiten  # triton is optional
+        from rlhfuse.kernels import triton_value  # triton is optional
 
-        return triton_whiten.value_backward(values, old_values, returns, above, clip)
+        return triton_value.value_backward(values, old_values, returns, above, clip)
     with torch.enable_grad():
         leaf = values.detach().to(accumulation_dtype(values)).requires_grad_()
         loss = reference.value_terms(leaf, old_values, returns, clip=clip).loss

@@ -212,8 +212,9 @@ def shaped_rewards(shaping: Shaping, cu_seqlens: Tensor) -> Tensor:
     return rewards
 
 
-def masked_moments(values: Tensor, mask: Tensor | None = None) -> tuple[int, float, float]:
-    """Count, mean and unbiased variance (divisor n - 1) of the kept values, in two passes.
+def mean_and_variance(values: Tensor, mask: Tensor | None = None) -> tuple[int, Tensor, Tensor]:
+    """Count, mean and unbiased variance (divisor n - 1) of the kept values, in two passes over
+    float64; the latter two carry gradients.
 
     Raises:
         ValueError: nothing is kept.
@@ -223,14 +224,17 @@ def masked_moments(values: Tensor, mask: Tensor | None = None) -> tuple[int, flo
         raise ValueError("mean and variance of no values: every token is masked out")
     mean = kept.mean()
     variance = (kept - mean).square().sum() / max(kept.numel() - 1, 1)
-    return kept.numel(), float(mean), float(variance)
+    return kept.numel(), mean, variance
 
 
 def whiten(
     values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Tensor:
-    """(values - mean) / sqrt(variance + eps) over the kept tokens; masked tokens become 0."""
-    _, mean, variance = masked_moments(values, mask)
+    """(values - mean) / sqrt(variance + eps) over the kept tokens; masked tokens become 0.
+
+    The gradient flows through mean and variance, too.
+    """
+    _, mean, variance = mean_and_variance(values, mask)
     white = (values - mean) * (variance + eps) ** -0.5
     if not shift_mean:
         white = white + mean

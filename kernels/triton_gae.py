@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhfuse.kernels.reference import KL_ESTIMATORS, Shaping
+from rlhfuse.kernels.triton_whiten import moments_of
 
 _MAX_BLOCK = 2048
 _AHEAD = 2048
@@ -132,18 +133,16 @@ def _scan(
         tl.store(returns_ptr + at, scanned + value, mask=live)
     if SHAPED > 0:
         tl.store(shaped_ptr + at, reward, mask=live)
-    here = tl.minimum(num_tokens - block * BLOCK, BLOCK).to(tl.float32)
-    mean = tl.sum(tl.where(live, scanned, 0.0), 0) / here
-    centred = tl.where(live, scanned - mean, 0.0)
-    tl.store(moments_ptr + block * 3, here)
+    count, mean, spread = moments_of(scanned, live)
+    tl.store(moments_ptr + block * 3, count)
     tl.store(moments_ptr + block * 3 + 1, mean)
-    tl.store(moments_ptr + block * 3 + 2, tl.sum(centred * centred, 0))
+    tl.store(moments_ptr + block * 3 + 2, spread)
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
     """Advantages, returns and rewards [T], and (count, mean, squared deviations) of the advantages
-    of each block [P, 3]; the same tensor twice where one of them is another."""
+    of each block, float64 [P, 3]; the same tensor twice where one of them is another."""
 
     advantages: Tensor
     returns: Tensor
@@ -170,7 +169,7 @@ def scan(
     shaped = given if shaping is None else torch.empty_like(advantages)
     block = block_size(num_tokens)
     blocks = -(-num_tokens // block)
-    moments = torch.empty(blocks, 3, dtype=torch.float32, device=given.device)
+    moments = torch.empty(blocks, 3, dtype=torch.float64, device=given.device)
     if num_tokens:
         _scan[(blocks,)](
             given,

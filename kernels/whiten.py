@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,24 +98,50 @@ def batch_moments(values: Tensor, cu_seqlens: Tensor) -> Moments:
 def whiten_batch(
     values: Tensor, cu_seqlens: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Tensor:
-    """Whiten over all tokens of a batch that is here as a whole; [T] -> [T]."""
-    run = whiten_op if torch.compiler.is_compiling() else _whiten
-    white: Tensor = run(values, cu_seqlens, None, shift_mean, eps)
-    return white
+    """Whiten over all tokens of a batch that is here as a whole; [T] -> [T].
+
+    The gradient flows through mean and variance, too. Triton: one launch forward, one backward.
+    """
+    return _run(values, cu_seqlens, None, shift_mean, eps)
 
 
 def whiten_masked(
     values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Tensor:
-    """Whiten over the kept values; the others become 0. Any shape, float32 (or float64)."""
+    """Whiten over the kept values; the others become 0. Any shape, float32 (or float64).
+
+    Gradient and launches as `whiten_batch`.
+    """
+    _check_mask(values, mask)
+    return _run(values, None, mask, shift_mean, eps)
+
+
+def _check_mask(values: Tensor, mask: Tensor) -> None:
     if values.shape != mask.shape:
         raise ValueError(
             f"values and mask must have one shape, not {tuple(values.shape)} and "
             f"{tuple(mask.shape)}"
         )
-    run = whiten_op if torch.compiler.is_compiling() else _whiten
-    white: Tensor = run(values, None, mask, shift_mean, eps)
-    return white
+
+
+def _run(
+    values: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, shift_mean: bool, eps: float
+) -> Tensor:
+    kept = None if mask is None else mask.bool()
+    # An operator's own price is more than that of a small batch.
+    traced = torch.compiler.is_compiling()
+    if traced or (values.requires_grad and torch.is_grad_enabled()):
+        white: Tensor = whiten_op(values, cu_seqlens, kept, shift_mean, eps)[0]
+        return white
+    return _whiten(values, cu_seqlens, kept, shift_mean, eps)[0]
+
+
+def _by_triton(values: Tensor) -> bool:
+    return accumulation_dtype(values) == torch.float32 and choose(values.device) is Path.TRITON
+
+
+def _white_dtype(values: Tensor, mask: Tensor | None) -> torch.dtype:
+    return values.dtype if mask is None else accumulation_dtype(values)
 
 
 def _whiten(
@@ -123,23 +150,31 @@ def _whiten(
     mask: Tensor | None,
     shift_mean: bool,
     eps: float,
-) -> Tensor:
-    """Whiten all of packed sequences, or what a mask keeps (float32 at least). No gradient."""
+) -> tuple[Tensor, Tensor]:
+    """Whiten all of packed sequences, or what a mask keeps (float32 at least); and what the
+    backward pass needs: of Triton's, count, mean and scale, else nothing."""
+    path, nothing = choose(values.device), values.new_empty(0, dtype=torch.float64)
+    values = values.contiguous()
+    if _by_triton(values):
+        from rlhfuse.kernels import triton_whiten  # triton is optional
+
+        if cu_seqlens is not None:
+            check_packed(cu_seqlens, values.numel())
+        with torch.no_grad():
+            white, seen = triton_whiten.whiten(values, mask=mask, shift_mean=shift_mean, eps=eps)
+            return white.to(_white_dtype(values, mask)), seen
     if values.numel() == 0:
-        return torch.zeros_like(
-            values, dtype=values.dtype if mask is None else accumulation_dtype(values)
-        )
-    path = choose(values.device)
+        return torch.zeros_like(values, dtype=_white_dtype(values, mask)), nothing
     if cu_seqlens is not None and path is Path.COMPILED and values.dtype in _SUMMED:
         from rlhfuse.kernels import compiled_scans  # numba is slow to import
 
         if cu_seqlens.dim() == 1 and cu_seqlens.numel():
-            white = compiled_scans.whiten_batch(values, cu_seqlens, shift_mean=shift_mean, eps=eps)
-            if white is not None:
-                return white
+            whole = compiled_scans.whiten_batch(values, cu_seqlens, shift_mean=shift_mean, eps=eps)
+            if whole is not None:
+                return whole, nothing
         check_packed(cu_seqlens, values.numel())  # says what is wrong with it
     with torch.no_grad():
-        return _whiten_plainly(values, cu_seqlens, mask, shift_mean, eps)
+        return _whiten_plainly(values, cu_seqlens, mask, shift_mean, eps), nothing
 
 
 def _whiten_plainly(
@@ -149,22 +184,16 @@ def _whiten_plainly(
     shift_mean: bool,
     eps: float,
 ) -> Tensor:
-    dtype, kept = accumulation_dtype(values), None if mask is None else mask.bool()
-    if dtype == torch.float32 and choose(values.device) is Path.TRITON:
-        from rlhfuse.kernels import triton_whiten  # triton is optional
-
-        parts = triton_whiten.moments(values, kept)
-        white = triton_whiten.whiten(values, parts, mask=kept, shift_mean=shift_mean, eps=eps)
-        return white.to(values.dtype) if kept is None else white
-    if kept is None:
+    if mask is None:
         assert cu_seqlens is not None
         return whiten(values, batch_moments(values, cu_seqlens), shift_mean=shift_mean, eps=eps)
-    chosen = values[kept].to(dtype)
+    dtype = accumulation_dtype(values)
+    chosen = values[mask].to(dtype)
     bounds = torch.tensor([0, chosen.numel()], device=values.device)
     white = torch.zeros_like(values, dtype=dtype)
     if chosen.numel():
         moments = batch_moments(chosen, bounds)
-        white[kept] = whiten(chosen, moments, shift_mean=shift_mean, eps=eps)
+        white[mask] = whiten(chosen, moments, shift_mean=shift_mean, eps=eps)
     return white
 
 
@@ -178,7 +207,61 @@ def _(
     mask: Tensor | None,
     shift_mean: bool,
     eps: float,
+) -> tuple[Tensor, Tensor]:
+    white = values.new_empty(values.shape, dtype=_white_dtype(values, mask))
+    return white, values.new_empty(3 if _by_triton(values) else 0, dtype=torch.float64)
+
+
+@torch.library.custom_op("rlhfuse::whiten_backward", mutates_args=())
+def _backward(
+    values: Tensor,
+    mask: Tensor | None,
+    seen: Tensor,
+    above: Tensor,
+    shift_mean: bool,
+    eps: float,
 ) -> Tensor:
-    return torch.empty_like(
-        values, dtype=values.dtype if mask is None else accumulation_dtype(values)
-    )
+    """Gradient by the values."""
+    if _by_triton(values):
+        from rlhfuse.kernels import triton_whiten  # triton is optional
+
+        return triton_whiten.whiten_backward(values, mask, seen, above, shift_mean=shift_mean)
+    live = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    wide, over = values.double(), torch.where(live, above.double(), 0.0)
+    count = live.sum().double()
+    mean = torch.where(live, wide, 0.0).sum() / count.clamp_min(1.0)
+    centred = torch.where(live, wide - mean, 0.0)
+    freedom = (count - 1.0).clamp_min(1.0)
+    scale = (centred.square().sum() / freedom + eps).rsqrt()
+    white = centred * scale
+    level = over.sum() / count.clamp_min(1.0)
+    # The mean and the deviation move with every value.
+    gradient = (over - level - white * ((over * white).sum() / freedom)) * scale
+    gradient = gradient if shift_mean else gradient + level
+    gradient = torch.where(live, gradient, 0.0)
+    return gradient.to(values.dtype, memory_format=torch.contiguous_format)
+
+
+@_backward.register_fake
+def _(
+    values: Tensor,
+    mask: Tensor | None,
+    seen: Tensor,
+    above: Tensor,
+    shift_mean: bool,
+    eps: float,
+) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, _, mask, ctx.shift_mean, ctx.eps = inputs
+    ctx.save_for_backward(values, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd_backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(*ctx.saved_tensors, above, ctx.shift_mean, ctx.eps), None, None, None, None
+
+
+whiten_op.register_autograd(_autograd_backward, setup_context=_setup_context)
