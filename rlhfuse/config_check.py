@@ -174,6 +174,11 @@ def _vllm(config: Config) -> Iterator[str]:
             "rollout.exactness: token is not possible with rollout.vllm.speculative_config, "
             "choose distribution"
         )
+    if rollout.vllm.speculative_config is not None and rollout.min_p:
+        yield (
+            "rollout.min_p: vLLM does not know it with rollout.vllm.speculative_config; set it to "
+            "0, or use top_p"
+        )
     if rollout.vllm.tensor_parallel_size > 1:
         yield (
             f"rollout.vllm.tensor_parallel_size: {rollout.vllm.tensor_parallel_size}, but an "

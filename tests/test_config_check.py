@@ -63,6 +63,11 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
             "set both to 0",
         ),
         (
+            ["rollout.min_p=0.1", "rollout.vllm.speculative_config={method: ngram}"],
+            "rollout.min_p",
+            "use top_p",
+        ),
+        (
             ["rollout.repetition_penalty=1.2", "rollout.old_log_probs=engine"],
             "rollout.old_log_probs",
             "choose recompute",

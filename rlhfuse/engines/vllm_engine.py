@@ -21,12 +21,13 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
 from rlhfuse.config import VllmConfig
 from rlhfuse.engines import base, vllm_cache, vllm_setup
 from rlhfuse.engines.kv_cache import CacheShape
-from rlhfuse.engines.vllm_sampling import KeyedDraws
+from rlhfuse.engines.vllm_sampling import KeyedDraws, of_each_draft
 from rlhfuse.models.stage import ModelConfig
 
 _BLOCK_TOKENS = 32  # what vLLM's attention on a CPU is built for
@@ -175,6 +176,8 @@ class VllmCore:
         blocks = -(-cache_tokens // self.block_tokens) + max_num_seqs + 1
         token_bytes = CacheShape.of(config, dtype).token_bytes
         speculative = options.speculative_config is not None
+        if speculative and on_cpu:
+            _mend_speculation()
         arguments = EngineArgs(
             model=str(path),
             load_format="dummy",
@@ -354,6 +357,22 @@ def _register(config: ModelConfig) -> None:
     assert config.architectures, "a model folder that passed load_config names its class"
     name = config.architectures[0]
     ModelRegistry.register_model(name, getattr(module, name))
+
+
+def _mend_speculation() -> None:
+    """vLLM 0.32 on a CPU gives draft tokens no temperature, top-k or top-p (its kernel writes them
+    into a copy), so that draws follow another distribution; and top-k fails in a step without
+    drafts."""
+    module: Any = rejection_sampler
+    constrain = module.apply_sampling_constraints
+    if module.expand_batch_to_tokens is of_each_draft:
+        return
+
+    def constrain_drafts(logits: torch.Tensor, ends: torch.Tensor, metadata: Any) -> Any:
+        return constrain(logits, ends, metadata) if len(logits) else logits
+
+    module.expand_batch_to_tokens = of_each_draft
+    module.apply_sampling_constraints = constrain_drafts
 
 
 def _kv_transfer(options: VllmConfig, speculative: bool, on_cpu: bool) -> KVTransferConfig | None:

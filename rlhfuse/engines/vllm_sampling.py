@@ -150,6 +150,20 @@ class KeyedDraws:
         }
 
 
+def of_each_draft(
+    values: torch.Tensor,
+    ends: torch.Tensor,
+    count: int,
+    replace_from: float = 0,
+    replace_to: float = 0,
+) -> torch.Tensor:
+    """Each request's value [requests] for each of its draft tokens [count], of which `ends` is the
+    running sum; `replace_from` becomes `replace_to`."""
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    return replaced.repeat_interleave(counts, output_size=count)
+
+
 def mixed_seed(seed: int, position: int) -> int:
     """Another seed for another position: SplitMix64's step, in 64 bits."""
     z = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64

@@ -1,7 +1,8 @@
 """The real vLLM, on a CPU, keeps the laws of `conformance`, and agrees with the embedded engine."""
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from rlhfuse.config import VllmConfig
 from rlhfuse.engines import vllm_setup
 from rlhfuse.engines.base import Request, SamplingParams, TokenIds
 from rlhfuse.engines.canonical import canonical_logits
+from rlhfuse.engines.sampling import keep
 from rlhfuse.engines.torch_engine import TorchEngine
 from rlhfuse.engines.vllm_adapter import VllmEngine
 from rlhfuse.models.loading import load_model
-from rlhfuse.models.stage import Head
+from rlhfuse.models.stage import Head, ModelStage
 from tests.engines import conformance
 
 if vllm_setup.installed_version() is None:
@@ -173,6 +175,39 @@ def test_broken_weights_are_named(make: Replicas) -> None:
         conformance.run(engine, conformance.requests(1, vocab_size=VOCAB))
 
 
+def test_a_tensor_that_does_not_reach_vllm_is_found_and_nothing_is_drawn_with_it(
+    make: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the probe after each update; so a stale or half-new instance never generates."""
+    engine = make()
+    asked = conformance.requests(3, vocab_size=VOCAB)
+    expected = conformance.run(engine, asked)
+    whole = {n: p.detach() for n, p in load_model(make.path, head=Head.LM).named_hf_parameters()}
+    lost = "model.layers.2.mlp.down_proj.weight"
+    core = engine._core
+    reload = type(core).reload
+
+    def lose(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        reload(core, ((name, t * 0.5 if name == lost else t) for name, t in weights))
+
+    monkeypatch.setattr(core, "reload", lose)
+    with pytest.raises(RuntimeError, match=r"version 1 are not what vLLM computes with: a probe"):
+        engine.load_weights(whole.items(), 1)
+    monkeypatch.undo()
+    engine.add(asked[0])
+    with pytest.raises(RuntimeError, match="nothing may be generated: weights of version 1"):
+        engine.step()
+    engine.abort([asked[0].sample_id])
+    with pytest.raises(ValueError, match="missing"):
+        engine.load_weights([(n, t) for n, t in whole.items() if n != lost], 2)
+    engine.add(asked[0])
+    with pytest.raises(RuntimeError, match="version 2 did not arrive whole"):
+        engine.step()
+    engine.abort([asked[0].sample_id])
+    engine.load_weights(whole.items(), 3)
+    conformance.same_tokens(conformance.run(engine, asked), expected)
+
+
 def test_a_process_that_starts_anew_goes_on_with_the_same_tokens(make: Replicas) -> None:
     """And so does the embedded engine, with the same weights."""
     asked = conformance.requests(6, vocab_size=VOCAB)
@@ -273,9 +308,15 @@ def test_vllm_s_own_sampler_penalises_the_whole_response_or_refuses(llama: Path)
             engine.add(replace(request, params=counting))
 
 
-@pytest.mark.slow  # vLLM compiles its n-gram search first
-def test_speculative_decoding_passes_through(llama: Path) -> None:
-    """vLLM's own sampler: greedy tokens, lengths and log-probabilities hold."""
+CHAIN = [5, 6, 7, 8, 172, 3, 164, 83, 63, 60, 63, 2, 178, 119, 9, 142, 186, 113, 87, 198, 76, 17]
+CHAIN += [92, 16, 118, 77, 18, 134, 35, 114, 161, 210, 56, 16, 137, 111, 175, 92, 137, 161, 73, 73]
+CHAIN += [34, 173, 153, 179, 77, 93, 114, 114, 114, 130, 73, 180, 207, 73, 180, 67, 153, 73, 97]
+CHAIN += [105, 73, 47]
+"""What the model said after 5, 6, 7, 8: it is likely to repeat itself, so that drafts are good."""
+
+
+@pytest.fixture(scope="module")
+def speculating(llama: Path) -> VllmEngine:
     proposer: dict[str, str | int | float | bool] = {
         "method": "ngram",
         "num_speculative_tokens": 2,
@@ -286,7 +327,12 @@ def test_speculative_decoding_passes_through(llama: Path) -> None:
     options = VllmConfig(speculative_config=proposer, kv_transfer="blocks")
     with pytest.raises(ValueError, match="speculative"):
         new_engine(llama, exact=True, options=options)
-    engine = new_engine(llama, options=options)
+    return new_engine(llama, max_num_seqs=64, options=options)
+
+
+@pytest.mark.slow  # vLLM compiles its n-gram search first
+def test_speculative_decoding_passes_through(llama: Path, speculating: VllmEngine) -> None:
+    """vLLM's own sampler: greedy tokens, lengths and log-probabilities hold."""
     (request,) = conformance.requests(1, vocab_size=VOCAB)
     # A repetitive prompt, so that something is proposed; greedy, so that it is often right.
     request = replace(
@@ -294,9 +340,59 @@ def test_speculative_decoding_passes_through(llama: Path) -> None:
         prompt=np.array([5, 6, 7, 8] * 6, dtype=np.int32),
         params=replace(request.params, temperature=0.0, max_tokens=40),
     )
-    result = conformance.run(engine, [request])[request.sample_id]
+    result = conformance.run(speculating, [request])[request.sample_id]
     model = load_model(llama, head=Head.LM)
     embedded = TorchEngine(model, max_num_seqs=4, max_model_len=MAX_LEN)
     plain = conformance.run(embedded, [request])[request.sample_id]
     assert result.tokens == plain.tokens
     np.testing.assert_allclose(result.logprobs, plain.logprobs, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "truncation", [SamplingParams(top_k=3), SamplingParams(top_p=0.6)], ids=["top-k", "top-p"]
+)
+def test_speculation_does_not_change_the_distribution(
+    llama: Path, speculating: VllmEngine, truncation: SamplingParams
+) -> None:
+    """Three tokens each of 800 samples, against the exact probabilities of all that is possible;
+    log-probabilities are those, too."""
+    params = replace(truncation, temperature=0.4, max_tokens=4)
+    prompt = np.array(CHAIN, dtype=np.int32)
+    count, at_once, drawn = 800, 0, {i: conformance.Result() for i in range(800)}
+    for i in drawn:
+        speculating.add(
+            Request(sample_id=i, prompt=prompt, seed=i * 7919, params=params, response=prompt[:0])
+        )
+    while speculating.num_running:
+        for output in speculating.step():
+            drawn[output.sample_id].tokens += output.tokens
+            drawn[output.sample_id].logprobs += output.logprobs
+            at_once += len(output.tokens) > 1
+    assert at_once > 50, "drafts are taken"
+    chances = _chances(load_model(llama, head=Head.LM), params, 3)
+    seen = Counter(tuple(result.tokens[:3]) for result in drawn.values())
+    assert seen.keys() <= chances.keys()
+    for result in drawn.values():
+        exact = np.log(chances[tuple(result.tokens[:3])])
+        assert sum(result.logprobs[:3]) == pytest.approx(exact, abs=1e-3)
+    often = {tokens: chance * count for tokens, chance in chances.items() if chance * count > 5}
+    differences = [(seen[tokens] - wanted) ** 2 / wanted for tokens, wanted in often.items()]
+    freedom = len(often)  # the rare ones together are one more
+    assert (sum(differences) - freedom) / np.sqrt(2 * freedom) < 4
+
+
+def _chances(
+    model: ModelStage, params: SamplingParams, length: int, begun: tuple[int, ...] = ()
+) -> dict[tuple[int, ...], float]:
+    """The probability of each possible beginning of a response."""
+    if len(begun) == length:
+        return {begun: 1.0}
+    logits = canonical_logits(model, np.array([*CHAIN, *begun], dtype=np.int32))[None]
+    kept = keep(logits, params)[0]
+    masses = torch.softmax(logits[0].masked_fill(~kept, -torch.inf) / params.temperature, -1)
+    return {
+        tokens: float(masses[token]) * chance
+        for token in kept.nonzero()[:, 0].tolist()
+        for tokens, chance in _chances(model, params, length, (*begun, token)).items()
+    }
