@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from rlhfuse.kernels import (
     triton_gae,
+    triton_gae_padded,
     triton_linear,
     triton_logprob,
     triton_meet,
@@ -71,6 +72,8 @@ def cases() -> list[Case]:
         "kl": "fp32", "num_tokens": "i32", "num_sequences": "i32",
     }  # fmt: skip
     blocks: dict[str, int | bool] = {"VALUES": True, "BLOCK": 2048, "AHEAD": 2048}
+    padded = scan | {"mask_ptr": "*i1", "num_places": "i64", "length": "i32"}
+    small = blocks | {"BLOCK": triton_gae_padded._MAX_BLOCK, "AHEAD": triton_gae_padded._AHEAD}
     white = {
         "values_ptr": "*fp32", "mask_ptr": "*i1", "parts_ptr": "*fp64", "counter_ptr": "*i32",
         "statistics_ptr": "*fp64", "above_ptr": "*fp32", "gradient_ptr": "*fp32",
@@ -122,6 +125,24 @@ def cases() -> list[Case]:
             triton_gae._scan,
             scan,
             blocks | {"SHAPED": 3, "BOOTSTRAP": True},
+        ),
+        Case(
+            "gae, padded + moments",
+            triton_gae_padded._scan_padded,
+            padded,
+            small | {"SHAPED": 0, "BOOTSTRAP": False},
+        ),
+        Case(
+            "gae, padded + moments, few tokens",
+            triton_gae_padded._scan_padded,
+            padded,
+            small | {"SHAPED": 0, "BOOTSTRAP": False, "BLOCK": 128},
+        ),
+        Case(
+            "gae, padded + moments, k3 rewards",
+            triton_gae_padded._scan_padded,
+            padded,
+            small | {"SHAPED": 3, "BOOTSTRAP": True},
         ),
         Case("moments", triton_whiten._moments, white, whole, few),
         Case(

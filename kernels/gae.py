@@ -197,29 +197,6 @@ def _(
     return advantages, returns, made[:0].clone() if scores is None else made
 
 
-def gae_padded(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Gae:
-    """GAE of padded rows [B, L]: tokens outside `mask` are skipped, wherever they lie.
-
-    The token after a kept one is the next kept one (a tool's output inside a response takes no
-    part); results outside the mask are 0.
-
-    Raises:
-        ValueError: shapes that do not fit together.
-    """
-    if rewards.dim() != 2 or rewards.shape != values.shape or rewards.shape != mask.shape:
-        raise ValueError(
-            f"rewards, values and mask must all be [B, L], not {tuple(rewards.shape)}, "
-            f"{tuple(values.shape)} and {tuple(mask.shape)}"
-        )
-    kept = mask.bool()
-    cu_seqlens = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
-    packed = gae(rewards[kept], values[kept], cu_seqlens, gamma=gamma, lam=lam)
-    dtype = packed.advantages.dtype
-    advantages, returns = torch.zeros(2, *rewards.shape, dtype=dtype, device=rewards.device)
-    advantages[kept], returns[kept] = packed.advantages, packed.returns
-    return Gae(advantages, returns, rewards)
-
-
 def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float) -> Tensor:
     """R_t = r_t + gamma R_{t+1} inside each packed sequence, [T].
 

@@ -5,7 +5,7 @@ Shapes: T packed tokens, V vocabulary, H hidden, N sequences, `cu_seqlens` int32
 written to be read, not to be fast. Gradients are autograd's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -200,6 +200,34 @@ def gae(
     deltas = rewards + next_values(values, cu_seqlens, bootstrap) * gamma - values
     advantages = reverse_scan(deltas, cu_seqlens, gamma * lam)
     return Gae(advantages, advantages + values, rewards)
+
+
+def gae_padded(
+    rewards: Tensor | Shaping,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+) -> Gae:
+    """`gae` of padded rows [B, L]: of what the mask keeps, packed; 0 elsewhere.
+
+    bootstrap: [B]. `Shaping`: scores [B], log-probabilities [B, L].
+    """
+    kept = mask.bool()
+    cu_seqlens = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    if isinstance(rewards, Shaping):
+        logprobs, ref_logprobs = rewards.logprobs[kept], rewards.ref_logprobs[kept]
+        packed = replace(rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
+        given = shaped_rewards(packed, cu_seqlens)
+    else:
+        given = rewards[kept]
+    out = gae(given, values[kept], cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    found = out.advantages.new_zeros(3, *values.shape)
+    for into, part in zip(found, (out.advantages, out.returns, given), strict=True):
+        into[kept] = part.to(into.dtype)
+    return Gae(*found)
 
 
 def shaped_rewards(shaping: Shaping, cu_seqlens: Tensor) -> Tensor:

@@ -31,10 +31,8 @@ def _combine(decay_a, value_a, decay_b, value_b):
 
 
 @triton.jit
-def _reward(
-    rewards_ptr, logprobs_ptr, ref_ptr, scores_ptr, at, live, final, owner, kl,
-    SHAPED: tl.constexpr,
-):  # fmt: skip
+def reward_of(rewards_ptr, logprobs_ptr, ref_ptr, at, live, kl, SHAPED: tl.constexpr):
+    """The reward of each place; with SHAPED, what the KL penalty makes of it (no score)."""
     if SHAPED == 0:
         reward = tl.load(rewards_ptr + at, mask=live, other=0.0).to(tl.float32)
     else:
@@ -47,8 +45,7 @@ def _reward(
             # exp(-gap) - 1 + gap loses everything near 0: there its series (error 1e-9).
             series = gap * gap * (0.5 - gap * (1.0 / 6.0 - gap * (1.0 / 24.0 - gap / 120.0)))
             gap = tl.where(tl.abs(gap) < 0.05, series, tl.exp(-gap) - 1.0 + gap)
-        score = tl.load(scores_ptr + owner, mask=live & final, other=0.0).to(tl.float32)
-        reward = score - kl * gap
+        reward = -kl * gap
     return reward
 
 
@@ -59,9 +56,9 @@ def _delta(
     SHAPED: tl.constexpr, VALUES: tl.constexpr, BOOTSTRAP: tl.constexpr,
 ):  # fmt: skip
     """(what the scan adds up, the value, the reward) of the tokens `at`."""
-    reward = _reward(
-        rewards_ptr, logprobs_ptr, ref_ptr, scores_ptr, at, live, final, owner, kl, SHAPED
-    )
+    reward = reward_of(rewards_ptr, logprobs_ptr, ref_ptr, at, live, kl, SHAPED)
+    if SHAPED > 0:
+        reward += tl.load(scores_ptr + owner, mask=live & final, other=0.0).to(tl.float32)
     value = tl.zeros_like(reward)
     delta = reward
     if VALUES:

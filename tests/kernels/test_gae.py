@@ -16,7 +16,6 @@ from rlhfuse.kernels.gae import (
     discounted_returns,
     gae,
     gae_op,
-    gae_padded,
     returns_op,
     whitened_gae,
 )
@@ -159,29 +158,6 @@ def test_whitening_what_a_mask_keeps() -> None:
         )
         assert not found[~mask].any()
     assert not whiten_masked(values, torch.zeros_like(mask)).any()
-
-
-def test_padded_rows_skip_what_is_masked() -> None:
-    rng = torch.Generator().manual_seed(5)
-    rewards, values = torch.randn(2, 6, 90, generator=rng)
-    mask = torch.rand(6, 90, generator=rng) < 0.7
-    mask[2] = False
-    mask[3] = True
-    found = gae_padded(rewards, values, mask, gamma=0.97, lam=0.9)
-    for row in range(6):
-        advantage = following = 0.0
-        for t in range(89, -1, -1):
-            if not mask[row, t]:
-                assert float(found.advantages[row, t]) == float(found.returns[row, t]) == 0.0
-                continue
-            delta = float(rewards[row, t]) + 0.97 * following - float(values[row, t])
-            advantage = delta + 0.97 * 0.9 * advantage
-            following = float(values[row, t])
-            assert math.isclose(
-                float(found.advantages[row, t]), advantage, rel_tol=1e-5, abs_tol=1e-6
-            )
-    with pytest.raises(ValueError, match="mask"):
-        gae_padded(rewards, values, mask[:, 1:], gamma=1.0, lam=1.0)
 
 
 def test_the_inputs_are_left_alone() -> None:

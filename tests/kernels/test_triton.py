@@ -22,7 +22,13 @@ needs_triton = pytest.mark.skipif(
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cases", ["triton_cases.py", "triton_scan_cases.py", "triton_whiten_cases.py"]
+    "cases",
+    [
+        "triton_cases.py",
+        "triton_padded_cases.py",
+        "triton_scan_cases.py",
+        "triton_whiten_cases.py",
+    ],
 )
 def test_triton_kernels_equal_float64(cases: str) -> None:
     environment = os.environ | {"RLHFUSE_KERNELS": "triton"}

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -140,16 +141,18 @@ def _as_one_program(number: int, programs: int, arguments: tuple[Tensor, ...]) -
     room = {(len(parts), 3): parts, (len(sums), 2): sums, tuple(white.shape): white, (3,): seen}
     torch.use_deterministic_algorithms(False)
     # Storages are shared already: copying them back would undo what others wrote meanwhile.
-    interpreter.GridExecutor._restore_args_dev = lambda *_: None
-    triton_whiten.counter, triton_whiten.side_by_side = lambda _: count, lambda _: 1
-    torch.empty = lambda *shape, **_: room[_flat(shape)]
-    torch.empty_like = lambda _: gradient
+    patch = pytest.MonkeyPatch()
+    patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    patch.setattr(triton_whiten, "counter", lambda _: count)
+    patch.setattr(triton_whiten, "side_by_side", lambda _: 1)
+    patch.setattr(torch, "empty", lambda *shape, **_: room[_flat(shape)])
+    patch.setattr(torch, "empty_like", lambda _: gradient)
     time.sleep(0.1 * number)  # the first ones have to wait
     triton_whiten.whiten(values, mask=mask)
     triton_whiten.whiten_backward(values, mask, seen, above, shift_mean=True)
 
 
-def _flat(shape: tuple[object, ...]) -> tuple[object, ...]:
+def _flat(shape: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(shape[0]) if isinstance(shape[0], torch.Size) else shape
 
 
