@@ -1,5 +1,6 @@
 """Ranks of a benchmark: forked processes of one thread that meet over gloo."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -16,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def run_ranks(world_size: int, function: Callable[[int], Result]) -> list[Result]:
-    """`function(rank)` in every rank, each on a core: of its own where there are enough."""
+    """`function(rank)` in every rank, each on a core of its own where there are enough."""
     context = multiprocessing.get_context("fork")
     ends = [context.Pipe(duplex=False) for _ in range(world_size)]
     with tempfile.TemporaryDirectory() as folder:
@@ -24,7 +25,9 @@ def run_ranks(world_size: int, function: Callable[[int], Result]) -> list[Result
         def child(rank: int) -> None:
             torch.set_num_threads(1)
             cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[rank % len(cores)]})
+            if world_size <= len(cores):
+                os.sched_setaffinity(0, {cores[rank]})
+            gc.freeze()  # as workers do: what was imported stays
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder}/meeting",

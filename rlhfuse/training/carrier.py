@@ -1,7 +1,6 @@
-"""What carries the messages of channels from rank to rank."""
+"""What carries the messages of channels from rank to rank, where it is a process group."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,33 +8,8 @@ import torch.distributed as dist
 from rlhfuse.training.links import Channel
 
 
-class Pending(Protocol):
-    """A message that was given, or asked for."""
-
-    def wait(self) -> object:
-        """Until it is through: the tensor that was sent may change, the one to be filled is full.
-
-        Raises:
-            RuntimeError: the other end is gone, or silent for longer than the time limit.
-        """
-
-
-class Carrier(Protocol):
-    """First in, first out on every channel."""
-
-    @property
-    def open_sends(self) -> int:
-        """How many sends of a channel may be open when another one begins."""
-
-    def send(self, way: Channel, tensor: torch.Tensor) -> Pending:
-        """Begin to send a contiguous tensor. Raises RuntimeError as `Pending.wait`."""
-
-    def receive(self, way: Channel, buffer: torch.Tensor) -> Pending:
-        """Get ready for the next message, of the form of `buffer`. Raises as `Pending.wait`."""
-
-
 class GroupCarrier:
-    """Over process groups: NCCL, gloo."""
+    """Over process groups: NCCL, gloo. First in, first out on every channel."""
 
     def __init__(
         self,
@@ -50,18 +24,19 @@ class GroupCarrier:
         self._tag = tag
         self._ends: dict[tuple[Channel, int], tuple[dist.ProcessGroup, int, int]] = {}
 
-    @property
-    def open_sends(self) -> int:
-        """None: a send needs no more than that its receive is posted, and two may be."""
-        return 0
+    def send(self, way: Channel, tensor: torch.Tensor) -> dist.Work:
+        """Begin to send a contiguous tensor; it may change once the result has been waited for.
 
-    def send(self, way: Channel, tensor: torch.Tensor) -> Pending:
-        """See `Carrier`."""
+        Raises:
+            RuntimeError: here or in the result's `wait`, the other end is gone, or silent for
+                longer than the time limit.
+        """
         group, target, tag = self._end(way, way.target)
         return group.send([tensor], target, tag)
 
-    def receive(self, way: Channel, buffer: torch.Tensor) -> Pending:
-        """See `Carrier`."""
+    def receive(self, way: Channel, buffer: torch.Tensor) -> dist.Work:
+        """Post the receive of the next message, of the form of `buffer`, which is full once the
+        result has been waited for. Raises as `send`."""
         group, source, tag = self._end(way, way.source)
         return group.recv([buffer], source, tag)
 

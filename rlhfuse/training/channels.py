@@ -9,9 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from rlhfuse.training.carrier import Carrier, GroupCarrier
+from rlhfuse.training.carrier import GroupCarrier
 from rlhfuse.training.exchange import Exchange, Form, Links
 from rlhfuse.training.links import Channel, Flow, Message
+from rlhfuse.training.local_exchange import LocalExchange
 from rlhfuse.training.local_link import LocalLinks, on_one_machine
 
 logger = logging.getLogger(__name__)
@@ -56,26 +57,28 @@ class Channels:
         self._groups: dict[tuple[str, Flow], dist.ProcessGroup] = {}
         self._tags: dict[tuple[str, Flow], int] = {}
         self._forms: dict[str, list[Form]] = {}
-        self._exchange: Exchange | None = None
         self._local: LocalLinks | None = None
-        self._carrier: Carrier
+        self._carrier: GroupCarrier | None = None
         ways = all_channels(pipelines)
         if device.type == "cpu" and tp == 1 and local and ways and on_one_machine():
-            self._carrier = self._local = LocalLinks(rank, ways, timeout)
+            self._local = LocalLinks(rank, ways, timeout)
         else:
             self._make_groups(rank, pipelines, timeout)
             self._carrier = GroupCarrier(self._peer, self._group, self._tag)
             self._warm_up(ways)
 
-    def open(self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes) -> None:
-        """Get ready for the messages of one schedule: post the first receives of each channel."""
-        assert self._exchange is None, "a schedule is still running"
+    def open(
+        self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes
+    ) -> Exchange | LocalExchange:
+        """Get ready for the messages of one schedule; one runs at a time."""
         self._forms = {
             name: [Form(tuple(shape), self._dtype) for shape in mine]
             for name, mine in shapes.items()
         }
-        links = Links(self._device, self._carrier, self._form)
-        self._exchange = Exchange(links, expected)
+        if self._local is not None:
+            return LocalExchange(self._local, self._form, expected)
+        assert self._carrier is not None
+        return Exchange(Links(self._device, self._carrier, self._form), expected)
 
     def size(self, message: Message) -> int:
         """Bytes that travel; none from a rank to itself."""
@@ -83,27 +86,9 @@ class Channels:
         assert form.shape is not None
         return 0 if message.local else math.prod(form.shape) * form.dtype.itemsize
 
-    def receive(self, message: Message) -> torch.Tensor:
-        """See `Exchange`."""
-        return self._opened.receive(message)
-
-    def send(self, message: Message, tensor: torch.Tensor) -> None:
-        """See `Exchange`."""
-        self._opened.send(message, tensor)
-
-    def refill(self) -> None:
-        """See `Exchange`."""
-        self._opened.refill()
-
-    def drain(self) -> None:
-        """See `Exchange`. Another schedule may follow."""
-        self._opened.drain()
-        self._exchange = None
-
     def close(self) -> None:
         """Leave, also in the middle of a schedule: peers that wait for this rank (and peers that
         wait for them) then fail at once instead of at the time limit."""
-        self._exchange = None
         if self._local is not None:
             self._local.close()
         groups = dict.fromkeys(self._groups.values())
@@ -113,11 +98,6 @@ class Channels:
                 dist.destroy_process_group(group)
             except RuntimeError as error:
                 logger.warning("leaving a process group: %s", error)
-
-    @property
-    def _opened(self) -> Exchange:
-        assert self._exchange is not None, "no schedule is running"
-        return self._exchange
 
     def _peer(self, row: int) -> int:
         """The rank of `row` that this one speaks with."""

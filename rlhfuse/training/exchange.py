@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
-from rlhfuse.training.carrier import Carrier, Pending
+from rlhfuse.training.carrier import GroupCarrier
 from rlhfuse.training.links import Channel, Message
 
 HEADER = 8
@@ -37,15 +38,23 @@ class Form:
     advice: str = ""
     """What to do where a message has another shape."""
 
+    def check(self, message: Message, tensor: torch.Tensor) -> None:
+        """ValueError where `tensor` has another shape than announced."""
+        if self.shape is not None and tensor.shape != self.shape:
+            raise ValueError(
+                f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(self.shape)}"
+                + (f"; {self.advice}" if self.advice else "")
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Links:
     """How one rank reaches the others."""
 
     device: torch.device
-    carrier: Carrier
+    carrier: GroupCarrier
     form: Callable[[Message], Form]
-    headers: Carrier | None = None
+    headers: GroupCarrier | None = None
     """For tensors of the CPU; needed where a shape is None."""
 
 
@@ -54,18 +63,18 @@ class _Receiving:
     """A channel's receiving end: what is still to come, what is posted, what has arrived."""
 
     coming: deque[Message]
-    posted: deque[tuple[Message, torch.Tensor, Pending]] = field(default_factory=deque)
+    posted: deque[tuple[Message, torch.Tensor, dist.Work]] = field(default_factory=deque)
     arrived: dict[Message, torch.Tensor] = field(default_factory=dict)
 
 
 class Exchange:
-    """All channels of one rank, for one schedule."""
+    """All channels of one rank over process groups, for one schedule."""
 
     def __init__(self, links: Links, expected: Mapping[Channel, Iterable[Message]]) -> None:
         """Posts the first receives of each channel. `expected`: all that comes here."""
         self._links = links
         self._receiving = {way: _Receiving(deque(order)) for way, order in expected.items()}
-        self._sending: dict[Channel, deque[list[tuple[Pending, torch.Tensor]]]] = {}
+        self._sending: dict[Channel, deque[list[tuple[dist.Work, torch.Tensor]]]] = {}
         self._handed: dict[Message, torch.Tensor] = {}
         self._short = list(self._receiving.values())  # with fewer receives posted than may be
         self.refill()
@@ -116,15 +125,11 @@ class Exchange:
             return
         form = self._links.form(message)
         opened = self._sending.setdefault(message.channel, deque())
-        _settle(opened, 1 if form.shape is None else self._links.carrier.open_sends, message)
+        _settle(opened, 1 if form.shape is None else 0, message)
         tensor = tensor.detach()
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
-        if form.shape is not None and tensor.shape != form.shape:
-            raise ValueError(
-                f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(form.shape)}"
-                + (f"; {form.advice}" if form.advice else "")
-            )
+        form.check(message, tensor)
         sent = [] if form.shape is not None else [(_header(tensor), True)]
         sent.append((tensor, False))
         opened.append([(self._sent(message, part, header), part) for part, header in sent])
@@ -163,32 +168,32 @@ class Exchange:
         _wait(self._coming(message, body, header=False), "waiting for", message)
         return body
 
-    def _sent(self, message: Message, tensor: torch.Tensor, header: bool) -> Pending:
+    def _sent(self, message: Message, tensor: torch.Tensor, header: bool) -> dist.Work:
         try:  # a carrier may notice here, too, that the peer is gone
             return self._carrier(header).send(message.channel, tensor)
         except RuntimeError as error:
             raise PeerLost(f"beginning to send {message}: {error}") from error
 
-    def _coming(self, message: Message, buffer: torch.Tensor, header: bool) -> Pending:
+    def _coming(self, message: Message, buffer: torch.Tensor, header: bool) -> dist.Work:
         try:
             return self._carrier(header).receive(message.channel, buffer)
         except RuntimeError as error:
             raise PeerLost(f"getting ready for {message}: {error}") from error
 
-    def _carrier(self, header: bool) -> Carrier:
+    def _carrier(self, header: bool) -> GroupCarrier:
         if not header:
             return self._links.carrier
         assert self._links.headers is not None, "no carrier for shapes"
         return self._links.headers
 
 
-def _settle(opened: deque[list[tuple[Pending, torch.Tensor]]], most: int, what: object) -> None:
+def _settle(opened: deque[list[tuple[dist.Work, torch.Tensor]]], most: int, what: object) -> None:
     while len(opened) > most:
         for work, _ in opened.popleft():
             _wait(work, "waiting to send", what)
 
 
-def _wait(work: Pending, what: str, of: object) -> None:
+def _wait(work: dist.Work, what: str, of: object) -> None:
     """Failures of the backend are the peer's."""
     try:
         work.wait()

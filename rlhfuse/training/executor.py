@@ -19,7 +19,9 @@ from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training.channels import Channels, Shapes
 from rlhfuse.training.clock import Clock, Mark
+from rlhfuse.training.exchange import Exchange
 from rlhfuse.training.links import Message, Step, plan_row
+from rlhfuse.training.local_exchange import LocalExchange
 
 logger = logging.getLogger(__name__)
 
@@ -103,23 +105,23 @@ class Executor:
         self._clock.start()
         at: Step | None = None
         try:
-            self._channels.open(plan.expected, shapes)
+            exchange = self._channels.open(plan.expected, shapes)
             for step in plan.steps:
                 at = step
-                measured.append(self._run_step(step))
+                measured.append(self._run_step(step, exchange))
                 if done is not None:
                     done(step.task)
-            self._channels.drain()
+            exchange.drain()
         except Exception as error:
             raise self._failed(schedule, at, error) from error
         spans.extend(self._spans(measured, shapes))
 
-    def _run_step(self, step: Step) -> "_Measured":
+    def _run_step(self, step: Step, exchange: Exchange | LocalExchange) -> "_Measured":
         """What the next rank waits for comes first: receive, compute, send; then the books."""
         start = arrived = self._clock.mark()
         received = None
         if step.receives is not None:
-            received = self._channels.receive(step.receives)
+            received = exchange.receive(step.receives)
             arrived = self._clock.mark()
         cpu_start_s = time.thread_time()
         with task_label(step.task):
@@ -128,9 +130,9 @@ class Executor:
         cpu_s = time.thread_time() - cpu_start_s
         if step.sends is not None:
             assert result is not None, f"{step.task} made nothing to send"
-            self._channels.send(step.sends, result)
+            exchange.send(step.sends, result)
             sent = self._clock.mark()
-        self._channels.refill()
+        exchange.refill()
         return _Measured(step, start, arrived, end, sent, cpu_s)
 
     def _compute(self, task: Task, received: torch.Tensor | None) -> torch.Tensor | None:
