@@ -11,6 +11,8 @@ that the sleeping itself adds, `cpu_us_per_task` the processor time of all that 
 `replayed` is what an ideal executor, with free messages, would take for tasks that sleep as long as
 they did: `over_replayed` is what ours loses. `message_us` is the median time from a task's end to
 the start of one that waited for its message, and `over_latency` compares with a plan that knows it.
+`over_learnt` compares later repetitions with the plan that a run makes once it has measured: with
+the first one's mean task times and that latency.
 `carrier`: what messages travel by, in processes of their own: between processes of one machine
 (`local`, as a run on CPUs does) or process groups (`gloo`); with gloo also `bare`, the same
 messages between the same sleeping ranks without the executor (`bench.bare_gloo`), in turn.
@@ -163,6 +165,7 @@ def fidelity(
     latency_s = statistics.median(x for part in tasks for x in message_times(schedule, part))
     problem = replace(schedule.problem, link_latency=latency_s)
     with_latency = makespan(Schedule(problem, schedule.rows)) / planned
+    learnt = makespan(learnt_from(schedule, tasks[0]))
     overheads = sorted(x for r in results for spans in r.spans for x in between_tasks(spans))
     seconds = seconds_of(forward_s)
     return {
@@ -184,6 +187,7 @@ def fidelity(
         ),
         "message_us": round(latency_s * 1e6, 1),
         "over_latency": round(statistics.median(ratios) / with_latency, 4),
+        "over_learnt": round(statistics.median(ratios[1:]) * planned / learnt, 4),
         "bare_over_planned": round(statistics.median(bare), 4) if bare else 0.0,
         "task_over_planned": round(
             statistics.mean(
@@ -195,6 +199,23 @@ def fidelity(
         "overhead_us_p50": round(statistics.median(overheads) * 1e6, 1),
         "overhead_us_p99": round(overheads[int(0.99 * len(overheads))] * 1e6, 1),
     }
+
+
+def learnt_from(schedule: Schedule, tasks: Sequence[Span]) -> Schedule:
+    """The same orders, planned with what one run of them measured."""
+
+    def mean(kind: Kind) -> float:
+        return statistics.mean([s.duration_s for s in tasks if s.kind is kind] or [0.0])
+
+    forward, weight = mean(Kind.F), mean(Kind.W)
+    backward = mean(Kind.B) or mean(Kind.I) + weight
+    pipelines = tuple(
+        Pipeline.make(p.name, p.stages, p.num_microbatches, forward, backward, weight=weight)
+        for p in schedule.problem.pipelines
+    )
+    latency_s = statistics.median(message_times(schedule, tasks))
+    problem = replace(schedule.problem, pipelines=pipelines, link_latency=latency_s)
+    return Schedule(problem, schedule.rows)
 
 
 def message_times(schedule: Schedule, tasks: Sequence[Span]) -> list[float]:
@@ -228,7 +249,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--forward-ms", type=float, nargs="+", default=[10.0, 5.0])
     parser.add_argument("--carriers", nargs="+", default=["local", "gloo"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="at least 2")
     parser.add_argument("--rows", type=int, default=64, help="rows of 1 KB in a message")
     asked = parser.parse_args()
     rows = [
