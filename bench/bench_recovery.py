@@ -1,6 +1,6 @@
 """Recovery: seconds from a kill to full speed, tokens done again, results equal.
 
-python -m bench.bench_recovery [--engine vllm] [--repetitions 3] [--add]
+python -m bench.bench_recovery [--engine vllm] [--repetitions 5] [--add]
 
 Two devices, a Llama of 4 layers, 256 wide, as actor, critic, reference and reward; PPO steps of 64
 samples with a long tail, which moves to one instance when 16 are left. In each repetition, in turn:
@@ -192,6 +192,8 @@ def summary(rows: Sequence[Row], fault: str) -> Row:
     return {
         "fault": fault,
         "step_s": spread(column("step_s"))[0],
+        "step_least_s": spread(column("step_s"))[1],
+        "step_most_s": spread(column("step_s"))[2],
         "noticed_s": spread(column("noticed_s"))[0],
         "back_s": back[0],
         "back_least_s": back[1],
@@ -221,7 +223,7 @@ def measure(session: Session, name: str, repetitions: int, rows: list[Row]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--engine", choices=["torch", "vllm"], default="torch")
     parser.add_argument("--add", action="store_true", help="to the repetitions kept so far")
     asked = parser.parse_args()

@@ -1,15 +1,16 @@
 """One vLLM instance on a CPU: sampler, near ties, migration, sleep and weight update.
 
     OMP_NUM_THREADS=1 python -m bench.bench_vllm [ties] [exactness] [sampler] [migration] [memory]
-        [weights]
+        [weights] [--repetitions 5]
 
-A random Llama, 4 layers, 256 wide; one thread. Nothing is simulated.
+A random Llama, 4 layers, 256 wide; one thread. Nothing is simulated. Medians over the repetitions,
+the least and the most beside.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def generate(engine: Engine, asked: Sequence[Request], rows: int) -> dict[int, l
 # --- near ties -----------------------------------------------------------------------------
 
 
-def ties(path: Path) -> list[Row]:
+def ties(path: Path, _repetitions: int) -> list[Row]:
     """2,048 samples on vLLM in two kinds of company, and on the embedded engine; half of them
     untruncated, half with top-p 0.9 at temperature 0.8. Results are written as they come."""
     kinds = [
@@ -135,7 +136,7 @@ def _differing(ours: dict[int, list[int]], theirs: dict[int, list[int]]) -> int:
     return sum(tokens != theirs[sample_id] for sample_id, tokens in ours.items())
 
 
-def exactness(path: Path) -> list[Row]:
+def exactness(path: Path, repetitions: int) -> list[Row]:
     """What exact tokens cost: milliseconds to decide one near tie by the length of its prefix, and
     at the rate of near ties beside a decode step of one sample there."""
     engine = vllm_engine(path)
@@ -154,7 +155,7 @@ def exactness(path: Path) -> list[Row]:
             steps.append(time.perf_counter() - start)
         assert engine.counts.tokens == before.tokens + 64
         decisions = []
-        for _ in range(12):
+        for _ in range(2 * repetitions):
             start = time.perf_counter()
             canonical_logits(model, request.prompt)
             decisions.append(time.perf_counter() - start)
@@ -163,7 +164,8 @@ def exactness(path: Path) -> list[Row]:
             {
                 "context_tokens": context,
                 "decide_ms": decide * 1e3,
-                "decide_max_ms": spread(decisions)[2] * 1e3,
+                "decide_least_ms": min(decisions) * 1e3,
+                "decide_most_ms": max(decisions) * 1e3,
                 "decode_step_ms": step * 1e3,
                 "cost_at_rate": NEAR_TIES * decide / step,
             }
@@ -174,48 +176,66 @@ def exactness(path: Path) -> list[Row]:
 # --- the sampler ---------------------------------------------------------------------------
 
 
-def sampler(path: Path) -> list[Row]:
-    """Seconds per decode step at a batch size, with each sampler; medians over steps."""
+def sampler(path: Path, repetitions: int) -> list[Row]:
+    """Seconds per decode step at a batch size, with each sampler: medians over the steps of a
+    repetition, and over repetitions."""
     own = VllmConfig(position_keyed="off")
-    engines = {"vLLM's own": vllm_engine(path, options=own), "position-keyed": vllm_engine(path)}
+    engines = (vllm_engine(path, options=own), vllm_engine(path))
     rows: list[Row] = []
     for batch in (1, 16, 64):
         for kind, params in (
             ("plain", SamplingParams(max_tokens=160)),
             ("top-p 0.9", SamplingParams(max_tokens=160, top_p=0.9)),
+            ("penalties", SamplingParams(max_tokens=160, repetition_penalty=1.1)),
         ):
-            steps: dict[str, list[float]] = {name: [] for name in engines}
-            for engine in engines.values():
-                for request in requests(batch, prompt_tokens=16, kinds=[params]):
-                    engine.add(request)
-                for _ in range(3):
-                    engine.step()
-            for _ in range(150):  # step by step in turn: what disturbs one disturbs both
-                for name, engine in engines.items():
-                    start = time.perf_counter()
-                    engine.step()
-                    steps[name].append(time.perf_counter() - start)
-            for engine in engines.values():
-                engine.abort(range(batch))
-            theirs, ours = (spread(values)[0] for values in steps.values())
+            pairs = [_in_turn(engines, batch, params) for _ in range(repetitions)]
+            theirs, ours = ([pair[i] for pair in pairs] for i in (0, 1))
+            overhead = spread([b / a - 1 for a, b in pairs])
             rows.append(
                 {
                     "batch": batch,
                     "sampling": kind,
-                    "vllm_ms_per_step": theirs * 1e3,
-                    "ours_ms_per_step": ours * 1e3,
-                    "vllm_tokens_per_s": batch / theirs,
-                    "ours_tokens_per_s": batch / ours,
-                    "overhead": ours / theirs - 1,
+                    "vllm_ms_per_step": spread(theirs)[0] * 1e3,
+                    "ours_ms_per_step": spread(ours)[0] * 1e3,
+                    "vllm_tokens_per_s": batch / spread(theirs)[0],
+                    "ours_tokens_per_s": batch / spread(ours)[0],
+                    "ours_least_tokens_per_s": batch / max(ours),
+                    "ours_most_tokens_per_s": batch / min(ours),
+                    "overhead": overhead[0],
+                    "overhead_least": overhead[1],
+                    "overhead_most": overhead[2],
+                    "repetitions": repetitions,
                 }
             )
+            print_table(rows[-1:])
     return rows
+
+
+def _in_turn(
+    engines: tuple[VllmEngine, VllmEngine], batch: int, params: SamplingParams
+) -> tuple[float, float]:
+    """Median seconds of a step of each engine, step by step in turn: what disturbs one disturbs
+    both."""
+    for engine in engines:
+        for request in requests(batch, prompt_tokens=16, kinds=[params]):
+            engine.add(request)
+        for _ in range(3):
+            engine.step()
+    steps: tuple[list[float], list[float]] = ([], [])
+    for _ in range(40):
+        for engine, seconds in zip(engines, steps, strict=True):
+            start = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - start)
+    for engine in engines:
+        engine.abort(range(batch))
+    return spread(steps[0])[0], spread(steps[1])[0]
 
 
 # --- migration -----------------------------------------------------------------------------
 
 
-def migration(path: Path) -> list[Row]:
+def migration(path: Path, repetitions: int) -> list[Row]:
     """From the export's start to the first token elsewhere, less a decode step alone."""
     rows: list[Row] = []
     source, target = vllm_engine(path), vllm_engine(path)
@@ -224,7 +244,7 @@ def migration(path: Path) -> list[Row]:
         times: dict[bool, list[float]] = {False: [], True: []}
         sizes: list[int] = []
         lost = 0
-        for repetition in range(8):
+        for repetition in range(repetitions + 1):  # the first is not counted
             (request,) = requests(
                 1, prompt_tokens=context - 8, kinds=[params], first_id=context * 100 + repetition
             )
@@ -240,15 +260,21 @@ def migration(path: Path) -> list[Row]:
         rows.append(
             {
                 "context_tokens": context,
-                "reprefill_ms": spread(times[False])[0] * 1e3,
-                "reprefill_max_ms": spread(times[False])[2] * 1e3,
-                "blocks_ms": spread(times[True])[0] * 1e3,
-                "blocks_max_ms": spread(times[True])[2] * 1e3,
+                **dict(_milliseconds("reprefill", times[False][1:])),
+                **dict(_milliseconds("blocks", times[True][1:])),
                 "block_bytes": max(sizes),
                 "tokens_lost": lost,
+                "repetitions": repetitions,
             }
         )
+        print_table(rows[-1:])
     return rows
+
+
+def _milliseconds(name: str, seconds: Sequence[float]) -> Iterator[tuple[str, float]]:
+    """Columns of a median, the least and the most."""
+    for part, value in zip(("", "_least", "_most"), spread(seconds), strict=True):
+        yield f"{name}{part}_ms", value * 1e3
 
 
 def _move(
@@ -278,7 +304,7 @@ def _move(
 # --- memory and weights --------------------------------------------------------------------
 
 
-def memory(path: Path) -> list[Row]:
+def memory(path: Path, repetitions: int) -> list[Row]:
     """Resident bytes of this process around a sleep."""
     engine = VllmEngine(
         load_model(path, head=Head.LM),
@@ -291,48 +317,56 @@ def memory(path: Path) -> list[Row]:
     engine.sleep()
     engine.wake()  # touches all of the cache: until then the system had not handed it out
     process = psutil.Process()
-    awake = process.memory_info().rss
-    start = time.perf_counter()
-    engine.sleep()
-    slept_s = time.perf_counter() - start
-    asleep = process.memory_info().rss
-    start = time.perf_counter()
-    engine.wake()
-    woke_s = time.perf_counter() - start
+    freed, slept, woke = [], [], []
+    for _ in range(repetitions):
+        awake = process.memory_info().rss
+        start = time.perf_counter()
+        engine.sleep()
+        slept.append(time.perf_counter() - start)
+        asleep = process.memory_info().rss
+        freed.append((awake - asleep) / MIB)
+        start = time.perf_counter()
+        engine.wake()
+        woke.append(time.perf_counter() - start)
     return [
         {
             "awake_mib": awake / MIB,
             "asleep_mib": asleep / MIB,
-            "freed_mib": (awake - asleep) / MIB,
+            "freed_mib": spread(freed)[0],
+            "freed_least_mib": min(freed),
             "after_wake_mib": process.memory_info().rss / MIB,
-            "sleep_ms": slept_s * 1e3,
-            "wake_ms": woke_s * 1e3,
+            **dict(_milliseconds("sleep", slept)),
+            **dict(_milliseconds("wake", woke)),
+            "repetitions": repetitions,
         }
     ]
 
 
-def weights(path: Path) -> list[Row]:
+def weights(path: Path, repetitions: int) -> list[Row]:
     """An update of `model` and vLLM in place, with its probe; against making vLLM anew."""
     engine = vllm_engine(path)
     tensors = dict(load_model(path, head=Head.LM).named_hf_parameters())
-    seconds = []
-    for version in range(1, 8):
+    seconds, anew = [], []
+    for version in range(1, repetitions + 2):
         start = time.perf_counter()
         engine.load_weights(tensors.items(), version)
         seconds.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    vllm_engine(path)
+    others = []  # alive to the end: where one engine goes, vLLM ends what all of them share
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        others.append(vllm_engine(path))
+        anew.append(time.perf_counter() - start)
     return [
         {
             "megabytes": sum(t.nbytes for t in tensors.values()) / 1e6,
-            "update_ms": spread(seconds)[0] * 1e3,
-            "update_max_ms": spread(seconds)[2] * 1e3,
-            "new_engine_ms": (time.perf_counter() - start) * 1e3,
+            **dict(_milliseconds("update", seconds[1:])),
+            **dict(_milliseconds("new_engine", anew)),
+            "repetitions": repetitions,
         }
     ]
 
 
-PARTS: dict[str, Callable[[Path], list[Row]]] = {
+PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
     "ties": ties,
     "exactness": exactness,
     "sampler": sampler,
@@ -345,13 +379,14 @@ PARTS: dict[str, Callable[[Path], list[Row]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    parser.add_argument("--repetitions", type=int, default=5)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         make_model(path)
         for name in asked.parts or PARTS:
-            rows = PARTS[name](path)
+            rows = PARTS[name](path, asked.repetitions)
             write_result(f"vllm_{name}", rows)
             print(name)
             print_table(rows)
