@@ -47,7 +47,7 @@ class TrainedModelConfig(Section, frozen=True):
     num_microbatches: NonNegative = 0  # per mini-batch; 0: from the token budget
     ppo_max_token_len_per_gpu: Positive = 16384  # token budget of a micro-batch
     use_remove_padding: bool = True  # packed samples; false: padded to the longest (more rows)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # hold layers' inputs; compute them again in backward
     lora_rank: NonNegative = 0  # 0: train all weights; else adapters of this rank (needs peft)
     lora_alpha: Positive = 16
     # Of what adapters read, while training; by sample and position, whatever the schedule.

@@ -19,7 +19,7 @@ from rlhfuse.data import (
     load_tokenizer,
 )
 from rlhfuse.engines import vllm_setup
-from rlhfuse.models.loading import load_config
+from rlhfuse.models.loading import load_config, load_trained_config
 from rlhfuse.models.partition import partition, stage_costs
 from rlhfuse.models.stage import ModelConfig
 from rlhfuse.placement import StagePlacement, pipeline_ranks, reference_ranks, role_of
@@ -69,9 +69,9 @@ def resolve(config: Config) -> Resolved:
     check(config)
     check_files(config)
     config = _with_engine(config)
-    models = {"actor": load_config(config.actor.path)}
+    models = {"actor": load_trained_config(config.actor.path)}
     if config.uses_critic:
-        models["critic"] = load_config(config.critic.path)
+        models["critic"] = load_trained_config(config.critic.path)
     tokenizer = load_tokenizer(config.actor.path)
     check_tokenizers(config, tokenizer)
     data = config.data

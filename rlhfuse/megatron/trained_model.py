@@ -17,7 +17,7 @@ from rlhfuse.megatron.groups import groups_of
 from rlhfuse.megatron.hf_model import Packing, load_gpt, real_rows
 from rlhfuse.megatron.hf_weights import hf_tensors
 from rlhfuse.megatron.model_run import ModelRun
-from rlhfuse.models.loading import load_config
+from rlhfuse.models.loading import load_trained_config
 from rlhfuse.models.stage import Head
 from rlhfuse.placement import StagePlacement, role_of
 from rlhfuse.schedules.ir import Op, Task
@@ -59,7 +59,7 @@ class TrainedModel:
         self._total_steps = total_steps
         self._model_config = model_config(config, self.role)
         self.groups = groups_of(None, None)
-        self._vocab_size = load_config(self._model_config.path).vocab_size
+        self._vocab_size = load_trained_config(self._model_config.path).vocab_size
         self.gpt = load_gpt(
             self._model_config.path,
             head=Head.LM if self.role == "actor" else Head.SCALAR,

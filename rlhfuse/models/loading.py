@@ -58,6 +58,20 @@ def load_config(path: Path | str) -> ModelConfig:
     return config
 
 
+def load_trained_config(path: Path | str) -> ModelConfig:
+    """`load_config` of a model that is to be trained. Raises ValueError also for dropout within
+    attention, which would be another model than the one that samples and scores: the ratio of the
+    two policies would not be 1 to begin with. (A model that only scores has none in any case.)"""
+    config = load_config(path)
+    if config.attention_dropout:
+        raise ValueError(
+            f"model folder {path}: attention_dropout {config.attention_dropout} is not supported "
+            "in training: set it to 0.0 in config.json (sampling and scoring have none in any "
+            "case); adapters may have dropout: lora_rank and lora_dropout"
+        )
+    return config
+
+
 def _refuse_unsupported(path: Path, config: ModelConfig) -> None:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
@@ -72,8 +86,6 @@ def _refuse_unsupported(path: Path, config: ModelConfig) -> None:
             f"model folder {path}: rope type {rope_type!r} is not supported; "
             f"supported are {', '.join(STATIC_ROPE_TYPES)}"
         )
-    if config.attention_dropout:
-        log.warning("%s: attention_dropout %s is not applied", path, config.attention_dropout)
 
 
 def load_stage(

@@ -1,8 +1,9 @@
 """One pipeline stage of a Hugging Face model, built from transformers' own decoder layers."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from rlhfuse.models.attention import ATTENTION_NAME, Attend, PackedAttention, re
 from rlhfuse.models.packed import PackedBatch
 
 ModelConfig = LlamaConfig | Qwen2Config | Qwen3Config
+Compute = Callable[[torch.Tensor], torch.Tensor]
+AroundLayer = Callable[[Compute, torch.Tensor], torch.Tensor]
+"""(a layer, hidden states) -> hidden states: how a layer is called, such as to be called again."""
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -71,6 +75,7 @@ class ModelStage(nn.Module):
         self.first = first
         self.last = last
         self.tied = head is Head.LM and bool(config.tie_word_embeddings)
+        self.around_layer: AroundLayer = _at_once
         self.model = nn.Module()
         if first:
             self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -105,7 +110,8 @@ class ModelStage(nn.Module):
         hidden = hidden[None]
         positions = self.rotary(hidden, position_ids[None])
         for layer in self.decoder_layers():
-            hidden = layer(hidden, position_embeddings=positions, attend=attend)
+            compute = partial(layer, position_embeddings=positions, attend=attend)
+            hidden = self.around_layer(compute, hidden)
         hidden = hidden[0]
         return self.final_norm(hidden) if self.last else hidden
 
@@ -188,6 +194,10 @@ class ModelStage(nn.Module):
         if self.tied and self.last and not self.first:
             targets[EMBEDDING] = self.get_parameter(LM_HEAD)
         return targets
+
+
+def _at_once(compute: Compute, hidden: torch.Tensor) -> torch.Tensor:
+    return compute(hidden)
 
 
 def _decoder_layer(config: ModelConfig, index: int) -> nn.Module:

@@ -12,20 +12,25 @@ from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.group_training import trains_groups
 from rlhfuse.model_shape import ModelShape
 from rlhfuse.placement import Seat, StagePlacement, replicas, role_of
-from rlhfuse.planner.costs import GRADIENT_BYTES, KEPT_VALUES, MASTER_BYTES, MOMENT_BYTES, USABLE
+from rlhfuse.planner.costs import KEPT_VALUES, USABLE
+from rlhfuse.planner.training_memory import (
+    GIB,
+    TRAINING_PROGRAM_BYTES,
+    kept_values,
+    passing_values,
+    stage_bytes,
+    stage_parameters,
+    trained_model,
+)
 from rlhfuse.planner.workload import Workload
 
-GIB = 2**30
-# Libraries, code and buffers of both workers: measured on a CPU in the quick start, and the usual
-# size of two CUDA contexts.
+# Libraries, code and buffers of a rollout worker, measured on a CPU in the quick start; and the
+# usual size of two CUDA contexts.
 _ROLLOUT_BYTES = {"torch": GIB // 3, "vllm": GIB * 5 // 8}
-_TRAINING_BYTES = GIB * 3 // 8
 _CONTEXTS_BYTES = GIB
 CONTROLLER_BYTES = GIB  # of a CPU's memory: the controller, Ray, and what workers are forked from
 _VLLM_BLOCK_TOKENS = 32
 FROZEN_ROLES = ("reference", "reward")
-_POSTED = 2  # receives that are posted on a channel
-_ANY_ORDER_BYTES = 8  # a gradient's sum over groups that are trained one by one, in any order
 _PARTS = ("weights", "gradients", "optimizer", "keys and values", "scoring", "training", "programs")
 
 
@@ -107,13 +112,11 @@ def _device(
         if device not in placed.ranks:
             continue
         role, stage = role_of(name), placed.ranks.index(device)
-        shape, model = workload.models[role], config.actor if role == "actor" else config.critic
-        count = stage_parameters(shape, placed, stage, scalar_head=role == "critic")
-        trained = _trained(shape, model, placed, stage) if model.lora_rank else count
-        shards = len(replicas(pipelines, role)) if config.placement.shard_optimizer else 1
-        weights += (count + (trained if model.lora_rank else 0)) * size
-        gradients += trained * (_ANY_ORDER_BYTES if trains_groups(config) else GRADIENT_BYTES)
-        optimizer += trained * (MOMENT_BYTES + (MASTER_BYTES if size < 4 else 0)) // shards
+        shape, model = workload.models[role], trained_model(config, role)
+        own = stage_bytes(config, shape, pipelines, name, stage, size)
+        weights += own.weights
+        gradients += own.gradients
+        optimizer += own.optimizer
         replica = len(replicas(pipelines, role))
         training += _activations(workload, model, shape, placed, stage, replica) * size
     for placed in reference.values():
@@ -138,22 +141,6 @@ def _device(
         },
         sleeps=sleeps(config, cuda=cuda),
     )
-
-
-def stage_parameters(
-    shape: ModelShape, placed: StagePlacement, stage: int, *, scalar_head: bool
-) -> int:
-    """Parameters of one pipeline stage; the first holds the embedding, the last norm and head."""
-    first, end = placed.layers[stage]
-    count = (end - first) * shape.layer_parameters
-    is_first, is_last = stage == 0, stage == len(placed.ranks) - 1
-    if is_first:
-        count += shape.embedding_parameters
-    if is_last:
-        count += shape.hidden_size + (shape.hidden_size if scalar_head else 0)
-        if not scalar_head and not (shape.tied and is_first):
-            count += shape.embedding_parameters
-    return count
 
 
 def cache_tokens(config: Config) -> int:
@@ -185,19 +172,10 @@ def _resident(config: Config, workload: Workload) -> tuple[int, int]:
 def _programs(config: Config, cuda: bool) -> int:
     if cuda:
         return _CONTEXTS_BYTES
-    return _ROLLOUT_BYTES["vllm" if config.rollout.engine == "vllm" else "torch"] + _TRAINING_BYTES
-
-
-def _trained(
-    shape: ModelShape, model: TrainedModelConfig, placed: StagePlacement, stage: int
-) -> int:
-    """Adapter parameters of a stage, if all linear layers have one."""
-    hidden, inner, query = shape.hidden_size, shape.intermediate_size, shape.query_size
-    kv_size = shape.num_kv_heads * shape.head_dim
-    ends = 2 * (hidden + query) + 2 * (hidden + kv_size)
-    ends += (3 if shape.gated else 2) * (hidden + inner)
-    first, end = placed.layers[stage]
-    return model.lora_rank * ends * (end - first)
+    return (
+        _ROLLOUT_BYTES["vllm" if config.rollout.engine == "vllm" else "torch"]
+        + TRAINING_PROGRAM_BYTES
+    )
 
 
 def _activations(
@@ -217,15 +195,9 @@ def _activations(
     tokens = share / count
     first, end = placed.layers[stage]
     begun = min(count, len(placed.ranks) - stage)
-    kept = (end - first) * (1 if model.gradient_checkpointing else KEPT_VALUES)
-    numbers = tokens * begun * kept * shape.hidden_size
-    if model.gradient_checkpointing:
-        numbers += tokens * KEPT_VALUES * shape.hidden_size
-    neighbours = (stage > 0) + (stage + 1 < len(placed.ranks))
-    numbers += neighbours * _POSTED * tokens * shape.hidden_size
-    if stage == len(placed.ranks) - 1 and shape is workload.models["actor"]:
-        numbers += max(tokens, shape.hidden_size) * shape.vocab_size
-    return numbers
+    kept = tokens * begun * kept_values(model, end - first) * shape.hidden_size
+    head = shape is workload.models["actor"]
+    return kept + passing_values(model, shape, placed, stage, tokens, head=head)
 
 
 def _forward_only(

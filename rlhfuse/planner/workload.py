@@ -109,7 +109,7 @@ def workload_of(config: Config, recorded: Sequence[int] = (), *, seed: int = 0) 
         limit=limit,
         prompts_per_minibatch=config.actor.ppo_mini_batch_size,
         epochs=config.actor.ppo_epochs,
-        models=_models(config),
+        models=models_of(config),
         trained=("actor", "critic") if config.uses_critic else ("actor",),
         scored=config.scored_roles,
         described=lengths.text(limit),
@@ -129,7 +129,8 @@ def with_lengths(
     )
 
 
-def _models(config: Config) -> dict[str, ModelShape]:
+def models_of(config: Config) -> dict[str, ModelShape]:
+    """Shapes by role, of all that are trained or score. Raises ValueError as `shape_of`."""
     models = {"actor": shape_of(config.actor.path)}
     if config.uses_critic:
         models["critic"] = shape_of(config.critic.path)

@@ -8,6 +8,7 @@ from statistics import median
 from rlhfuse.profiler.causes import IDLE, MOVEMENT, Cause
 from rlhfuse.report import charts, markup, numbers
 from rlhfuse.report.lanes import LaneData, lane_data
+from rlhfuse.report.memory import memory_section
 from rlhfuse.report.palette import CAUSES
 from rlhfuse.report.samples import samples_section
 from rlhfuse.report.sources import RunFolder, StepValues, read_run, read_timeline
@@ -38,6 +39,7 @@ def render(run: RunFolder) -> str:
         _timeline_section(views),
         _idle_section(run, views),
         _fusion_section(run),
+        memory_section(run),
         _learning_section(run),
         _length_section(run),
         samples_section(run.samples),

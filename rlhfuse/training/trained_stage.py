@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
@@ -11,9 +12,9 @@ from rlhfuse.group_training import trains_groups
 from rlhfuse.kernels.keyed import key_of
 from rlhfuse.kernels.linear_logprob import chunk_rows
 from rlhfuse.models.dropout import Rows
-from rlhfuse.models.loading import load_stage
+from rlhfuse.models.loading import load_stage, load_trained_config
 from rlhfuse.models.lora import add_adapters, merged_weights
-from rlhfuse.models.stage import Head, ModelStage
+from rlhfuse.models.stage import Compute, Head, ModelStage
 from rlhfuse.placement import StagePlacement, replica_of, role_of
 from rlhfuse.training.batch import MicroBatch
 from rlhfuse.training.gradients import GradientSums
@@ -39,9 +40,11 @@ class TrainedStage:
         dtype: torch.dtype,
         total_steps: int,
     ) -> None:
-        """Raises ValueError where the model folder does not fit (see `load_stage`)."""
+        """Raises ValueError where the model folder does not fit (see `load_stage`), or has dropout
+        that training does not support."""
         role = role_of(pipeline)
         model = model_config(config, role)
+        load_trained_config(model.path)
         self._config = config
         self.pipeline = pipeline
         self.role = role
@@ -76,12 +79,9 @@ class TrainedStage:
         self._store = store = WeightStore(self.sums) if config.fusion.split_weight else None
         if store is not None:
             split_linears(self.stage, store)
-        self.runner = AutogradRunner(
-            self._compute,
-            last=self.stage.last,
-            weights=store,
-            recompute=model.gradient_checkpointing,
-        )
+        if model.gradient_checkpointing:
+            self.stage.around_layer = self._twice
+        self.runner = AutogradRunner(self._compute, last=self.stage.last, weights=store)
         sharded = config.placement.shard_optimizer and num_replicas > 1
         self.num_shards = num_replicas if sharded else 1
         self.optimizer = StageOptimizer(
@@ -170,9 +170,23 @@ class TrainedStage:
         if self._loss is None:
             return output
         loss = self._loss(batch, output)
-        # By micro-batch, not appended: recomputation in backward comes here a second time.
         self._losses[microbatch] = (loss.loss.detach(), loss.stats)
         return loss.loss
+
+    def _twice(self, compute: Compute, hidden: torch.Tensor) -> torch.Tensor:
+        """Holds only a layer's input, and computes it again in the backward pass: layer by layer,
+        as a stage as a whole would then hold all that it saves at once, and with the same rows
+        dropped, whatever micro-batch came in between."""
+        keys = self._rows.keys
+
+        def again(inputs: torch.Tensor) -> torch.Tensor:
+            self._rows.keys = keys
+            return compute(inputs)
+
+        found: torch.Tensor = checkpoint(
+            again, hidden, use_reentrant=False, preserve_rng_state=False
+        )
+        return found
 
 
 def model_config(config: Config, role: str) -> TrainedModelConfig:

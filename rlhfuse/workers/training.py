@@ -20,7 +20,6 @@ from rlhfuse.placement import WorkerSpec
 from rlhfuse.scoring import Kept
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.backend import MakeBackend
-from rlhfuse.training.memory import GIB, take_peak
 from rlhfuse.training.optimizer import choice
 from rlhfuse.training.records import MiniBatchPlan, NonFiniteLoss, SampleData
 from rlhfuse.training.snapshot import AsideWriter
@@ -29,10 +28,10 @@ from rlhfuse.training.update import RankTrainer
 from rlhfuse.transport import Link, PeerClient, PeerServer
 from rlhfuse.weights.send import Outbox
 from rlhfuse.workers.common import device_of, dtype_of, give_back, meet_on, run_guarded
+from rlhfuse.workers.peaks import Peaks
 
 logger = logging.getLogger(__name__)
 
-PEAK_METRIC = "perf/max_memory_allocated_gb"
 _IDLE_POLL_S = 1.0
 _BUSY_POLL_S = 0.02  # while a checkpoint is being written
 
@@ -80,6 +79,7 @@ class TrainingWorker:
             total_steps=spec.total_optimizer_steps,
             make_backend=_backend(spec.config),
         )
+        self._peaks = Peaks(spec, device, dtype_of(spec.config.placement, device))
         self._outbox = Outbox()
         self._server = PeerServer(
             PayloadStore(self._outbox.answer).answer, spec.keys, spec.seat.node.address
@@ -162,6 +162,7 @@ class TrainingWorker:
             self._ahead = command.step, [*(ahead if step == command.step else []), *samples]
             batch = command.batch
             plan = MiniBatchPlan(batch.microbatches, batch.rounds)
+            self._peaks.ran(batch.rounds)
             self._trainer.accumulate(command.step, samples, plan, command.kl_coef, spans)
         ids = tuple(sample.tokens.sample_id for sample in command.samples)
         self._link.send(m.Spans(spans=tuple(spans)))
@@ -190,13 +191,15 @@ class TrainingWorker:
             self._keep_batch(command.step, mine)
             raise
         give_back(self._device)
+        for plan in plans:
+            self._peaks.ran(plan.rounds)
         self._link.send(m.Spans(spans=tuple(spans)))
         self._link.send(
             m.Trained(
                 step=command.step,
                 means=dict(seen.means),
                 sums=dict(seen.sums),
-                maxima={**seen.maxima, PEAK_METRIC: take_peak(self._device) / GIB},
+                maxima={**seen.maxima, **self._peaks.take()},
             )
         )
 

@@ -83,10 +83,27 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
         assert _digests(stopped, step) == _digests(whole, step)
     _check_replay(RunFolder(whole.trainer).path)
     _check_what_if(RunFolder(whole.trainer).path)
+    _check_memory(RunFolder(whole.trainer).path)
 
 
 def _truncated(config: Config) -> Config:
     return replace(config, rollout=replace(config.rollout, top_p=0.9, top_k=30))
+
+
+def _check_memory(folder: Path) -> None:
+    """What each training rank took stands beside its plan."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [metrics for metrics in lines if "timing_s/update" in metrics]
+    assert len(steps) == 4
+    for metrics in steps:
+        both = [
+            [metrics[f"memory/rank{rank}/{what}_gb"] for rank in range(2)]
+            for what in ("peak", "planned")
+        ]
+        ratios = [peak / planned for peak, planned in zip(*both, strict=True)]
+        assert metrics["perf/max_memory_over_plan"] == pytest.approx(max(ratios))
+        # A tiny model: mostly what the processes themselves take, by the machine's libraries.
+        assert 0.1 < min(ratios) <= max(ratios) < 10
 
 
 def _check_replay(folder: Path) -> None:

@@ -20,6 +20,7 @@ from rlhfuse.models.loading import (
     load_config,
     load_model,
     load_stage,
+    load_trained_config,
     save_pretrained,
 )
 from rlhfuse.models.stage import Head
@@ -112,3 +113,14 @@ def test_refusals_name_place_and_way_out(tmp_path: Path) -> None:
     edit_config(tmp_path / "m", rope_parameters=None, layer_types=["sliding_attention"] * 5)
     with pytest.raises(ValueError, match="sliding-window"):
         load_config(tmp_path / "m")
+
+
+def test_dropout_within_attention_is_refused_in_training_alone(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    assert load_trained_config(tmp_path).model_type == "llama"
+    edit_config(tmp_path, attention_dropout=0.1)
+    with pytest.raises(
+        ValueError, match=r"attention_dropout 0\.1 .* set it to 0\.0 in config\.json"
+    ):
+        load_trained_config(tmp_path)
+    load_model(tmp_path, head=Head.LM)  # to score: nothing is dropped there

@@ -18,9 +18,11 @@ from rlhfuse.planner.memory import (
     DeviceMemory,
     check_room,
     memory_plan,
-    stage_parameters,
 )
+from rlhfuse.planner.training_memory import planned_peak, stage_parameters
 from rlhfuse.planner.workload import workload_of
+from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
+from rlhfuse.schedules.standard import gpipe, one_f_one_b
 from tests.end_to_end.tiny_run import make_assets, tiny_config
 from tests.models.tiny import FAMILIES, save_tiny
 
@@ -138,3 +140,55 @@ def test_an_impossible_plan_is_refused_with_the_numbers(config: Config) -> None:
     (warning,) = check_room(plan, _seats(2, 64 * GIB, free=needed - 1), cuda=False)
     assert "of 64.0 GiB are free" in warning
     assert check_room(huge, _seats(2, 0), cuda=False) == ()  # not known
+
+
+def _peaks(config: Config, schedule: Schedule, **more: bool) -> list[int]:
+    placed = {
+        "actor": StagePlacement((0, 1), ((0, 2), (2, 4))),
+        "critic": StagePlacement((1, 0), ((0, 2), (2, 4))),
+    }
+    shapes = workload_of(config).models
+    return [
+        planned_peak(
+            config, shapes, placed, [schedule], rank, value_bytes=4, cuda=more.get("cuda", True)
+        )
+        for rank in range(2)
+    ]
+
+
+def _pipes(count: int, tokens: float) -> tuple[Pipeline, Pipeline]:
+    return (
+        Pipeline.make("actor", (0, 1), count, 1, 2, activation=tokens),
+        Pipeline.make("critic", (1, 0), count, 1, 2, activation=tokens),
+    )
+
+
+def test_the_peak_of_training_follows_the_schedule(config: Config) -> None:
+    """What comes on top of weights, gradients and states is what the memory model of the schedule
+    says, micro-batch by micro-batch."""
+    kept = 17 * 2 * workload_of(config).models["actor"].hidden_size * 4  # a token, two layers
+    actor, critic = _pipes(4, 10.0)
+    few, many = (order(Problem(2, (actor,))) for order in (one_f_one_b, gpipe))
+    less, more = _peaks(config, few), _peaks(config, many)
+    # 1F1B holds two micro-batches on the first rank and one on the second; GPipe all four.
+    assert [b - a for a, b in zip(less, more, strict=True)] == [2 * 10 * kept, 3 * 10 * kept]
+    both = Schedule(
+        Problem(2, (actor, critic)),
+        tuple(
+            a + b for a, b in zip(few.rows, one_f_one_b(Problem(2, (critic,))).rows, strict=True)
+        ),
+    )
+    assert all(a >= b for a, b in zip(_peaks(config, both), less, strict=True))
+    assert _peaks(config, few, cuda=False)[0] - less[0] == 3 * 2**27  # programs
+    again = replace(config, actor=replace(config.actor, gradient_checkpointing=True))
+    assert all(a < b for a, b in zip(_peaks(again, many), more, strict=True))
+
+
+def test_the_peak_of_training_counts_what_is_always_there(config: Config) -> None:
+    """Weights, gradients and states, as the plan of the whole device does."""
+    (actor, _) = _pipes(1, 0.0)
+    schedule = one_f_one_b(Problem(2, (actor,)))
+    width = workload_of(config).models["actor"]
+    head = 4 * width.hidden_size * width.vocab_size  # on the last stage
+    held = [m.held["gradients"] * 2 + m.held["optimizer"] for m in _plan(config)]
+    assert _peaks(config, schedule) == [held[0], held[1] + head]

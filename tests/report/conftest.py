@@ -141,6 +141,8 @@ def _metrics(step: int, fused: bool, timeline: Timeline, rng: random.Random) -> 
         "response_length/min": 3.0,
         "response_length/max": 200 + rng.randrange(56),
         "timing_s/step": timeline.wall_s,
+        "memory/rank0/peak_gb": 1.5 if step == 2 else 1.0,
+        "memory/rank0/planned_gb": 1.2,
         "timing_s/gen": 2.0 if fused else 2.2,
         "timing_s/score": 0.3 if fused else 0.45,
         "timing_s/update": 3.0 if fused else 4.1,

@@ -162,3 +162,14 @@ def test_points_that_are_no_numbers_are_left_out() -> None:
     assert "nan" not in drawn
     assert "inf" not in drawn
     assert charts.line_chart([charts.Line("x", "#000", [(1, float("nan"))])], [], "", "") == ""
+
+
+def test_memory_stands_beside_its_plan(make_run: MakeRun) -> None:
+    """The most of all steps, and nothing where a run says nothing of it."""
+    folder = make_run()
+    page = write_report(folder).read_text()
+    cells = ["rank 0", "1.5 GiB", "1.2 GiB", "1.25"]
+    assert [cell for cell in cells if f">{cell}</td>" not in page] == []
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("memory/rank", "other/rank"))
+    assert "against plan" not in write_report(folder).read_text()
