@@ -12,9 +12,10 @@ from rlhfuse.config_check import batch_arithmetic, ratios, why_reference_stays
 from rlhfuse.group_training import trains_groups, why_groups_wait
 from rlhfuse.placement import Seat, StagePlacement
 from rlhfuse.planner.measured import StepCosts, predict, predict_one
-from rlhfuse.planner.memory import GIB, DeviceMemory, check_room, memory_plan
+from rlhfuse.planner.memory import DeviceMemory, check_room, memory_plan
 from rlhfuse.planner.step import LEGEND, bubbles, drawn
 from rlhfuse.planner.summary import Pair, StagePair, stage_pairs
+from rlhfuse.planner.training_memory import GIB
 from rlhfuse.planner.workload import Workload, workload_of
 from rlhfuse.resolve import Resolved
 from rlhfuse.run_costs import step_costs

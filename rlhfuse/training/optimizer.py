@@ -67,7 +67,9 @@ class StageOptimizer:
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self._adam = _make_adam([g for g in groups if g["params"]], config)
+        groups = [group for group in groups if group["params"]]
+        # Of many replicas, one may own nothing of a small stage.
+        self._adam = _make_adam(groups, config) if groups else None
 
     @property
     def lr(self) -> float:
@@ -91,9 +93,10 @@ class StageOptimizer:
             if gradient is not None and scale != 1.0:
                 gradient.mul_(scale)
             self._masters[name].grad = gradient
-        for group in self._adam.param_groups:
-            group["lr"] = self.lr
-        self._adam.step()
+        if self._adam is not None:
+            for group in self._adam.param_groups:
+                group["lr"] = self.lr
+            self._adam.step()
         for name, parameter in self._parameters.items():
             master = self._masters[name]
             if master is not parameter:
@@ -105,10 +108,11 @@ class StageOptimizer:
     def state(self) -> OptimizerState:
         """What a checkpoint needs; tensors are shared, not copied."""
         tensors: dict[str, torch.Tensor] = {}
+        states = {} if self._adam is None else self._adam.state
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 tensors[f"master/{name}"] = master.detach()
-            moments = self._adam.state.get(master, {})
+            moments = states.get(master, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in moments:
                     tensors[f"{key}/{name}"] = moments[key]
@@ -118,6 +122,8 @@ class StageOptimizer:
     def restore(self, state: OptimizerState) -> None:
         """Go on from `state`. The parameters themselves must have been restored already."""
         self._steps = state.steps
+        if self._adam is None:
+            return
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 saved = state.tensors.get(f"master/{name}")

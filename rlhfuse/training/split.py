@@ -62,30 +62,30 @@ class WeightStore:
         self._open = None
 
 
-class SplitLinear(nn.Module):
-    """In place of an `nn.Linear`, with its parameters under their own names."""
+def split_linears(module: nn.Module, store: WeightStore) -> None:
+    """Let every linear layer inside `module` (or itself) leave its weight gradient to `store`. They
+    stay the modules that they are, with their hooks and under their names: how they compute is
+    changed. Subclasses of `nn.Linear` compute in ways of their own, and are left alone."""
+    for child in module.modules():
+        if type(child) is nn.Linear:
+            child.forward = _SplitForward(child, store)  # type: ignore[method-assign]
+
+
+class _SplitForward:
+    """In place of a linear layer's own `forward`."""
 
     def __init__(self, linear: nn.Linear, store: WeightStore) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
+        self._linear = linear
         self._store = store
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """As `nn.Linear`."""
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as nn.Linear's own
+        weight, bias = self._linear.weight, self._linear.bias
         if not torch.is_grad_enabled():
-            return functional.linear(rows, self.weight, self.bias)
+            return functional.linear(input, weight, bias)
         out: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight, self.bias, self._store
+            input, weight, bias, self._store
         )
         return out
-
-
-def split_linears(module: nn.Module, store: WeightStore) -> None:
-    """Let every linear layer inside `module` leave its weight gradient to `store`."""
-    for name, child in list(module.named_modules()):
-        if type(child) is nn.Linear:
-            module.set_submodule(name, SplitLinear(child, store))
 
 
 class _Product(NamedTuple):

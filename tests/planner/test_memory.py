@@ -14,12 +14,11 @@ from rlhfuse.models.stage import Head
 from rlhfuse.placement import NodeInfo, Seat, StagePlacement, pipeline_ranks
 from rlhfuse.planner.memory import (
     CONTROLLER_BYTES,
-    GIB,
     DeviceMemory,
     check_room,
     memory_plan,
 )
-from rlhfuse.planner.training_memory import planned_peak, stage_parameters
+from rlhfuse.planner.training_memory import GIB, planned_peak, stage_parameters
 from rlhfuse.planner.workload import workload_of
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import gpipe, one_f_one_b

@@ -173,3 +173,23 @@ def test_squares_are_summed_as_in_float64(shape: tuple[int, ...], scale: float) 
     assert square_sum(gradient) == pytest.approx(expected, rel=1e-7, abs=0.0)
     assert square_sum(gradient.T if gradient.dim() == 2 else gradient) == pytest.approx(expected)
     assert math.isnan(square_sum(torch.cat([gradient.reshape(-1), torch.tensor([math.nan])])))
+
+
+def test_a_split_layer_stays_the_module_that_it_was() -> None:
+    """Also one that is a stage by itself: its class, its names, its hooks."""
+    layer = nn.Linear(4, 3)
+    seen: list[int] = []
+    layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[0]))
+    names = list(layer.state_dict())
+    store = WeightStore(GradientSums(layer.parameters()))
+    split_linears(layer, store)
+    assert type(layer) is nn.Linear
+    assert list(layer.state_dict()) == names
+    store.defer(0)
+    layer(input=torch.ones(2, 4)).sum().backward()
+    assert seen == [2]
+    assert layer.weight.grad is None
+    store.compute(0)
+    found = gradients_of(layer)
+    assert torch.equal(found["weight"], torch.full((3, 4), 2.0))
+    assert torch.equal(found["bias"], torch.full((3,), 2.0))
