@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
+from rlhfuse.kernels.fresh import fresh
 from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
@@ -145,6 +146,12 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     return out if bias is None else out.add_(bias)
 
 
+def weight_room(weight: Tensor, num_rows: int) -> Tensor:
+    """Where `add_weight_gradient_` adds up: anything, or 0 where there is nothing to add."""
+    room = fresh(*weight.shape, like=weight)
+    return room if num_rows else room.zero_()
+
+
 def add_weight_gradient_(into: Tensor, by_logits: Tensor, hidden: Tensor, rows: slice) -> None:
     """into += by_logits.T @ hidden; what the first chunk finds there is not even read."""
     if rows.start:
@@ -154,8 +161,8 @@ def add_weight_gradient_(into: Tensor, by_logits: Tensor, hidden: Tensor, rows: 
 
 
 def chunk_room(like: Tensor, num_rows: int, vocab: int) -> Tensor:
-    """Room for the logits of one chunk: fresh memory costs as much as a pass over it."""
-    return like.new_empty(min(num_rows, chunk_rows(vocab)), vocab)
+    """Room for the logits of one chunk, to be used again for the next."""
+    return fresh(min(num_rows, chunk_rows(vocab)), vocab, like=like)
 
 
 def _by_triton(hidden: Tensor, replayed: bool) -> bool:
@@ -188,7 +195,7 @@ def linear_logprob_op(
     """Logprob [T], entropy [T]; what was taken off each row and its sum of exponentials [2, T], and
     logits [keep_rows, V], for the backward pass."""
     dtype, given = accumulation_dtype(hidden), Temperatures(temperature, temperatures)
-    kept = hidden.new_empty(keep_rows, weight.shape[0], dtype=dtype)
+    kept = fresh(keep_rows, weight.shape[0], like=hidden, dtype=dtype)
     if _by_triton(hidden, kept_ids is not None):
         from rlhfuse.kernels import triton_linear  # triton is optional
 
@@ -252,11 +259,11 @@ def _backward(
     """Gradients by hidden, weight (empty unless `with_weight`) and bias (empty without one)."""
     dtype, vocab = spread.dtype, weight.shape[0]
     by_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
-    by_weight = spread.new_zeros(vocab if with_weight else 0, weight.shape[1])
     by_bias = spread.new_zeros(0 if bias is None else vocab)
     if _by_triton(hidden, kept_ids is not None):
         from rlhfuse.kernels import triton_linear  # triton is optional
 
+        by_weight = spread.new_zeros(vocab if with_weight else 0, weight.shape[1])
         with without_autocast(hidden):
             triton_linear.backward(
                 hidden, weight, bias, labels, temperature, temperatures, spread, saved,
@@ -266,7 +273,8 @@ def _backward(
         return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)
     given = Temperatures(temperature, temperatures)
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    room = chunk_room(by_weight, hidden.shape[0], vocab)
+    by_weight = weight_room(wide if with_weight else wide[:0], hidden.shape[0])
+    room = chunk_room(wide, hidden.shape[0], vocab)
     with without_autocast(hidden):
         for rows in chunks(hidden.shape[0], vocab):
             own, block = hidden[rows].to(dtype), room[: rows.stop - rows.start]
@@ -323,13 +331,16 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, ctx.temperature, temperatures, ctx.entropy, _, ids, cu = inputs
     _, spread, saved, kept = output
+    ctx.set_materialize_grads(False)  # zeros for `kept` would be as large as it
     ctx.save_for_backward(hidden, weight, bias, labels, temperatures, spread, saved, kept, ids, cu)
 
 
 def _autograd_backward(
-    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Tensor
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
     hidden, weight, bias, labels, temperatures, spread, saved, kept, ids, cu = ctx.saved_tensors
+    if grad_logprob is None:
+        grad_logprob = torch.zeros_like(spread)
     by_hidden, by_weight, by_bias = _backward(
         hidden, weight, bias, labels, ctx.temperature, temperatures, spread, saved, kept, ids, cu,
         grad_logprob, grad_entropy if ctx.entropy else None, ctx.needs_input_grad[1],

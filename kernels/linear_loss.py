@@ -24,6 +24,7 @@ from rlhfuse.kernels.linear_logprob import (
     chunks,
     head_logits,
     linear_logprob,
+    weight_room,
 )
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
@@ -140,7 +141,7 @@ def _form(
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     out = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
     by_hidden = torch.empty_like(hidden, dtype=dtype)
-    by_weight = torch.zeros_like(wide) if with_weight else None
+    by_weight = weight_room(wide, hidden.shape[0]) if with_weight else None
     by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
     total = out.new_zeros(())
     room = chunk_room(out, hidden.shape[0], weight.shape[0])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
+from rlhfuse.kernels.fresh import fresh
 from rlhfuse.kernels.reference import IGNORE_INDEX, TokenLogprob, accumulation_dtype
 from rlhfuse.kernels.rows import RowFold, Temperatures, fold_rows, row_gradient
 
@@ -120,7 +121,7 @@ def _backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = fresh(*logits.shape, like=logits)
     _write_gradient(
         logits, labels, temperature, temperatures, spread, saved, grad_logprob, grad_entropy,
         gradient,

@@ -12,7 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhfuse.kernels.linear_logprob import chunk_room, chunks, head_logits
+from rlhfuse.kernels.linear_logprob import (
+    add_weight_gradient_,
+    chunk_room,
+    chunks,
+    head_logits,
+    weight_room,
+)
 from rlhfuse.kernels.precision import without_autocast
 from rlhfuse.kernels.reference import accumulation_dtype
 from rlhfuse.kernels.rows import FLOOR, Temperatures, slopes
@@ -73,7 +79,7 @@ class VocabParallelLogprob(torch.autograd.Function):
         own = own_labels(labels, weight.shape[0], ctx.group)
         wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         by_hidden = torch.empty_like(hidden, dtype=dtype)
-        by_weight = torch.zeros_like(wide)
+        by_weight = weight_room(wide, hidden.shape[0])
         by_bias = None if bias is None else torch.zeros_like(wide[:, 0])
         room, log_total = chunk_room(by_hidden, hidden.shape[0], weight.shape[0]), total.log()
         with without_autocast(hidden):
@@ -94,7 +100,7 @@ class VocabParallelLogprob(torch.autograd.Function):
                     1, own[rows].clamp_min(0)[:, None], torch.where(mine, by_logprob, 0.0)[:, None]
                 )
                 head_logits(by_logits, wide.T, None, by_hidden[rows])
-                by_weight.addmm_(by_logits.T, hidden[rows].to(dtype))
+                add_weight_gradient_(by_weight, by_logits, hidden[rows].to(dtype), rows)
                 if by_bias is not None:
                     by_bias += by_logits.sum(0)
         dist.all_reduce(by_hidden, group=ctx.group)
