@@ -2,9 +2,10 @@
 
     python bench/bench_kernels.py --threads 1 --json bench/results/kernels_cpu_1t.json
 
-Each pair runs alternately in one process: two warm-up calls, then medians (of four times as many
-runs where the two are within a tenth of each other). Errors are relative
-norms against float64. The GPU's table is `python -m bench.bench_kernels_cuda`; here its goals are
+Each pair runs alternately in one process, now one first and now the other: two warm-up calls, then
+the median of the ratios of runs side by side, with their quartiles (of four times as many runs
+where that median is within a fifth of 1); times are medians. Errors are relative norms against
+float64. The GPU's table is `python -m bench.bench_kernels_cuda`; here its goals are
 marked as missing.
 """
 
@@ -36,7 +37,7 @@ from rlhfuse.kernels.logprob import token_logprob
 from rlhfuse.kernels.whiten import whiten_batch
 
 Run = Callable[[], Tensor]
-_CLOSE = (0.9, 1.1)
+_CLOSE = (0.8, 1.2)
 GPU_GOALS = (
     "token_logprob >= 85 % of copy bandwidth",
     "linear_logprob forward >= 600 TFLOP/s, <= 64 MB extra",
@@ -47,13 +48,17 @@ GPU_GOALS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison: medians in milliseconds, floating-point operations where they count."""
+    """One comparison: medians in milliseconds, and of the runs' ratios with their quartiles;
+    floating-point operations where they count."""
 
     name: str
     shape: str
     ours_ms: float
     plain_ms: float
     speedup: float
+    speedup_lower: float
+    speedup_upper: float
+    repetitions: int
     ours_error: float
     plain_error: float
     gflops: float | None = None
@@ -80,22 +85,25 @@ def measure(pair: Pair, repeats: int, clock: Callable[[], float]) -> Row:
             (result.detach().double() - pair.truth).norm() / pair.truth.norm().clamp_min(1e-30)
         )
 
-    def medians(rounds: int) -> tuple[float, float]:
-        for _ in range(rounds):
-            for name, run in (("ours", pair.ours), ("plain", pair.plain)):
+    def ratios(rounds: int) -> list[float]:
+        for number in range(rounds):
+            order = [("ours", pair.ours), ("plain", pair.plain)]
+            for name, run in order if number % 2 else reversed(order):
                 start = clock()
                 run()
                 times[name].append(clock() - start)
-        ours, plain = (statistics.median(times[name]) * 1e3 for name in ("ours", "plain"))
-        return ours, plain
+        return [plain / ours for ours, plain in zip(times["ours"], times["plain"], strict=True)]
 
-    ours, plain = medians(repeats)
-    if _CLOSE[0] < plain / ours < _CLOSE[1]:
-        ours, plain = medians(3 * repeats)
+    found = ratios(repeats)
+    if _CLOSE[0] < statistics.median(found) < _CLOSE[1]:
+        found = ratios(3 * repeats)
+    lower, middle, upper = statistics.quantiles(found, n=4, method="inclusive")
+    ours, plain = (statistics.median(times[name]) * 1e3 for name in ("ours", "plain"))
     rate = None if pair.flops is None else pair.flops / ours / 1e6
     return Row(
-        pair.name, pair.shape, ours, plain, plain / ours, errors["ours"], errors["plain"], rate
-    )
+        pair.name, pair.shape, ours, plain, middle, lower, upper, len(found), errors["ours"],
+        errors["plain"], rate,
+    )  # fmt: skip
 
 
 def plain_logprob(logits: Tensor, labels: Tensor, temperature: float, entropy: bool) -> Tensor:
@@ -335,7 +343,8 @@ def main() -> int:
         rows.append(row)
         print(
             f"{row.name:38} {row.shape:22} {row.ours_ms:9.2f} ms  plain {row.plain_ms:9.2f} ms  "
-            f"x{row.speedup:6.2f}  error {row.ours_error:.1e} (plain {row.plain_error:.1e})"
+            f"x{row.speedup:6.2f} ({row.speedup_lower:.2f} to {row.speedup_upper:.2f})  "
+            f"error {row.ours_error:.1e} (plain {row.plain_error:.1e})"
         )
     result = {
         "machine": machine(options.threads),

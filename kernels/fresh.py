@@ -25,7 +25,7 @@ def fresh(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     memory = np.empty(size + _PAGE, np.uint8)  # what is not touched is not there
     start = -memory.ctypes.data % _PAGE
     found = torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
-    poisoned = torch.utils.deterministic.fill_uninitialized_memory
+    poisoned = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if poisoned and torch.are_deterministic_algorithms_enabled() and dtype.is_floating_point:
         found.fill_(torch.nan)
     return found

@@ -39,7 +39,7 @@ class Sizes(TorchDispatchMode):
     """Notes which operator gave how many elements that are not an argument's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[tuple[str, int]] = []
 
     def __torch_dispatch__(
