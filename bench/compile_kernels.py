@@ -137,6 +137,7 @@ def cases() -> list[Case]:
             triton_gae_padded._scan_padded,
             padded,
             small | {"SHAPED": 0, "BOOTSTRAP": False, "BLOCK": 128},
+            {"num_warps": 2},
         ),
         Case(
             "gae, padded + moments, k3 rewards",

@@ -191,6 +191,6 @@ def scan_padded(
             BOOTSTRAP=bootstrap is not None,
             BLOCK=block,
             AHEAD=_AHEAD,
-            num_warps=8,
+            num_warps=block // 64,
         )
     return Scan(advantages, returns, shaped, moments)
