@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from rlhfuse.kernels import (
     triton_gae,
     triton_gae_padded,
+    triton_kept,
     triton_linear,
     triton_logprob,
     triton_meet,
@@ -107,6 +108,7 @@ def cases() -> list[Case]:
         "grad_logprob_ptr": "*fp32", "grad_entropy_ptr": "*fp32",
     }  # fmt: skip
     return [
+        *kept_cases(),
         Case(
             "token_logprob forward + entropy",
             triton_logprob._forward,
@@ -187,6 +189,37 @@ def cases() -> list[Case]:
             head | slab,
             tiles | {"WIDTH": 16_384, "ENTROPY": True},
         ),
+    ]
+
+
+def kept_cases() -> list[Case]:
+    """Log-probabilities among kept tokens."""
+    rows = {
+        "source_ptr": "*bf16", "stride": "i32", "hidden_ptr": "*bf16", "hidden_stride": "i32",
+        "weight_ptr": "*bf16", "weight_stride": "i32", "bias_ptr": "*bf16", "labels_ptr": "*i64",
+        "ids_ptr": "*i32", "cu_ptr": "*i64", "temperatures_ptr": "*fp32", "temperature": "fp32",
+        "entropy_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32",
+        "grad_logprob_ptr": "*fp32", "grad_entropy_ptr": "*fp32", "slopes_ptr": "*fp32",
+        "order_ptr": "*i64", "owners_ptr": "*i64", "bounds_ptr": "*i64", "out_ptr": "*fp32",
+        "by_bias_ptr": "*fp32", "slab_ptr": "*bf16", "slab_stride": "i32", "num_rows": "i32",
+        "first": "i32",
+    }  # fmt: skip
+    picked = rows | {"source_ptr": "*fp32"}
+    head: dict[str, int | bool] = {
+        "HEAD": True, "HIDDEN": 4096, "BIAS": False, "PER_ROW": False, "ENTROPY": True,
+        "WIDTH": 18_992, "BLOCK_K": triton_kept._BLOCK_K, "BLOCK_H": triton_kept._BLOCK_H,
+    }  # fmt: skip
+    logits = head | {"HEAD": False, "HIDDEN": 1, "ENTROPY": False, "BLOCK_K": 128}
+    wide = head | {"BLOCK_H": triton_kept._WIDE_H, "BIAS": True}
+    few = {"num_warps": 4}
+    return [
+        Case("kept: forward from the head", triton_kept._fold, rows, head, few),
+        Case("kept: forward from logits", triton_kept._fold, picked, logits, few),
+        Case("kept: slopes from the head", triton_kept._slopes, rows, head, few),
+        Case("kept: slopes from logits", triton_kept._slopes, picked, logits, few),
+        Case("kept: gradient by hidden", triton_kept._by_hidden, rows, wide, few),
+        Case("kept: gradient by weight", triton_kept._by_weight, rows, wide, few),
+        Case("kept: added to logits' gradient", triton_kept._add, rows, logits, few),
     ]
 
 

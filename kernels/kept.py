@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.packed import segment_max, segment_sum
 from rlhfuse.kernels.reference import KeptTokens
 from rlhfuse.kernels.rows import RowFold, Temperatures, slopes
@@ -67,6 +68,12 @@ def fold_kept(
         labels: int64 [R], each among what its row kept; a negative one marks a row to ignore.
         rows: where they lie in the batch.
     """
+    if logits.dtype == torch.float32 and choose(logits.device) is Path.TRITON:
+        from rlhfuse.kernels import triton_kept  # triton is optional
+
+        per_row = None if temperatures.per_token is None else temperatures.per_token[rows]
+        source = triton_kept.Source(logits, None, None, temperatures.number, per_row)
+        return RowFold(*triton_kept.fold(source, labels, kept.ids, kept.bounds).unbind())
     keep, divisors = labels >= 0, _divisors(labels, temperatures, rows)
     picked = logits[kept.owners, kept.ids].double()
     top = segment_max(picked, kept.bounds)

@@ -86,7 +86,7 @@ def linear_logprob(
     needed = hidden.requires_grad or weight.requires_grad
     needed = needed or (bias is not None and bias.requires_grad)
     room = keep_logits_bytes if needed and torch.is_grad_enabled() else 0
-    keep_rows = _rows_within(room, hidden, weight.shape[0], kept is not None)
+    keep_rows = _rows_within(room, hidden, weight.shape[0])
     logprob, spread, _, _ = linear_logprob_op(
         hidden, weight, bias, marked, *split_temperature(temperature), entropy, keep_rows, ids, cu
     )
@@ -165,14 +165,13 @@ def chunk_room(like: Tensor, num_rows: int, vocab: int) -> Tensor:
     return fresh(min(num_rows, chunk_rows(vocab)), vocab, like=like)
 
 
-def _by_triton(hidden: Tensor, replayed: bool) -> bool:
-    narrow = accumulation_dtype(hidden) == torch.float32
-    return narrow and not replayed and choose(hidden.device) is Path.TRITON
+def _by_triton(hidden: Tensor) -> bool:
+    return accumulation_dtype(hidden) == torch.float32 and choose(hidden.device) is Path.TRITON
 
 
-def _rows_within(room: int, hidden: Tensor, vocab: int, replayed: bool) -> int:
+def _rows_within(room: int, hidden: Tensor, vocab: int) -> int:
     """How many rows of logits, in whole chunks, the forward pass leaves for the backward pass."""
-    if room <= 0 or _by_triton(hidden, replayed):
+    if room <= 0 or _by_triton(hidden):
         return 0
     row = vocab * accumulation_dtype(hidden).itemsize
     ends = [rows.stop for rows in chunks(hidden.shape[0], vocab) if rows.stop * row <= room]
@@ -196,10 +195,14 @@ def linear_logprob_op(
     logits [keep_rows, V], for the backward pass."""
     dtype, given = accumulation_dtype(hidden), Temperatures(temperature, temperatures)
     kept = fresh(keep_rows, weight.shape[0], like=hidden, dtype=dtype)
-    if _by_triton(hidden, kept_ids is not None):
-        from rlhfuse.kernels import triton_linear  # triton is optional
+    if _by_triton(hidden):
+        from rlhfuse.kernels import triton_kept, triton_linear  # triton is optional
 
-        folded = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
+        if kept_ids is None or kept_cu is None:
+            folded = triton_linear.fold(hidden, weight, bias, labels, temperature, temperatures)
+        else:
+            source = triton_kept.Source(hidden, weight, bias, temperature, temperatures)
+            folded = triton_kept.fold(source, labels, kept_ids, kept_cu)
         return folded[0].clone(), folded[1].clone(), folded[2:].clone(), kept
     out = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
     wide, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -260,10 +263,18 @@ def _backward(
     dtype, vocab = spread.dtype, weight.shape[0]
     by_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
     by_bias = spread.new_zeros(0 if bias is None else vocab)
-    if _by_triton(hidden, kept_ids is not None):
-        from rlhfuse.kernels import triton_linear  # triton is optional
+    if _by_triton(hidden):
+        from rlhfuse.kernels import triton_kept, triton_linear  # triton is optional
 
         by_weight = spread.new_zeros(vocab if with_weight else 0, weight.shape[1])
+        if kept_ids is not None and kept_cu is not None:
+            by_hidden = triton_kept.head_backward(
+                triton_kept.Source(hidden, weight, bias, temperature, temperatures), labels,
+                kept_ids, kept_cu, torch.stack([spread, spread, *saved.unbind()]), grad_logprob,
+                grad_entropy, by_weight if with_weight else None,
+                None if bias is None else by_bias,
+            )  # fmt: skip
+            return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype), _like(by_bias, bias)
         with without_autocast(hidden):
             triton_linear.backward(
                 hidden, weight, bias, labels, temperature, temperatures, spread, saved,

@@ -213,12 +213,12 @@ class _LinearLoss(torch.autograd.Function):
         narrow, with_weight = accumulation_dtype(hidden) == torch.float32, ctx.needs_input_grad[1]
         kept = None if ids is None or cu is None else KeptTokens(ids, cu)
         with without_autocast(hidden):
-            if narrow and kept is None and choose(hidden.device) is Path.TRITON:
+            if narrow and choose(hidden.device) is Path.TRITON:
                 from rlhfuse.kernels import triton_loss  # triton is optional
 
                 formed = triton_loss.form(
                     hidden, weight, bias, labels, temperature, temperatures, entropy,
-                    partial(_loss_slopes, token_loss), with_weight,
+                    partial(_loss_slopes, token_loss), with_weight, kept,
                 )  # fmt: skip
             else:
                 given = Temperatures(temperature, temperatures)

@@ -25,6 +25,7 @@ needs_triton = pytest.mark.skipif(
     "cases",
     [
         "triton_cases.py",
+        "triton_kept_cases.py",
         "triton_padded_cases.py",
         "triton_scan_cases.py",
         "triton_whiten_cases.py",
