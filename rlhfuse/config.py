@@ -125,6 +125,12 @@ class VllmConfig(Section, frozen=True):
     speculative_config: dict[str, str | int | float | bool] | None = None
     tensor_parallel_size: Positive = 1  # devices of an instance; more are planned, not run yet
 
+    @property
+    def moves_cache(self) -> bool:
+        """Whether a migrating sample can take its key-value blocks along."""
+        speculates = self.speculative_config is not None
+        return self.kv_transfer != "off" and not (self.kv_transfer == "auto" and speculates)
+
 
 class RolloutConfig(Section, frozen=True):
     """Generation."""

@@ -124,9 +124,10 @@ class CostModel:
             return self.migrate_call_s + self.migrate_token_s * tokens
         return self.migrate_call_s + self.prefill_s(tokens)
 
-    def cache_pays(self, tokens: float) -> bool:
-        """Whether moving the key-value cache is no slower than prefilling again."""
-        return self.migrate_token_s * tokens <= self.prefill_s(tokens)
+    def cache_pays(self, tokens: Floats) -> npt.NDArray[np.bool_]:
+        """Whether moving a key-value cache of so many tokens is no slower than prefilling again."""
+        again_s = self.prefill_call_s + self.prefill_token_s * tokens
+        return np.asarray(self.migrate_token_s * tokens <= again_s)
 
     def to_json(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1)

@@ -4,7 +4,7 @@ A *hub* (controller) and its *links* (workers) carry commands and events; a *pee
 requests for data from other workers. Sockets bind to loopback unless told otherwise; across
 machines every connection is CURVE, with a key pair made for the run, and whoever lacks it is
 refused. What is no message of this run (see `rlhfuse.wire`) is dropped and logged: it can neither
-crash a worker nor reach `pickle`, which is used nowhere.
+crash a worker nor reach `pickle`, which no module on its way imports.
 """
 
 import logging

@@ -1,12 +1,19 @@
 """Whatever the bytes are: a message of this run, or `NotAMessage`. Nothing else comes of them."""
 
+import ast
+import re
+from pathlib import Path
+from types import ModuleType
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfuse import messages as m
+from rlhfuse import payloads, placement, transport, wire
 from rlhfuse.placement import RunKeys
+from rlhfuse.weights import send
 from rlhfuse.wire import Codec, NotAMessage
 
 KEYS = RunKeys(token=b"0123456789abcdef")
@@ -111,3 +118,16 @@ def test_numbers_that_are_cut_short_are_refused() -> None:
     deep = b"\x91" * 100_000  # an array in an array in an array ...
     with pytest.raises(NotAMessage):
         Codec[object](m.Event, KEYS).decode(head + deep)
+
+
+@pytest.mark.parametrize("module", [m, payloads, placement, send, transport, wire])
+def test_nothing_on_the_wire_s_way_can_unpickle(module: ModuleType) -> None:
+    source = Path(str(module.__file__)).read_text()
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in [*node.names, ast.alias(getattr(node, "module", "") or "")]
+    }
+    assert not names & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+    assert not re.search(r"recv_pyobj|send_pyobj|torch\.load|allow_pickle=True|\beval\(", source)

@@ -196,7 +196,7 @@ class VllmCore:
             disable_log_stats=True,
             logprobs_mode="processed_logprobs",
             speculative_config=options.speculative_config,
-            kv_transfer_config=_kv_transfer(options, speculative, on_cpu),
+            kv_transfer_config=_kv_transfer(options, on_cpu),
         )
         second_runner = arguments.create_engine_config().use_v2_model_runner
         keyed = (
@@ -375,7 +375,7 @@ def _mend_speculation() -> None:
     module.apply_sampling_constraints = constrain_drafts
 
 
-def _kv_transfer(options: VllmConfig, speculative: bool, on_cpu: bool) -> KVTransferConfig | None:
+def _kv_transfer(options: VllmConfig, on_cpu: bool) -> KVTransferConfig | None:
     if options.kv_transfer == "nixl":
         os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(vllm_setup.free_port()))
         os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
@@ -384,7 +384,7 @@ def _kv_transfer(options: VllmConfig, speculative: bool, on_cpu: bool) -> KVTran
             kv_role="kv_both",
             kv_buffer_device="cpu" if on_cpu else "cuda",
         )
-    if options.kv_transfer == "off" or (options.kv_transfer == "auto" and speculative):
+    if not options.moves_cache:
         return None
     return KVTransferConfig(
         kv_connector=MigrationConnector.__name__,

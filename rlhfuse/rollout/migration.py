@@ -9,7 +9,7 @@ from rlhfuse.cost import CostModel
 from rlhfuse.rollout.forecast import Bools, Floats, Ints, State, end_s
 from rlhfuse.rollout.lengths import LengthModel, stratified
 from rlhfuse.rollout.policy import Policy
-from rlhfuse.rollout.snapshot import Tail, state_of, thinned
+from rlhfuse.rollout.snapshot import Tail, state_of, takes_cache, thinned
 
 LATER = (0.9, 0.75, 0.55, 0.35, 0.2, 0.1)  # moments to wait for, by part remaining
 MOST_SAMPLES = 2048  # that a forecast looks at; of more, a part of the instances stands for all
@@ -125,7 +125,7 @@ def _whole(
     if not len(moved):
         return None
     context = (tail.prompts + tail.tokens)[moved]
-    cached = int(np.count_nonzero(_cache_pays(frame.cost, context)))
+    cached = int(np.count_nonzero(takes_cache(context, frame.cost, frame.policy)))
     before = len(set((tail.home // frame.policy.block).tolist()))
     text = (
         f"{len(moved)} of {len(tail.home)} running samples move ({cached} with their cache, "
@@ -137,12 +137,6 @@ def _whole(
     return Move(destinations, text, stay_s - now_s)
 
 
-def _cache_pays(cost: CostModel, context: Floats) -> Bools:
-    """`CostModel.cache_pays`, of each."""
-    prefill_s = cost.prefill_call_s + cost.prefill_token_s * context
-    return np.asarray(cost.migrate_token_s * context <= prefill_s)
-
-
 def _let_finish(
     tail: Tail, destinations: tuple[int, ...], expected: Floats, frame: Frame
 ) -> tuple[int, ...]:
@@ -151,8 +145,10 @@ def _let_finish(
     counts = np.bincount(tail.home, minlength=len(tail.alive))
     step_s = frame.table[np.minimum(counts, len(frame.table) - 1)] * tail.slow
     context = tail.prompts + tail.tokens
-    leave_s = cost.migrate_call_s + np.minimum(
-        cost.migrate_token_s * context, cost.prefill_call_s + cost.prefill_token_s * context
+    leave_s = cost.migrate_call_s + np.where(
+        takes_cache(context, cost, frame.policy),
+        cost.migrate_token_s * context,
+        cost.prefill_call_s + cost.prefill_token_s * context,
     )
     stays = expected * step_s[tail.home] < leave_s
     return tuple(np.where(stays, tail.home, np.asarray(destinations)).tolist())

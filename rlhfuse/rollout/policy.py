@@ -38,7 +38,8 @@ class Policy:
     driver. Workers are freed in blocks of `block` neighbours, and only a whole free block scores
     or trains (a scorer or an actor replica that spans several workers needs them all).
     shared_prefix: engines keep a prompt's cache for its siblings, so that these are dispatched
-    together while that outweighs balance. reward_tries: a reward that timed out is asked for so
+    together while that outweighs balance. moves_cache: engines can hand over a moving sample's keys
+    and values. reward_tries: a reward that timed out is asked for so
     often before its sample is dropped. release_groups: say when a group is complete.
     """
 
@@ -55,6 +56,7 @@ class Policy:
     block: int = 1
     sleep_when_free: bool = False
     shared_prefix: bool = False
+    moves_cache: bool = True
     reward_tries: int = 1
     release_groups: bool = False
     forced: tuple[tuple[int, int], ...] = ()

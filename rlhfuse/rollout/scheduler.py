@@ -378,7 +378,7 @@ class RolloutScheduler:
         found = self._tail_watch.weigh()
         if found is not None:
             tail, move = found
-            out += carry_out(tail, move, self._samples, self._fleet, self.cost)
+            out += carry_out(tail, move, self._samples, self._fleet, self.cost, self.policy)
 
     # --- invariants ------------------------------------------------------------------------
 

@@ -109,6 +109,12 @@ def thinned(tail: Tail, block: int, most: int) -> Tail:
     )  # fmt: skip
 
 
+def takes_cache(context: Floats, cost: CostModel, policy: Policy) -> Bools:
+    """Which samples of so many tokens would move with their keys and values: the others are
+    prefilled again. [n]"""
+    return cost.cache_pays(context) & policy.moves_cache
+
+
 def state_of(
     tail: Tail, remaining: Floats, roles: tuple[str, ...], train: bool, cost: CostModel,
     policy: Policy, table: Floats,
@@ -118,7 +124,7 @@ def state_of(
     rates = [cost.score_token_s[role] for role in roles] or [0.0]
     moved_s = cost.migrate_token_s * context
     prefill_s = cost.prefill_token_s * context
-    cached = moved_s <= cost.prefill_call_s + prefill_s
+    cached = takes_cache(context, cost, policy)
     blocks = -(-len(tail.alive) // policy.block)
     usable = np.ones(blocks, dtype=np.bool_)
     load_s = np.zeros(blocks)

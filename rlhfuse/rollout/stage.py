@@ -147,6 +147,7 @@ def rollout_policy(config: Config, sampling: m.Sampling, *, overlap: bool) -> Po
         cache_tokens=config.rollout.cache_tokens or config.rollout.max_num_seqs * room,
         margin=config.fusion.migration_margin,
         score_token_budget=config.rollout.score_token_budget,
+        moves_cache=config.rollout.engine == "torch" or config.rollout.vllm.moves_cache,
     )
 
 

@@ -13,7 +13,7 @@ from rlhfuse.rollout.migration import Frame, Move, decide
 from rlhfuse.rollout.opening import opening_blocks
 from rlhfuse.rollout.paper import best_threshold, decide_by_threshold, decide_forced
 from rlhfuse.rollout.policy import Migration, Policy
-from rlhfuse.rollout.snapshot import Books, Tail, snapshot
+from rlhfuse.rollout.snapshot import Books, Tail, snapshot, takes_cache
 from rlhfuse.sample import Sample, SampleState
 
 LOOK_AGAIN = 0.05  # part of the running samples that must finish before the tail is weighed again
@@ -135,7 +135,12 @@ def _word(block: int) -> str:
 
 
 def carry_out(
-    tail: Tail, move: Move, samples: Mapping[int, Sample], fleet: Fleet, cost: CostModel
+    tail: Tail,
+    move: Move,
+    samples: Mapping[int, Sample],
+    fleet: Fleet,
+    cost: CostModel,
+    policy: Policy,
 ) -> list[ev.Command]:
     """The move as commands; its samples are MOVING from here on, each by the cheaper of taking
     its cache along and being prefilled again."""
@@ -143,11 +148,11 @@ def carry_out(
     orders: dict[tuple[int, int, bool], list[int]] = {}
     moved = np.flatnonzero(np.asarray(move.destinations) != tail.home).tolist()
     ids, homes = tail.sample_ids.tolist(), tail.home.tolist()
+    takes = takes_cache(tail.prompts + tail.tokens, cost, policy)
     for j in moved:
         sample, source, destination = samples[ids[j]], homes[j], move.destinations[j]
         assert source == sample.instance
-        cached = cost.cache_pays(sample.total_tokens)
-        orders.setdefault((source, destination, cached), []).append(sample.id)
+        orders.setdefault((source, destination, bool(takes[j])), []).append(sample.id)
         sample.move(SampleState.MOVING)
         fleet.send(sample, destination)
     for (source, destination, cached), ids in sorted(orders.items()):
