@@ -88,7 +88,15 @@ def linear_logprob(
     room = keep_logits_bytes if needed and torch.is_grad_enabled() else 0
     keep_rows = _rows_within(room, hidden, weight.shape[0])
     logprob, spread, _, _ = linear_logprob_op(
-        hidden, weight, bias, marked, *split_temperature(temperature), entropy, keep_rows, ids, cu
+        hidden,
+        weight,
+        bias,
+        marked,
+        *split_temperature(temperature, hidden),
+        entropy,
+        keep_rows,
+        ids,
+        cu,
     )
     return TokenLogprob(logprob, spread if entropy else None)
 
@@ -115,7 +123,7 @@ def _vocab_parallel(
     marked = torch.where(labels == ignore_index, -1, labels.long())
     with without_autocast(hidden):
         logprob, spread = VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, marked, *split_temperature(temperature), group
+            hidden, weight, bias, marked, *split_temperature(temperature, hidden), group
         )
     return TokenLogprob(logprob, spread if entropy else None)
 
@@ -173,9 +181,10 @@ def _rows_within(room: int, hidden: Tensor, vocab: int) -> int:
     """How many rows of logits, in whole chunks, the forward pass leaves for the backward pass."""
     if room <= 0 or _by_triton(hidden):
         return 0
-    row = vocab * accumulation_dtype(hidden).itemsize
-    ends = [rows.stop for rows in chunks(hidden.shape[0], vocab) if rows.stop * row <= room]
-    return ends[-1] if ends else 0
+    # Without a loop over the chunks, for which torch.compile would trace a graph per length.
+    fitting = room // (max(vocab, 1) * accumulation_dtype(hidden).itemsize)
+    step = chunk_rows(vocab)
+    return hidden.shape[0] if hidden.shape[0] <= fitting else fitting // step * step
 
 
 @torch.library.custom_op("rlhfuse::linear_logprob", mutates_args=())

@@ -108,7 +108,15 @@ def linear_loss(
         return LinearLoss(total, *seen)
     ids, cu = (None, None) if kept is None else (kept.ids, kept.cu)
     loss, logprob, spread, replayed = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, marked, *split_temperature(temperature), entropy, token_loss, ids, cu
+        hidden,
+        weight,
+        bias,
+        marked,
+        *split_temperature(temperature, hidden),
+        entropy,
+        token_loss,
+        ids,
+        cu,
     )
     return LinearLoss(loss, logprob, spread if entropy else None, replayed)
 

@@ -40,7 +40,7 @@ def token_logprob(
         return reference.token_logprob(
             logits, labels, temperature=temperature, entropy=entropy, ignore_index=ignore_index
         )
-    number, per_token = split_temperature(temperature)
+    number, per_token = split_temperature(temperature, logits)
     logprob, spread, _ = token_logprob_op(
         logits, marked, number, per_token, entropy, inplace_backward
     )
@@ -61,9 +61,19 @@ def check_rows(rows: Tensor, labels: Tensor, temperature: float | Tensor) -> Non
         )
 
 
-def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """As an operator takes it: a number (1 where there are many), and one per token or None."""
-    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
+def split_temperature(temperature: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """As an operator takes it: a number (1 where there are many), and one per token or None.
+
+    like: [T, *], the rows. A graph would be traced again for every number that an operator is
+    given, so under torch.compile there is one per token.
+    """
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature
+    if torch.compiler.is_compiling():
+        # float64, as the number is: results keep their bits.
+        ones = torch.ones(like.shape[0], dtype=torch.float64, device=like.device)
+        return 1.0, ones * temperature
+    return float(temperature), None
 
 
 @torch.library.custom_op("rlhfuse::token_logprob", mutates_args=())

@@ -24,6 +24,7 @@ SETTINGS = [
     PolicyLossSettings(aggregation="seq-mean-token-mean", clip_high=0.3, dual_clip=1.5),
     PolicyLossSettings(entropy_coef=0.02, kl_coef=0.1, kl_estimator="k3"),
     PolicyLossSettings(aggregation="seq-mean-token-sum-norm", fixed_length=900),
+    PolicyLossSettings(aggregation="seq-mean-token-sum", kl_coef=0.1, kl_estimator="k2"),
     PolicyLossSettings(kl_coef=0.1, kl_estimator="k1", kl_gradient_k2=True),
     PolicyLossSettings(ratio_level="sequence", aggregation="seq-mean-token-mean", kl_coef=0.1),
 ]
