@@ -7,8 +7,8 @@ Actor and critic of the quick-start shape on two ranks of one thread each; seria
 (one model after the other), fused, and fused with the weight gradient split off, in turn in one
 run. `predicted` is the ratio by the schedules' timing with the measured task times; `replayed` is
 measured time over that of an ideal executor whose tasks take exactly as long as they did: what
-messages and bookkeeping cost. `peak_over_model`: bytes that autograd
-held at most over those of the schedule's memory model. All counts cut the same tokens, so
+messages and bookkeeping cost. `peak_over_model`: bytes that autograd (and what waits for W) held
+at most over those of the schedule's memory model, which holds a micro-batch whole up to W. All counts cut the same tokens, so
 `over_best_serial` compares with serial 1F1B at its own best number of micro-batches.
 `--equal-memory`: the best serial schedules that the search finds within the memory of fused with W
 (the weight gradient split off in both), and fused with W within the memory of serial 1F1B;
@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ from rlhfuse.schedules.standard import one_f_one_b, zb_h1
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.timeline import Span
 from rlhfuse.training.records import MiniBatchPlan, SampleData
+from rlhfuse.training.torch_backend import TorchBackend
 from rlhfuse.training.update import RankTrainer
 
 CPU = torch.device("cpu")
@@ -197,6 +199,12 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
     cuts = {role: cut(samples, count) for role in PLACES}
 
     def run(rank: int) -> Measured:
+        stages: list[TorchBackend] = []
+
+        def backend(*given: Config, **more: Any) -> TorchBackend:
+            stages.append(TorchBackend(*given, **more))
+            return stages[0]
+
         trainer = RankTrainer(
             config,
             rank=rank,
@@ -205,6 +213,7 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
             device=CPU,
             dtype=torch.float32,
             total_steps=1000,
+            make_backend=backend,
         )
 
         def update(plan: MiniBatchPlan) -> list[Span]:
@@ -230,7 +239,7 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
         parameters = [t for role in PLACES for t in trainer.named_tensors(role).values()]
 
         def held(plan: MiniBatchPlan) -> int:
-            counter = HeldBytes(parameters)
+            counter = HeldBytes(parameters, lambda: stages[0].held().deferred)
             with counter.watch():
                 update(plan)
             return counter.peak
@@ -242,7 +251,7 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
         return Measured(
             compared,
             found,
-            {name: held(MiniBatchPlan(cuts, compared[name])) for name in ("serial 1F1B", "fused")},
+            {name: held(MiniBatchPlan(cuts, rounds)) for name, rounds in compared.items()},
             {
                 role: held(MiniBatchPlan({role: whole}, (rounds[i],)))
                 for i, role in enumerate(PLACES)

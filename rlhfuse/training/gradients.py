@@ -81,11 +81,13 @@ class GradientSums:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # a split backward pass: its product comes later
             return
-        wide = gradient.double().mul_(_UNITS).round_() if self._any_order else gradient.float()
-        if parameter in self._wide:
-            self._wide[parameter] += wide
+        if self._any_order:
+            gradient = gradient.double().mul_(_UNITS).round_()
+        total = self._wide.get(parameter)
+        if total is not None:
+            total += gradient  # of half precision: widened as it is read, without a copy
         else:
-            self._wide[parameter] = wide
+            self._wide[parameter] = gradient if self._any_order else gradient.float()
 
 
 def square_sum(gradient: torch.Tensor) -> float:

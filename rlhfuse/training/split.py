@@ -31,8 +31,14 @@ class WeightStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept for `compute`."""
-        return sum(p.nbytes for products in self._deferred.values() for p in products)
+        """Bytes of what is kept for `compute`; what several layers have read counts once."""
+        kept = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for products in self._deferred.values()
+            for product in products
+            for tensor in (product.rows, product.gradient)
+        }
+        return sum(kept.values())
 
     def defer(self, microbatch: int) -> None:
         """From now on, keep the products of this micro-batch for `compute`."""
@@ -95,10 +101,6 @@ class _Product(NamedTuple):
     bias: nn.Parameter | None
     rows: torch.Tensor
     gradient: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + self.gradient.nbytes
 
     def compute(self, sums: GradientSums) -> None:
         """To be called without a graph. Many and small where layers are: nothing is in vain."""

@@ -193,3 +193,16 @@ def test_a_split_layer_stays_the_module_that_it_was() -> None:
     found = gradients_of(layer)
     assert torch.equal(found["weight"], torch.full((3, 4), 2.0))
     assert torch.equal(found["bias"], torch.full((3,), 2.0))
+
+
+def test_what_waits_for_its_weight_gradient_is_counted_once() -> None:
+    """Three layers that read the same rows hold them once, and each its output's gradient."""
+    layers = nn.ModuleList(nn.Linear(8, 4, bias=False) for _ in range(3))
+    store = WeightStore(GradientSums(layers.parameters()))
+    split_linears(layers, store)
+    rows = torch.ones(16, 8)
+    store.defer(0)
+    sum((2 * layer(rows)).sum() for layer in layers).backward()  # type: ignore[union-attr]
+    assert store.nbytes == 16 * 8 * 4 + 3 * 16 * 4 * 4
+    store.compute(0)
+    assert store.nbytes == 0
