@@ -8,8 +8,9 @@ Actor and critic of the quick-start shape on two ranks of one thread each; seria
 run. `predicted` is the ratio by the schedules' timing with the measured task times; `replayed` is
 measured time over that of an ideal executor whose tasks take exactly as long as they did: what
 messages and bookkeeping cost. `peak_over_model`: bytes that autograd (and what waits for W) held
-at most over those of the schedule's memory model, which holds a micro-batch whole up to W. All counts cut the same tokens, so
-`over_best_serial` compares with serial 1F1B at its own best number of micro-batches.
+at most over those of the schedule's memory model, which holds a micro-batch whole up to W. All
+counts cut the same tokens, so `over_best_serial` compares with serial 1F1B at its own best number
+of micro-batches.
 `--equal-memory`: the best serial schedules that the search finds within the memory of fused with W
 (the weight gradient split off in both), and fused with W within the memory of serial 1F1B;
 `model_peak` is the most of any rank, in activations of one micro-batch.
@@ -49,6 +50,7 @@ from rlhfuse.schedules.standard import one_f_one_b, zb_h1
 from rlhfuse.schedules.timing import makespan
 from rlhfuse.timeline import Span
 from rlhfuse.training.records import MiniBatchPlan, SampleData
+from rlhfuse.training.stage_runner import AutogradRunner
 from rlhfuse.training.torch_backend import TorchBackend
 from rlhfuse.training.update import RankTrainer
 
@@ -199,11 +201,12 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
     cuts = {role: cut(samples, count) for role in PLACES}
 
     def run(rank: int) -> Measured:
-        stages: list[TorchBackend] = []
+        runners: list[AutogradRunner] = []
 
         def backend(*given: Config, **more: Any) -> TorchBackend:
-            stages.append(TorchBackend(*given, **more))
-            return stages[0]
+            made = TorchBackend(*given, **more)
+            runners.extend(r for r in made.runners.values() if isinstance(r, AutogradRunner))
+            return made
 
         trainer = RankTrainer(
             config,
@@ -239,7 +242,7 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
         parameters = [t for role in PLACES for t in trainer.named_tensors(role).values()]
 
         def held(plan: MiniBatchPlan) -> int:
-            counter = HeldBytes(parameters, lambda: stages[0].held().deferred)
+            counter = HeldBytes(parameters, lambda: sum(r.deferred_bytes for r in runners))
             with counter.watch():
                 update(plan)
             return counter.peak

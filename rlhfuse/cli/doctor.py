@@ -52,7 +52,11 @@ _OPTIONAL = {
         "the drop-in scheduler for Megatron pipelines (rlhfuse.megatron)",
         "pip install megatron-core",
     ),
-    "amp_C": ("apex", "apex's fused multi-tensor kernels in Megatron runs", "build NVIDIA apex"),
+    "amp_C": (
+        "apex",
+        "apex's FusedAdam on GPUs, and its multi-tensor kernels in Megatron runs",
+        "build NVIDIA apex",
+    ),
 }
 
 

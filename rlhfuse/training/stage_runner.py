@@ -44,6 +44,11 @@ class AutogradRunner:
         """Micro-batches between forward and backward."""
         return len(self._saved)
 
+    @property
+    def deferred_bytes(self) -> int:
+        """Bytes that wait for `weight_gradient`."""
+        return 0 if self._weights is None else self._weights.nbytes
+
     def forward(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
         """See `StageRunner`."""
         assert microbatch not in self._saved, f"{microbatch=} is already in flight"

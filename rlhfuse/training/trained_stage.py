@@ -76,7 +76,7 @@ class TrainedStage:
             )
         self._by_groups = trains_groups(config)
         self.sums = GradientSums(self.trained_parameters().values(), any_order=self._by_groups)
-        self._store = store = WeightStore(self.sums) if config.fusion.split_weight else None
+        store = WeightStore(self.sums) if config.fusion.split_weight else None
         if store is not None:
             split_linears(self.stage, store)
         if model.gradient_checkpointing:
@@ -150,7 +150,7 @@ class TrainedStage:
             weights=sum(p.nbytes for p in parameters),
             gradients=sum(g.nbytes for g in gradients),
             optimizer=sum(t.nbytes for t in self.optimizer.state().tensors.values()),
-            deferred=self._store.nbytes if self._store is not None else 0,
+            deferred=self.runner.deferred_bytes,
             logits=logits_bytes(self.stage, chunk_rows(self.stage.config.vocab_size)),
             microbatches=self.runner.num_held,
         )

@@ -202,7 +202,7 @@ def test_what_waits_for_its_weight_gradient_is_counted_once() -> None:
     split_linears(layers, store)
     rows = torch.ones(16, 8)
     store.defer(0)
-    sum((2 * layer(rows)).sum() for layer in layers).backward()  # type: ignore[union-attr]
+    sum((2 * layer(rows)).sum() for layer in layers).backward()
     assert store.nbytes == 16 * 8 * 4 + 3 * 16 * 4 * 4
     store.compute(0)
     assert store.nbytes == 0
