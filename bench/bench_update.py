@@ -249,8 +249,6 @@ def measure(asked: argparse.Namespace, count: int, folder: Path) -> list[Measure
 
         whole = cut(samples, 1)
         rounds = variants(unit, 1)["serial 1F1B"]
-        if asked.equal_memory:
-            return Measured(compared, found, {}, {})
         return Measured(
             compared,
             found,
@@ -284,7 +282,7 @@ def row_of(name: str, count: int, results: Sequence[Measured]) -> dict[str, floa
         "predicted_s": sum(makespan(_with(problem, schedule)) for schedule in rounds),
         "over_replayed": statistics.median(replayed),
         "model_peak": model_peak(rounds),
-        "peak_over_model": _peak_over_model(name, results) if name in results[0].peak else 0.0,
+        "peak_over_model": _peak_over_model(name, results),
     }
 
 

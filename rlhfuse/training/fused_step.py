@@ -30,9 +30,17 @@ from rlhfuse.training.channels import Channels, Shape
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.executor import Executor, StageRunner
 from rlhfuse.training.gradients import GradientSums, square_sum
+from rlhfuse.training.memory import Held, Ways, advice, in_use, out_of_memory
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner, Compute, ForwardRunner
 from rlhfuse.training.streams import draws, may_draw, stream
+
+_WAYS = Ways(
+    activations="cut smaller micro-batches, or set Model.recompute",
+    deferred="set Model.split_weight=False, or fuse without split_weight",
+    optimizer="use an optimizer of less state, or more ranks for the model (Model.ranks)",
+    weights="use more ranks for the model (Model.ranks), or a narrower dtype",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,8 +147,9 @@ class FusedStep:
             for stage, module in model.stages.items()
         }
         self._executor = Executor(
-            rank, self._channels, runners, clock_of(device), _get_default_store()
+            rank, self._channels, runners, clock_of(device), _get_default_store(), self._explain
         )
+        self._trained = [r for r in runners.values() if isinstance(r, AutogradRunner)]
 
     def update(
         self,
@@ -189,6 +198,35 @@ class FusedStep:
         """Leave the process groups that this object made."""
         self._channels.close()
         dist.destroy_process_group(self._control)
+
+    def _explain(self, error: Exception) -> str:
+        if out_of_memory(error):
+            return advice(error, self._held(), in_use(self._device), self._device, _WAYS)
+        return f"{type(error).__name__}: {error}"
+
+    def _held(self) -> Held:
+        weights = {
+            p: p.nbytes
+            for model in self._models.values()
+            for module in model.stages.values()
+            for p in module.parameters()
+        }
+        trained = [(self._sums[name], p) for name, mine in self._parameters.items() for p in mine]
+        gradients = (sums.of(p) for sums, p in trained)
+        states = [m.optimizer.state for m in self._models.values() if m.optimizer is not None]
+        return Held(
+            weights=sum(weights.values()),
+            gradients=sum(g.nbytes for g in gradients if g is not None),
+            optimizer=sum(
+                value.nbytes
+                for state in states
+                for own in state.values()
+                for value in own.values()
+                if isinstance(value, torch.Tensor)
+            ),
+            deferred=sum(runner.deferred_bytes for runner in self._trained),
+            microbatches=sum(runner.num_held for runner in self._trained),
+        )
 
     def _runner(self, model: Model, stage: int, module: nn.Module) -> StageRunner:
         last = stage == len(model.ranks) - 1

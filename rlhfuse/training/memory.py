@@ -38,6 +38,27 @@ class Held:
         return self.weights + self.gradients + self.optimizer + self.deferred
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What to change where most memory goes to one kind; `weights`: with their gradients."""
+
+    activations: str
+    deferred: str
+    optimizer: str
+    weights: str
+
+
+_KEYS = Ways(
+    activations="cut smaller micro-batches (a higher num_microbatches, or a lower "
+    "ppo_max_token_len_per_gpu), or set gradient_checkpointing=true, of actor or critic",
+    deferred="set fusion.split_weight=false",
+    optimizer="train adapters (lora_rank), or use more devices: replicas share states "
+    "(placement.shard_optimizer)",
+    weights="use more pipeline stages (placement.actor_pp, placement.critic_pp, more devices), "
+    "or train adapters (lora_rank)",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: on a GPU, in torch's CPU allocator, or in Python."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -69,9 +90,11 @@ def logits_bytes(stage: ModelStage, chunk_rows: int) -> int:
     return 4 * chunk_rows * stage.lm_head_weight().shape[0]
 
 
-def advice(error: BaseException, held: Held, total: int, device: torch.device) -> str:
+def advice(
+    error: BaseException, held: Held, total: int, device: torch.device, ways: Ways = _KEYS
+) -> str:
     """The message of an allocation that failed, in one line: what was asked for, what is held by
-    kind, and which keys change most of it. `total`: bytes in use, from `in_use`."""
+    kind, and what changes most of it. `total`: bytes in use, from `in_use`."""
     what = " ".join(str(error).split()) or type(error).__name__
     rest = max(0, total - held.known)
     parts = {
@@ -84,7 +107,7 @@ def advice(error: BaseException, held: Held, total: int, device: torch.device) -
     }
     told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     where = "on the GPU" if device.type == "cuda" else "in the process"
-    return f"out of memory ({what}); held {where}: {told}. {_way_out(held, rest)}"
+    return f"out of memory ({what}); held {where}: {told}. {_way_out(held, rest, ways)}"
 
 
 @contextmanager
@@ -107,26 +130,14 @@ def loading(what: str, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _way_out(held: Held, rest: int) -> str:
-    ways = {
-        "activations": (
-            rest,
-            "cut smaller micro-batches (a higher num_microbatches, or a lower "
-            "ppo_max_token_len_per_gpu), or set gradient_checkpointing=true, of actor or critic",
-        ),
-        "products that wait for W": (held.deferred, "set fusion.split_weight=false"),
-        "the optimizer's states": (
-            held.optimizer,
-            "train adapters (lora_rank), or use more devices: replicas share states "
-            "(placement.shard_optimizer)",
-        ),
-        "weights and gradients": (
-            held.weights + held.gradients,
-            "use more pipeline stages (placement.actor_pp, placement.critic_pp, more devices), "
-            "or train adapters (lora_rank)",
-        ),
+def _way_out(held: Held, rest: int, ways: Ways) -> str:
+    found = {
+        "activations": (rest, ways.activations),
+        "products that wait for W": (held.deferred, ways.deferred),
+        "the optimizer's states": (held.optimizer, ways.optimizer),
+        "weights and gradients": (held.weights + held.gradients, ways.weights),
     }
-    name, (_, way) = max(ways.items(), key=lambda item: item[1][0])
+    name, (_, way) = max(found.items(), key=lambda item: item[1][0])
     return f"Most are {name}: {way}"
 
 

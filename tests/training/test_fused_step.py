@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
-from rlhfuse.schedules.standard import one_f_one_b, zb_h1
+from rlhfuse.schedules.standard import gpipe, one_f_one_b, zb_h1
+from rlhfuse.training.executor import StepFailed
 from rlhfuse.training.fused_step import Batch, FusedStep, Model, Result
 from tests.training.ranks import run_ranks
 
@@ -309,3 +310,26 @@ def test_half_precision_trains_on_gradients_summed_in_float32(split: bool) -> No
     (found,) = run_ranks(1, run)
     expected = named([module])
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_memory_that_runs_out_names_what_is_held_and_a_way_out() -> None:
+    schedule = gpipe(Problem(1, (Pipeline.make("one", (0,), COUNT, 1, 2),)))
+
+    def run(rank: int) -> str:
+        module = stages(1)[0]
+        model = Model("one", (0,), {0: module}, adam([module]))
+        step = FusedStep([model], rank=rank, device=torch.device("cpu"), dtype=torch.float32)
+        step.update({"one": batch(rows(1), mean_square(rows(2)))}, schedule)
+
+        def greedy(microbatch: int, out: torch.Tensor) -> torch.Tensor:
+            return out.sum() if microbatch < 2 else out.new_empty(2**60)  # no machine has it
+
+        with pytest.raises(StepFailed) as caught:
+            step.update({"one": batch(rows(1), greedy)}, schedule)
+        return str(caught.value)
+
+    (message,) = run_ranks(1, run)
+    assert "rank 0 failed at one:0F2: out of memory (" in message
+    for part in ("weights 0.0 MiB", "optimizer 0.0 MiB", "activations of 2 micro-batches"):
+        assert part in message
+    assert "Model.recompute" in message
