@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.generation_check import penalties, vllm
 from rlhfuse.group_training import why_groups_wait
 
 
@@ -167,42 +168,6 @@ def _sampling(config: Config) -> Iterator[str]:
         )
 
 
-def _vllm(config: Config) -> Iterator[str]:
-    rollout = config.rollout
-    if rollout.vllm.speculative_config is not None and rollout.exactness == "token":
-        yield (
-            "rollout.exactness: token is not possible with rollout.vllm.speculative_config, "
-            "choose distribution"
-        )
-    if rollout.vllm.speculative_config is not None and rollout.min_p:
-        yield (
-            "rollout.min_p: vLLM does not know it with rollout.vllm.speculative_config; set it to "
-            "0, or use top_p"
-        )
-    if rollout.vllm.tensor_parallel_size > 1:
-        yield (
-            f"rollout.vllm.tensor_parallel_size: {rollout.vllm.tensor_parallel_size}, but an "
-            "instance runs on one device (`rlhfuse plan` alone plans for more); set it to 1"
-        )
-
-
-def _penalties(config: Config) -> Iterator[str]:
-    rollout = config.rollout
-    counts = rollout.presence_penalty or rollout.frequency_penalty
-    own = rollout.vllm.speculative_config is not None or rollout.vllm.position_keyed == "off"
-    if counts and own and rollout.engine != "torch":
-        yield (
-            "rollout.presence_penalty: neither it nor frequency_penalty is possible with "
-            "rollout.vllm.speculative_config or rollout.vllm.position_keyed: off (vLLM's own "
-            "sampler takes the response of a sample that moved for its prompt); set both to 0"
-        )
-    if config.penalises and rollout.old_log_probs == "engine":
-        yield (
-            "rollout.old_log_probs: engine gives those with penalties, and the update's are "
-            "without; choose recompute"
-        )
-
-
 def _devices(config: Config) -> Iterator[str]:
     devices = config.placement.num_devices // config.placement.tp
     over = f" / placement.tp {config.placement.tp}" if config.placement.tp > 1 else ""
@@ -284,8 +249,8 @@ _RULES = (
     _reward,
     _batches,
     _sampling,
-    _vllm,
-    _penalties,
+    vllm,
+    penalties,
     _devices,
     _backend,
     _data,
@@ -381,6 +346,12 @@ def _missing(config: Config) -> Iterator[str]:
 def _not_installed(config: Config) -> Iterator[str]:
     if config.actor.backend == "megatron" and find_spec("megatron") is None:
         yield "actor.backend: megatron needs the package megatron-core, or use torch"
+    nixl = config.rollout.vllm.kv_transfer == "nixl" and config.rollout.engine != "torch"
+    if nixl and find_spec("nixl") is None:
+        yield (
+            "rollout.vllm.kv_transfer: nixl needs the package nixl (pip install --no-deps nixl "
+            "nixl-cu12), or use auto"
+        )
     for role, model in _trained(config):
         if model.lora_rank and find_spec("peft") is None:
             yield f"{role}.lora_rank: needs the package peft (pip install peft), or 0"

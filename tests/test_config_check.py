@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhfuse import config_check
 from rlhfuse.config import Config
 from rlhfuse.config_check import batch_arithmetic, check, check_files, ratios, total_steps
 from rlhfuse.config_file import load
@@ -61,6 +62,11 @@ def test_a_plain_run_breaks_no_rule(tmp_path: Path) -> None:
             ["rollout.frequency_penalty=0.2", "rollout.vllm.position_keyed=off"],
             "rollout.presence_penalty",
             "set both to 0",
+        ),
+        (
+            ["rollout.exactness=token", "placement.dtype=bfloat16"],
+            "rollout.exactness",
+            "choose distribution",
         ),
         (
             ["rollout.min_p=0.1", "rollout.vllm.speculative_config={method: ngram}"],
@@ -143,6 +149,14 @@ def test_existing_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "t.jsonl").write_text("{}")
     check_files(_config(tmp_path))
+
+
+def test_a_package_that_is_asked_for_and_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_check, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"kv_transfer: nixl needs the package nixl .*use auto"):
+        check_files(_config(tmp_path, "rollout.vllm.kv_transfer=nixl"))
 
 
 def test_what_ratios_compare_is_told_where_the_sampler_truncates(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "config",
         "config_file",
         "group_training",
+        "generation_check",
         "config_check",
         "resume_check",
         "placement",
