@@ -115,7 +115,7 @@ def _padded(
     white = found.advantages
     if whitened:
         white = triton_whiten.whiten(white, found.moments, mask=kept)[0]
-    returns = nothing.clone() if values is None else found.returns
+    returns = torch.empty_like(nothing) if values is None else found.returns
     return white, returns, nothing if scores is None else found.rewards
 
 

@@ -92,9 +92,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *tensors, ctx.clip = inputs
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the latter would be one more launch
 
 
-def _autograd_backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+def _autograd_backward(ctx: Any, above: Tensor | None, _: None) -> tuple[Tensor, None, None, None]:
+    assert above is not None, "what is not differentiable has asked for a gradient"
     gradient: Tensor = _backward(*ctx.saved_tensors, above, ctx.clip)
     return gradient, None, None, None
 

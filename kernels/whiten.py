@@ -258,9 +258,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     values, _, mask, ctx.shift_mean, ctx.eps = inputs
     ctx.save_for_backward(values, mask, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the latter would be one more launch
 
 
-def _autograd_backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, above: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    assert above is not None, "what is not differentiable has asked for a gradient"
     return _backward(*ctx.saved_tensors, above, ctx.shift_mean, ctx.eps), None, None, None, None
 
 

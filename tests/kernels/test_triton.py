@@ -26,6 +26,7 @@ needs_triton = pytest.mark.skipif(
     [
         "triton_cases.py",
         "triton_kept_cases.py",
+        "triton_launch_cases.py",
         "triton_padded_cases.py",
         "triton_scan_cases.py",
         "triton_whiten_cases.py",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rlhfuse.kernels import reference, triton_linear
-from rlhfuse.kernels.linear_logprob import linear_logprob
+from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
 from rlhfuse.kernels.linear_loss import linear_loss
-from rlhfuse.kernels.logprob import token_logprob
+from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -233,3 +233,51 @@ def test_linear_loss_equals_float64(dtype: torch.dtype, entropy: bool, per_token
     assert relative(found.loss, true_loss.detach()) < 1e-5
     for ours, true in zip(grads, true_grads, strict=True):
         assert relative(ours, true) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_rows_that_are_all_ignored_count_nowhere() -> None:
+    rng = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(n, 16, generator=rng).to(DEVICE) for n in (5, 40))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.full((5,), -100, device=DEVICE)
+    logits = torch.full((5, 40), torch.nan, device=DEVICE).requires_grad_()
+    rows = token_logprob(logits, labels, entropy=True)
+    head = linear_logprob(hidden, weight, labels, entropy=True)
+    fused = linear_loss(hidden, weight, labels, lambda _, logp, *__: (logp * 3).sum())
+    for out in (rows, head):
+        assert out.entropy is not None
+        assert not out.logprob.any()
+        assert not out.entropy.any()
+    assert rows.entropy is not None
+    assert head.entropy is not None
+    loss = (rows.logprob + rows.entropy + head.logprob + head.entropy).sum() + fused.loss
+    assert not loss
+    for gradient in torch.autograd.grad(loss, [logits, hidden, weight]):
+        assert not gradient.any()
+
+
+def test_the_operators_pass_opcheck_and_a_compiled_graph_changes_nothing() -> None:
+    rng = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 8, generator=rng).to(DEVICE) for n in (6, 21))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.randint(-1, 21, (6,), generator=rng).to(DEVICE)
+    temperatures = torch.linspace(0.5, 1.5, 6, device=DEVICE)
+    short = ("test_schema", "test_faketensor", "test_autograd_registration")  # traced below
+    arguments = (labels % 8, 1.0, temperatures, True, False)
+    torch.library.opcheck(token_logprob_op, (hidden, *arguments), test_utils=short)
+    of_head = (hidden, weight, None, labels, 0.7, None, True, 0, None, None)
+    torch.library.opcheck(linear_logprob_op, of_head, test_utils=short)
+
+    def loss(rows: Tensor, head: Tensor) -> Tensor:
+        out = linear_logprob(
+            rows * 2, head, labels.clamp_min(0), temperature=temperatures, entropy=True
+        )
+        own = token_logprob(rows * 2, labels % 8, temperature=temperatures)
+        assert out.entropy is not None
+        return (out.logprob + out.entropy + own.logprob).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    plain = torch.autograd.grad(loss(hidden, weight), [hidden, weight])
+    traced = torch.autograd.grad(compiled(hidden, weight), [hidden, weight])
+    for one, other in zip(plain, traced, strict=True):
+        assert torch.equal(one, other)
