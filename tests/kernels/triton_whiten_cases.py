@@ -137,7 +137,7 @@ def _as_one_program(number: int, programs: int, arguments: tuple[Tensor, ...]) -
     builder = interpreter.interpreter_builder
     builder.set_grid_dim = lambda *_: setattr(builder, "grid_dim", (programs, 1, 1))
     builder.set_grid_idx = lambda *_: setattr(builder, "grid_idx", (number, 0, 0))
-    values, mask, above, count, parts, sums, white, gradient, seen = arguments
+    values, mask, above, known, count, parts, sums, white, gradient, seen = arguments
     room = {(len(parts), 3): parts, (len(sums), 2): sums, tuple(white.shape): white, (3,): seen}
     torch.use_deterministic_algorithms(False)
     # Storages are shared already: copying them back would undo what others wrote meanwhile.
@@ -149,7 +149,8 @@ def _as_one_program(number: int, programs: int, arguments: tuple[Tensor, ...]) -
     patch.setattr(torch, "empty_like", lambda _: gradient)
     time.sleep(0.1 * number)  # the first ones have to wait
     triton_whiten.whiten(values, mask=mask)
-    triton_whiten.whiten_backward(values, mask, seen, above, shift_mean=True)
+    # A launch on a GPU begins when the one before has ended; here the others may still store.
+    triton_whiten.whiten_backward(values, mask, known, above, shift_mean=True)
 
 
 def _flat(shape: tuple[Any, ...]) -> tuple[int, ...]:
@@ -164,7 +165,7 @@ def test_programs_that_run_side_by_side_meet(programs: int) -> None:
     true_grad = triton_whiten.whiten_backward(values, mask, seen, above, shift_mean=True)
     blocks = -(-9001 // 2048)
     shared = [
-        values, mask, above, torch.zeros(1, dtype=torch.int32),
+        values, mask, above, seen, torch.zeros(1, dtype=torch.int32),
         torch.empty(blocks, 3, dtype=torch.float64), torch.empty(blocks, 2, dtype=torch.float64),
         torch.empty_like(truth), torch.empty_like(values), torch.empty(3, dtype=torch.float64),
     ]  # fmt: skip
@@ -172,7 +173,7 @@ def test_programs_that_run_side_by_side_meet(programs: int) -> None:
         part.share_memory_()
     fork = multiprocessing.get_context("fork")
     for _ in range(2):  # the counter is as good as new afterwards
-        for part in shared[4:]:
+        for part in shared[5:]:
             part.fill_(torch.nan)
         team = [
             fork.Process(target=_as_one_program, args=(number, programs, tuple(shared)))
@@ -183,8 +184,9 @@ def test_programs_that_run_side_by_side_meet(programs: int) -> None:
         for member in team:
             member.join(timeout=120)
             assert member.exitcode == 0
-        assert torch.equal(shared[6], truth)
-        assert torch.equal(shared[7], true_grad)
+        assert torch.equal(shared[7], truth)
+        assert torch.equal(shared[8], true_grad)
+        assert torch.equal(shared[9], seen)
 
 
 @interpreted
