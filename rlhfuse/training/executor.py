@@ -20,7 +20,7 @@ from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training.channels import Channels, Shapes
 from rlhfuse.training.clock import Clock, Mark
 from rlhfuse.training.exchange import Exchange
-from rlhfuse.training.links import Message, Step, plan_row
+from rlhfuse.training.links import Message, RowPlan, Step, plan_row
 from rlhfuse.training.local_exchange import LocalExchange
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Executor:
         self._clock = clock
         self._store = store
         self._explain = explain
+        self._planned: tuple[Schedule, RowPlan] | None = None
         self._round = 0
 
     def run(
@@ -99,7 +100,7 @@ class Executor:
             StepFailed: a task failed, or a peer did. The channels are closed: nothing more can be
                 run.
         """
-        plan = plan_row(schedule, self._row)
+        plan = self._plan(schedule)
         self._round += 1
         measured: list[_Measured] = []
         self._clock.start()
@@ -115,6 +116,12 @@ class Executor:
         except Exception as error:
             raise self._failed(schedule, at, error) from error
         spans.extend(self._spans(measured, shapes))
+
+    def _plan(self, schedule: Schedule) -> RowPlan:
+        """This rank's part; made once where a schedule, which never changes, runs again."""
+        if self._planned is None or self._planned[0] is not schedule:
+            self._planned = schedule, plan_row(schedule, self._row)
+        return self._planned[1]
 
     def _run_step(self, step: Step, exchange: Exchange | LocalExchange) -> "_Measured":
         """What the next rank waits for comes first: receive, compute, send; then the books."""
