@@ -7,7 +7,7 @@ processors', whoever calls them.
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ class BareGloo:
         rank: int,
         seconds: Mapping[Op, float],
         shape: Sequence[int],
+        sleep: Callable[[float], None],
     ) -> None:
         """Makes a process group. Collective: all ranks call it alike."""
         self._group = dist.new_group(list(range(schedule.problem.num_ranks)))
@@ -45,6 +46,7 @@ class BareGloo:
             )
         }
         self._message = torch.zeros(*shape)
+        self._sleep = sleep
         plan = plan_row(schedule, rank)
         self._expected = {
             way: (len(order), self._post(way, way.source)) for way, order in plan.expected.items()
@@ -82,7 +84,7 @@ class BareGloo:
             if step.receives is not None:
                 posted[step.receives].popleft()[1].wait()
             moments.append(time.monotonic())
-            time.sleep(step.seconds)
+            self._sleep(step.seconds)
             moments.append(time.monotonic())
             if step.sends is not None:
                 group, target, tag = step.sends

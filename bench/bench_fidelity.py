@@ -3,10 +3,12 @@
     python -m bench.bench_fidelity --ranks 8 16 --forward-ms 10 5
 
 Tasks sleep (forward once, backward twice the given time), so that cores do not matter: what is
-left is messages, bookkeeping and the timer (whose slack, 50 us on Linux, is set to 0: the sleep
-stands for computing, which ends when it is done). `measured` is from the first task's start to the
-last one's end, `with_setup` from the call to its return on all ranks, `task_over_planned` the part
-that the sleeping itself adds, `cpu_us_per_task` the processor time of all that is not sleep.
+left is messages and bookkeeping. A machine oversleeps; as the sleep stands for computing, which
+ends when it is done, the timer's slack (50 us on Linux) is set to 0, and a task asks for less by
+what the tasks before it overslept on average (`--plain-sleep`: it does not). `task_over_planned`
+says how long tasks were after all. `measured` is from the first task's start to the last one's end,
+`with_setup` from the call to its return on all ranks, `cpu_us_per_task` the processor time of all
+that is not sleep.
 
 `replayed` is what an ideal executor, with free messages, would take for tasks that sleep as long as
 they did: `over_replayed` is what ours loses. `message_us` is the median time from a task's end to
@@ -19,7 +21,6 @@ messages between the same sleeping ranks without the executor (`bench.bare_gloo`
 """
 
 import argparse
-import ctypes
 import itertools
 import statistics
 import time
@@ -35,6 +36,7 @@ from bench.bare_gloo import BareGloo
 from bench.ideal_executor import TASKS, replay, sources
 from bench.ranks import run_ranks, say
 from bench.record import Row, print_table, write_result
+from bench.sleep import EvenSleep
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.schedules.timing import makespan
@@ -44,30 +46,31 @@ from rlhfuse.training.clock import HostClock
 from rlhfuse.training.executor import Executor
 
 CPU = torch.device("cpu")
-PR_SET_TIMERSLACK = 29
+GAIN = 0.1
 
 
 class Sleeper:
     """A stage whose tasks sleep."""
 
-    def __init__(self, forward_s: float, shape: tuple[int, int]) -> None:
+    def __init__(self, forward_s: float, shape: tuple[int, int], sleep: EvenSleep) -> None:
         self._forward_s = forward_s
         self._message = torch.zeros(shape)
+        self._sleep = sleep
 
     def forward(self, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        time.sleep(self._forward_s)
+        self._sleep(self._forward_s)
         return self._message
 
     def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        time.sleep(2 * self._forward_s)
+        self._sleep(2 * self._forward_s)
         return self._message
 
     def input_gradient(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        time.sleep(self._forward_s)
+        self._sleep(self._forward_s)
         return self._message
 
     def weight_gradient(self, microbatch: int) -> None:
-        time.sleep(self._forward_s)
+        self._sleep(self._forward_s)
 
 
 def two_models(num_ranks: int, num_microbatches: int, forward_s: float) -> Problem:
@@ -98,31 +101,41 @@ def seconds_of(forward_s: float) -> dict[Op, float]:
     return {Op.F: forward_s, Op.B: 2 * forward_s, Op.I: forward_s, Op.W: forward_s}
 
 
-def run_schedule(
-    schedule: Schedule, forward_s: float, repeats: int, rows: int, carrier: str
-) -> list[Measured]:
-    """`repeats` runs of a schedule of sleeping tasks, on as many processes as it has ranks."""
-    shape = (rows, 256)
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a schedule is run: how often, message rows of 1 KB, by what, and `EvenSleep`'s gain."""
+
+    repeats: int
+    rows: int
+    carrier: str
+    gain: float
+
+
+def run_schedule(schedule: Schedule, forward_s: float, way: Way) -> list[Measured]:
+    """Runs of a schedule of sleeping tasks, on as many processes as it has ranks."""
+    shape = (way.rows, 256)
     pipelines = schedule.problem.pipelines
 
     def run(rank: int) -> Measured:
-        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        sleep = EvenSleep(way.gain)
         channels = Channels(
             rank,
             {pipe.name: pipe.stages for pipe in pipelines},
             device=CPU,
             dtype=torch.float32,
             timeout=timedelta(seconds=60),
-            local=carrier == "local",
+            local=way.carrier == "local",
         )
-        runners = {(p.name, p.stages.index(rank)): Sleeper(forward_s, shape) for p in pipelines}
+        runners = {
+            (p.name, p.stages.index(rank)): Sleeper(forward_s, shape, sleep) for p in pipelines
+        }
         executor = Executor(rank, channels, runners, HostClock(), _get_default_store())
         shapes = {pipe.name: [shape] * pipe.num_microbatches for pipe in pipelines}
         bare = None
-        if carrier == "gloo":
-            bare = BareGloo(schedule, rank, seconds_of(forward_s), shape)
+        if way.carrier == "gloo":
+            bare = BareGloo(schedule, rank, seconds_of(forward_s), shape, sleep)
         found = Measured()
-        for _ in range(repeats):
+        for _ in range(way.repeats):
             if bare is not None:
                 dist.barrier()
                 found.bare.append(bare.run(ahead=2))
@@ -138,17 +151,16 @@ def run_schedule(
     return run_ranks(schedule.problem.num_ranks, run)
 
 
-def fidelity(
-    num_ranks: int, forward_s: float, repeats: int, rows: int, split: bool, carrier: str
-) -> Row:
-    """One table row: `repeats` runs of a fused schedule on `num_ranks` processes."""
-    what = f"{num_ranks} ranks, {forward_s * 1e3:g} ms, {'F I W' if split else 'F B'}, {carrier}"
+def fidelity(num_ranks: int, forward_s: float, split: bool, way: Way) -> Row:
+    """One table row: runs of a fused schedule on `num_ranks` processes."""
+    repeats, ops = way.repeats, "F I W" if split else "F B"
+    what = f"{num_ranks} ranks, {forward_s * 1e3:g} ms, {ops}, {way.carrier}"
     schedule = fuse(
         two_models(num_ranks, 2 * num_ranks, forward_s), iterations=40, split_weight=split
     )
     planned = makespan(schedule)
     say(f"{what}: running {repeats} times {planned:.2f} s")
-    results = run_schedule(schedule, forward_s, repeats, rows, carrier)
+    results = run_schedule(schedule, forward_s, way)
     per_repeat = [[s for r in results for s in r.spans[i]] for i in range(repeats)]
     tasks = [[s for s in spans if s.kind in TASKS] for spans in per_repeat]
     ratios = [
@@ -171,9 +183,9 @@ def fidelity(
     return {
         "ranks": num_ranks,
         "forward_ms": forward_s * 1e3,
-        "message_kb": rows,
+        "message_kb": way.rows,
         "split_weight": split,
-        "carrier": carrier,
+        "carrier": way.carrier,
         "planned_s": round(planned, 4),
         "measured_over_planned": round(statistics.median(ratios), 4),
         "best_over_planned": round(min(ratios), 4),
@@ -251,16 +263,19 @@ def main() -> None:
     parser.add_argument("--carriers", nargs="+", default=["local", "gloo"])
     parser.add_argument("--repeats", type=int, default=5, help="at least 2")
     parser.add_argument("--rows", type=int, default=64, help="rows of 1 KB in a message")
+    parser.add_argument("--plain-sleep", action="store_true", help="tasks oversleep")
+    parser.add_argument("--name", default="bench_fidelity", help="of the result")
     asked = parser.parse_args()
+    gain = 0.0 if asked.plain_sleep else GAIN
     rows = [
-        fidelity(ranks, milliseconds / 1e3, asked.repeats, asked.rows, split, carrier)
+        fidelity(ranks, milliseconds / 1e3, split, Way(asked.repeats, asked.rows, carrier, gain))
         for ranks in asked.ranks
         for milliseconds in asked.forward_ms
         for split in (False, True)
         for carrier in asked.carriers
     ]
     print_table(rows)
-    print(write_result("bench_fidelity", rows))
+    print(write_result(asked.name, rows))
 
 
 if __name__ == "__main__":
