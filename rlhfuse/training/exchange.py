@@ -1,13 +1,13 @@
 """One rank's messages while it runs one schedule: receives posted ahead, sends that do not block.
 
-Two receives are posted on each channel; `refill` fills the place of
-one that was taken, when nobody waits for this rank. A send's buffer is kept until it is complete,
-and a second one on its channel first waits for it. Where only the sender knows a message's shape,
-one header is posted ahead instead, the body when it is asked for, and two sends may be open: a rank
-then blocks no earlier than with one receive posted ahead, so one proof
-(`rlhfuse.schedules.timing.check_channels`) holds for both. Headers are for the host: they travel
-between CPUs, in groups of their own where the bodies' groups are a GPU's, so that to read one is
-not to wait for the device.
+Two receives are posted on each channel; `refill` fills the place of one that was taken, when nobody
+waits for this rank. A send's buffer is kept until it is complete, and a second one on its channel
+first waits for it. Where only the sender knows a message's shape, one header is posted ahead
+instead, the body when it is asked for, and two sends may be open: a rank then blocks no earlier
+than with one receive posted ahead, so one proof (`rlhfuse.schedules.timing.check_channels`) holds
+for both. Headers are for the host: they travel between CPUs, in groups of their own where the
+bodies' groups are a GPU's, so that to read one is not to wait for the device. Between processes of
+one machine, `rlhfuse.training.local_exchange` takes the place of all this.
 """
 
 from collections import deque

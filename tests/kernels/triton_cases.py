@@ -4,9 +4,6 @@
 when it is first imported.
 """
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,27 +12,9 @@ from rlhfuse.kernels import reference, triton_linear
 from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
 from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.logprob import token_logprob, token_logprob_op
+from tests.kernels.against_float64 import DEVICE, HALF, relative
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-# Triton 3.6's interpreter multiplies bf16 matrices as the integers that hold them.
-HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN, so that unwritten results are
-    seen, and refuses whatever does not give the same bits every time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 CASES = [

@@ -1,8 +1,5 @@
 """Triton's log-probabilities among kept tokens: see `triton_cases.py`, run the same way."""
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,25 +9,9 @@ from rlhfuse.kernels.linear_logprob import linear_logprob, linear_logprob_op
 from rlhfuse.kernels.linear_loss import linear_loss
 from rlhfuse.kernels.reference import KeptTokens
 from rlhfuse.kernels.replay import replay
+from tests.kernels.against_float64 import DEVICE, HALF, relative
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Triton 3.6's interpreter multiplies bf16 matrices as the integers that hold them.
-HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN, and refuses whatever does not
-    give the same bits every time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def on_device(kept: KeptTokens) -> KeptTokens:

@@ -17,8 +17,8 @@ from rlhfuse.kernels.policy_loss import value_terms
 from rlhfuse.kernels.reference import Shaping
 from rlhfuse.kernels.statistics import masked_statistics
 from rlhfuse.kernels.whiten import whiten_batch, whiten_masked
+from tests.kernels.against_float64 import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # They launch nothing: allocations and views.
 QUIET = ("empty", "view", "detach", "unbind", "select", "slice", "alias", "as_strided")
 OURS = ("rlhfuse::",)

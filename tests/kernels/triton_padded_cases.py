@@ -1,7 +1,6 @@
 """Triton's GAE of padded rows: see `triton_cases.py`, run the same way."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,22 +9,15 @@ from torch import Tensor
 from rlhfuse.kernels import reference, triton_gae_padded
 from rlhfuse.kernels.padded import discounted_returns_padded, gae_padded, padded_op
 from rlhfuse.kernels.reference import Shaping
+from tests.kernels.against_float64 import DEVICE, relative
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN. Short steps of the carry."""
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the carry."""
     monkeypatch.setattr(triton_gae_padded, "_AHEAD", 32)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def batch(rows: int, length: int, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

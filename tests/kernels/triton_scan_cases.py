@@ -1,7 +1,5 @@
 """Triton's GAE, moments, whitening and value loss: see `triton_cases.py`, run the same way."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,22 +9,15 @@ from rlhfuse.kernels.gae import discounted_returns, gae, gae_op, whitened_gae
 from rlhfuse.kernels.policy_loss import value_terms, value_terms_op
 from rlhfuse.kernels.reference import Shaping
 from rlhfuse.kernels.whiten import whiten_batch, whiten_masked, whiten_op
+from tests.kernels.against_float64 import DEVICE, relative
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN. Short steps of the carry."""
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the carry."""
     monkeypatch.setattr(triton_gae, "_AHEAD", 512)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def batch(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,22 +11,11 @@ from torch import Tensor
 from rlhfuse.kernels import reference, triton_whiten
 from rlhfuse.kernels.statistics import masked_statistics, statistics_op
 from rlhfuse.kernels.whiten import whiten_batch, whiten_masked, whiten_op
+from tests.kernels.against_float64 import DEVICE, relative
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="of Triton's interpreter")
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.detach().cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case(count: int) -> tuple[Tensor, Tensor, Tensor]:
