@@ -1,8 +1,8 @@
-"""All that crosses a process: commands to workers, events from them, requests between them.
+"""Between the controller and its workers: commands, and the events that answer them.
 
 Every message is a tagged struct, encoded as msgpack by `rlhfuse.transport`. Token ids travel as
 int32 bytes; per-token floats never pass the controller: they stay with the worker that made them
-and are fetched by the worker that needs them (`Fetch*` between workers).
+and are fetched by the worker that needs them (`rlhfuse.peer_messages`).
 """
 
 from typing import Annotated, Literal
@@ -16,7 +16,6 @@ PROTOCOL_VERSION = 7
 SampleIds = tuple[int, ...]
 Role = Literal["actor", "critic", "reference", "reward"]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
-Floats32 = Annotated[bytes, msgspec.Meta(max_length=64 * 1024 * 1024)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -358,67 +357,6 @@ class Failed(Message, frozen=True):
     user_error: bool = False
 
 
-# --- between workers -----------------------------------------------------------------------
-
-
-class FetchFloats(Message, frozen=True):
-    """Per-token numbers of samples: kind is a role, ``rollout`` for the engine's own, or one of
-    `payloads`."""
-
-    kind: str
-    sample_ids: SampleIds
-
-
-class Floats(Message, frozen=True):
-    """float32 (of kept tokens int32) bytes, one entry per sample asked for."""
-
-    values: tuple[Floats32, ...]
-
-    def __post_init__(self) -> None:
-        for value in self.values:
-            whole_numbers(value, "values")
-
-
-class FetchTensor(Message, frozen=True):
-    """`length` bytes, from byte `first` on, of a frozen tensor (`PrepareWeights`)."""
-
-    role: Role
-    name: str
-    version: int
-    first: int
-    length: int
-
-
-class TensorBytes(Message, frozen=True):
-    """Part of a tensor of this type and shape: up to as many bytes as were asked for."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
-
-
-class FetchCache(Message, frozen=True):
-    sample_id: int
-
-
-class Cache(Message, frozen=True):
-    """What an exported sample left behind. `data` may be empty: then prefill again."""
-
-    sample_id: int
-    data: bytes
-    logprobs: Floats32  # one per response token so far
-
-    def __post_init__(self) -> None:
-        whole_numbers(self.logprobs, "logprobs")
-
-
-class Refused(Message, frozen=True):
-    """The asked-for data is not here."""
-
-    reason: str
-
-
 Command = (
     Reset
     | BeginStep
@@ -455,5 +393,3 @@ Event = (
     | Written
     | Failed
 )
-PeerRequest = FetchFloats | FetchTensor | FetchCache
-PeerReply = Floats | TensorBytes | Cache | Refused

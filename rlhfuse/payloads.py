@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rlhfuse.messages import (
+from rlhfuse.peer_messages import (
     Cache,
     FetchCache,
     FetchFloats,

@@ -18,7 +18,8 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from rlhfuse.messages import Command, Event, PeerReply, PeerRequest, Pulse, Refused
+from rlhfuse.messages import Command, Event, Pulse
+from rlhfuse.peer_messages import PeerReply, PeerRequest, Refused
 from rlhfuse.placement import RunKeys
 from rlhfuse.wire import MAX_CONTROL_BYTES, MAX_PAYLOAD_BYTES, Codec, NotAMessage
 

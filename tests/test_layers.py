@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "resume_check",
         "placement",
         "messages",
+        "peer_messages",
     ),
     (
         "cost",

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfuse import messages as m
+from rlhfuse import peer_messages as peer
 from rlhfuse.transport import Hub, Link, PeerClient, PeerServer, make_keys
 
 KEYS = make_keys(curve=False)
@@ -82,30 +83,30 @@ def test_garbage_is_dropped_and_the_next_message_arrives(garbage: list[list[byte
 
 
 def test_a_peer_answers_refuses_and_times_out() -> None:
-    def answer(request: m.PeerRequest) -> m.PeerReply:
-        assert isinstance(request, m.FetchFloats)
+    def answer(request: peer.PeerRequest) -> peer.PeerReply:
+        assert isinstance(request, peer.FetchFloats)
         if request.kind == "slow":
             time.sleep(1.0)
         if request.kind == "missing":
-            return m.Refused(reason="not here")
+            return peer.Refused(reason="not here")
         if request.kind == "broken":
             raise KeyError("a fault of ours")
-        return m.Floats(values=tuple(bytes([i] * 4) for i in request.sample_ids))
+        return peer.Floats(values=tuple(bytes([i] * 4) for i in request.sample_ids))
 
     server = PeerServer(answer, KEYS)
     with PeerClient(0.3, KEYS) as client:
-        reply = client.ask(server.endpoint, m.FetchFloats(kind="actor", sample_ids=(1, 2)))
-        assert reply == m.Floats(values=(b"\x01" * 4, b"\x02" * 4))
+        reply = client.ask(server.endpoint, peer.FetchFloats(kind="actor", sample_ids=(1, 2)))
+        assert reply == peer.Floats(values=(b"\x01" * 4, b"\x02" * 4))
         with pytest.raises(ConnectionError, match="not here"):
-            client.ask(server.endpoint, m.FetchFloats(kind="missing", sample_ids=(1,)))
+            client.ask(server.endpoint, peer.FetchFloats(kind="missing", sample_ids=(1,)))
         with pytest.raises(ConnectionError, match="a fault of ours"):
-            client.ask(server.endpoint, m.FetchFloats(kind="broken", sample_ids=(1,)))
+            client.ask(server.endpoint, peer.FetchFloats(kind="broken", sample_ids=(1,)))
         with pytest.raises(ConnectionError, match="within"):
-            client.ask(server.endpoint, m.FetchFloats(kind="slow", sample_ids=(3,)))
+            client.ask(server.endpoint, peer.FetchFloats(kind="slow", sample_ids=(3,)))
         time.sleep(1.0)
         # The late answer must not be taken for this one's.
-        reply = client.ask(server.endpoint, m.FetchFloats(kind="actor", sample_ids=(9,)))
-        assert reply == m.Floats(values=(b"\x09" * 4,))
+        reply = client.ask(server.endpoint, peer.FetchFloats(kind="actor", sample_ids=(9,)))
+        assert reply == peer.Floats(values=(b"\x09" * 4,))
     server.close()
 
 
@@ -113,14 +114,14 @@ def test_a_peer_answers_refuses_and_times_out() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.binary(max_size=64), min_size=1, max_size=3))
 def test_a_peer_server_outlives_garbage(frames: list[bytes]) -> None:
-    server = PeerServer(lambda request: m.Floats(values=()), KEYS)
+    server = PeerServer(lambda request: peer.Floats(values=()), KEYS)
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(server.endpoint)
         stranger.send_multipart(frames)
         with PeerClient(5.0, KEYS) as client:
-            question = m.FetchFloats(kind="actor", sample_ids=())
-            assert client.ask(server.endpoint, question) == m.Floats(values=())
+            question = peer.FetchFloats(kind="actor", sample_ids=())
+            assert client.ask(server.endpoint, question) == peer.Floats(values=())
     server.close()
 
 
@@ -140,21 +141,21 @@ def test_a_peer_that_dies_is_noticed_at_once() -> None:
         dying.start()
         start_s = time.monotonic()
         with PeerClient(60.0, KEYS) as client, pytest.raises(ConnectionError, match="is gone"):
-            client.ask(f"tcp://127.0.0.1:{port}", m.FetchCache(sample_id=1))
+            client.ask(f"tcp://127.0.0.1:{port}", peer.FetchCache(sample_id=1))
         dying.join()
     with PeerClient(60.0, KEYS) as client, pytest.raises(ConnectionError, match="is gone"):
-        client.ask(f"tcp://127.0.0.1:{port}", m.FetchCache(sample_id=1))  # nobody listens
+        client.ask(f"tcp://127.0.0.1:{port}", peer.FetchCache(sample_id=1))  # nobody listens
     assert time.monotonic() - start_s < 10.0
 
 
 @pytest.mark.slow
 def test_across_machines_only_holders_of_the_key_get_in() -> None:
     keys = make_keys(curve=True)
-    server = PeerServer(lambda request: m.Floats(values=()), keys)
+    server = PeerServer(lambda request: peer.Floats(values=()), keys)
     hub = Hub(keys)
-    question = m.FetchFloats(kind="actor", sample_ids=())
+    question = peer.FetchFloats(kind="actor", sample_ids=())
     with PeerClient(5.0, keys) as client:
-        assert client.ask(server.endpoint, question) == m.Floats(values=())
+        assert client.ask(server.endpoint, question) == peer.Floats(values=())
     stolen = make_keys(curve=True)
     known_token = type(keys)(keys.token, stolen.public, stolen.secret)
     no_curve = type(keys)(keys.token)

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from rlhfuse import messages as m
 from rlhfuse import payloads, placement, transport, wire
+from rlhfuse import peer_messages as peer
 from rlhfuse.placement import RunKeys
 from rlhfuse.weights import send
 from rlhfuse.wire import Codec, NotAMessage
 
 KEYS = RunKeys(token=b"0123456789abcdef")
-KINDS = (m.Command, m.Event, m.PeerRequest, m.PeerReply)
+KINDS = (m.Command, m.Event, peer.PeerRequest, peer.PeerReply)
 SAMPLES: list[object] = [
     m.BeginStep(step=3, policy_version=2),
     m.Generate(
@@ -25,8 +26,8 @@ SAMPLES: list[object] = [
         sampling=m.Sampling(1.0, 0, 1.0, 0.0, 8, 0, (2,)),
     ),
     m.Grown(growths=(m.Growth(4, b"\0\0\0\0\1\1\1\1", 2, "stop"),)),
-    m.FetchFloats(kind="actor", sample_ids=(1, 2)),
-    m.Floats(values=(b"\0\0\0\0",)),
+    peer.FetchFloats(kind="actor", sample_ids=(1, 2)),
+    peer.Floats(values=(b"\0\0\0\0",)),
     m.Failed(worker="w", where="x", error="y", traceback="z"),
 ]
 # Any JSON-like value, also the shapes of messages with values that do not belong there.

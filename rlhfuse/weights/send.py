@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlhfuse.messages import FetchTensor, PeerReply, Refused, Role, TensorBytes, TensorSource
+from rlhfuse.messages import Role, TensorSource
+from rlhfuse.peer_messages import FetchTensor, PeerReply, Refused, TensorBytes
 from rlhfuse.transport import PeerClient
 from rlhfuse.weights.plan import combined_digest
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rlhfuse.messages import PeerReply, PeerRequest, TensorBytes, TensorSource
+from rlhfuse.messages import TensorSource
 from rlhfuse.payloads import PayloadStore
+from rlhfuse.peer_messages import PeerReply, PeerRequest, TensorBytes
 from rlhfuse.transport import PeerClient, PeerServer, make_keys
 from rlhfuse.weights import send
 from rlhfuse.weights.plan import combined_digest
