@@ -1,16 +1,16 @@
-"""Rules between the keys of a `Config`, and the batch arithmetic that follows from it."""
+"""Rules between the keys of a `Config`; files are looked at by `file_check`."""
 
 import math
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import msgspec
 
-from rlhfuse.config import Config, TrainedModelConfig
+from rlhfuse.batch_sizes import data_parallel, trained_models
+from rlhfuse.config import Config
 from rlhfuse.generation_check import penalties, vllm
 from rlhfuse.group_training import why_groups_wait
+from rlhfuse.logprob_sources import why_old_wait, why_reference_stays
 
 
 def check(config: Config) -> None:
@@ -25,31 +25,6 @@ def check_for_plan(config: Config) -> None:
     broken = [p for rule in (_finite, _models, _reward, _batches) for p in rule(config)]
     if broken:
         raise ValueError("; ".join(broken))
-
-
-def check_files(config: Config) -> None:
-    """Raise a `ValueError` that names every model folder, file or variable that is missing."""
-    broken = [*_missing(config), *_not_installed(config)]
-    if broken:
-        raise ValueError("; ".join(broken))
-
-
-def ratios(config: Config) -> str:
-    """Which distributions the policy's ratios compare; empty where tokens are drawn from whole
-    ones."""
-    if not config.truncates:
-        penalties = "of the softmax without penalties, though tokens are drawn with them"
-        return penalties if config.penalises else ""
-    if config.replays:
-        return (
-            "of what top-k, top-p and min-p keep (4 bytes a kept token; rollout.top_k bounds "
-            "them, algorithm.replay_truncation=off turns it off)"
-        )
-    why = config.why_no_replay or "algorithm.replay_truncation is off"
-    return f"of the whole softmax, though tokens are drawn from a part of it: {why}"
-
-
-# --- rules ---------------------------------------------------------------------------------
 
 
 def _finite(config: Config) -> Iterator[str]:
@@ -76,7 +51,7 @@ def _models(config: Config) -> Iterator[str]:
             "critic.path: is empty, but algorithm.adv_estimator is gae; "
             f"give the folder of a Hugging Face model{hint}"
         )
-    for role, model in _trained(config):
+    for role, model in trained_models(config):
         if model.lora_dropout and not model.lora_rank:
             yield f"{role}.lora_dropout: is of adapters, give {role}.lora_rank too, or use 0"
     if config.algorithm.critic_warmup and not config.uses_critic:
@@ -106,7 +81,7 @@ def _reward(config: Config) -> Iterator[str]:
 def _batches(config: Config) -> Iterator[str]:
     prompts = config.data.train_batch_size
     longest = config.data.max_prompt_length + config.rollout.response_length
-    for role, model in _trained(config):
+    for role, model in trained_models(config):
         size = model.ppo_mini_batch_size
         replicas = data_parallel(config, role)
         if prompts % size:
@@ -198,7 +173,7 @@ def _backend(config: Config) -> Iterator[str]:
                 "to 1"
             )
         return
-    for role, model in _trained(config):
+    for role, model in trained_models(config):
         if model.lora_rank:
             yield f"{role}.lora_rank: adapters are not possible with actor.backend: megatron, use 0"
     devices = config.placement.num_devices
@@ -258,159 +233,6 @@ _RULES = (
 )
 
 
-def _trained(config: Config) -> list[tuple[str, TrainedModelConfig]]:
-    critic: list[tuple[str, TrainedModelConfig]] = [("critic", config.critic)]
-    return [("actor", config.actor), *(critic if config.uses_critic else [])]
-
-
-def data_parallel(config: Config, role: str) -> int:
-    """Data-parallel replicas of a trained role (1 where the stages do not divide the devices)."""
-    place = config.placement
-    devices = max(1, place.num_devices // place.tp)
-    stages = (place.actor_pp if role == "actor" else place.critic_pp) or devices
-    return max(1, devices // stages)
-
-
-def why_old_wait(config: Config) -> str:
-    """Why old log-probabilities must be known before the update; empty where its own forward pass
-    may give them: they belong to the policy before its first optimizer step."""
-    reasons = {
-        "a step has several optimizer steps (actor.ppo_mini_batch_size, actor.ppo_epochs), and "
-        "all but the first train another policy": _updates(config, config.actor) > 1,
-        "rewards, and so all advantages, depend on them (algorithm.use_kl_in_reward)": (
-            config.reference_in_rewards
-        ),
-        "importance weights need them (algorithm.tis)": config.algorithm.tis == "on",
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def why_reference_stays(config: Config) -> str:
-    """Why reference log-probabilities are all computed on the rollout workers, before the update;
-    empty where those of later mini-batches are computed within it, in the actor's bubbles. That is
-    exact where the reference enters the loss alone: no advantage waits for it."""
-    actor, devices = config.actor, config.placement.num_devices
-    reasons = {
-        "there is no reference": not config.uses_reference,
-        "actor.backend is megatron": config.actor.backend == "megatron",
-        "the critic is fused with the actor": config.uses_critic,
-        "rewards, and so all advantages, depend on it (algorithm.use_kl_in_reward)": (
-            config.reference_in_rewards
-        ),
-        "a step has one mini-batch (actor.ppo_mini_batch_size)": (
-            config.data.train_batch_size <= actor.ppo_mini_batch_size
-        ),
-        "the actor's pipeline has one stage, and so no bubbles": (
-            (config.placement.actor_pp or devices) == 1
-        ),
-        "fusion.reference is off": config.fusion.reference == "off",
-        "fusion.intra_stage is off": (
-            config.fusion.reference == "auto" and config.fusion.intra_stage == "off"
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def _updates(config: Config, model: TrainedModelConfig) -> int:
-    """Optimizer steps of one training step."""
-    return model.ppo_epochs * (config.data.train_batch_size // model.ppo_mini_batch_size)
-
-
 def _divisors(number: int) -> str:
     found = [size for size in range(1, min(number, 4096) + 1) if number % size == 0]
     return ", ".join(str(size) for size in found)
-
-
-def _missing(config: Config) -> Iterator[str]:
-    folders = {"actor.path": config.actor.path, "reference.path": config.reference.path}
-    folders["reward.path"] = config.reward.path
-    folders["critic.path"] = config.critic.path if config.uses_critic else ""
-    for place, folder in folders.items():
-        if folder and not Path(folder).is_dir():
-            yield f"{place}: there is no folder {folder!r}"
-        elif folder and not (Path(folder) / "config.json").is_file():
-            yield f"{place}: {folder!r} is no Hugging Face model folder: config.json is missing"
-    files = [("data.train_files", name) for name in config.data.train_files]
-    for index, entry in enumerate(config.data.validation):
-        files += [(f"data.validation.{index}.files", name) for name in entry.files]
-    if config.reward.function is not None:
-        files.append(("reward.function.path", config.reward.function.path))
-    for place, name in files:
-        if not Path(name).is_file():
-            yield f"{place}: there is no file {name!r}"
-    variable = config.reward.auth_env
-    if variable and not os.environ.get(variable):
-        yield f"reward.auth_env: the environment variable {variable} is not set"
-
-
-def _not_installed(config: Config) -> Iterator[str]:
-    if config.actor.backend == "megatron" and find_spec("megatron") is None:
-        yield "actor.backend: megatron needs the package megatron-core, or use torch"
-    nixl = config.rollout.vllm.kv_transfer == "nixl" and config.rollout.engine != "torch"
-    if nixl and find_spec("nixl") is None:
-        yield (
-            "rollout.vllm.kv_transfer: nixl needs the package nixl (pip install --no-deps nixl "
-            "nixl-cu12), or use auto"
-        )
-    for role, model in _trained(config):
-        if model.lora_rank and find_spec("peft") is None:
-            yield f"{role}.lora_rank: needs the package peft (pip install peft), or 0"
-
-
-# --- arithmetic ----------------------------------------------------------------------------
-
-
-def total_steps(config: Config, num_rows: int) -> int:
-    """Training steps of the run. Batches run on over the end of an epoch, so none is short.
-
-    `trainer.total_training_steps`, or else as many full batches as `trainer.total_epochs` hold;
-    none is a `ValueError`.
-    """
-    prompts, epochs = config.data.train_batch_size, config.trainer.total_epochs
-    steps = config.trainer.total_training_steps or num_rows * epochs // prompts
-    if steps == 0:
-        raise ValueError(
-            f"data.train_batch_size: {prompts} prompts a step, but {num_rows} rows in {epochs} "
-            "epoch(s) fill no batch; lower it, or raise trainer.total_epochs"
-        )
-    return steps
-
-
-def batch_arithmetic(config: Config, num_rows: int) -> list[str]:
-    """The resolved batch sizes of a run over `num_rows` prompts, one fact a line."""
-    prompts, responses = config.data.train_batch_size, config.rollout.n
-    epochs, steps = config.trainer.total_epochs, total_steps(config, num_rows)
-    lines = [
-        f"step: {prompts} prompts x {responses} responses = {prompts * responses} samples",
-        *(_model_line(config, role, model) for role, model in _trained(config)),
-        f"epoch: {num_rows} rows / {prompts} prompts = {num_rows / prompts:.4g} steps",
-    ]
-    used = steps * prompts
-    reason = "trainer.total_training_steps"
-    if not config.trainer.total_training_steps:
-        reason = f"{epochs} epoch(s) x {num_rows} rows / {prompts} prompts"
-        left = num_rows * epochs - used
-        reason += f", {left} rows left over" if left else ""
-    lines.append(
-        f"run: {steps} steps ({reason}), {used * responses} samples, "
-        + ", ".join(
-            f"{steps * _updates(config, model)} {role} optimizer steps"
-            for role, model in _trained(config)
-        )
-    )
-    return lines
-
-
-def _model_line(config: Config, role: str, model: TrainedModelConfig) -> str:
-    size, responses = model.ppo_mini_batch_size, config.rollout.n
-    count = config.data.train_batch_size // size
-    micro = (
-        f"{model.num_microbatches} micro-batches"
-        if model.num_microbatches
-        else f"micro-batches of up to {model.ppo_max_token_len_per_gpu} tokens"
-    )
-    return (
-        f"{role}: {model.ppo_epochs} epoch(s) x {count} mini-batches of {size} prompts "
-        f"({size * responses} samples, in {micro}) = {_updates(config, model)} optimizer steps "
-        "a step"
-    )

@@ -7,9 +7,10 @@ from dataclasses import replace
 import msgspec
 import torch
 
+from rlhfuse.batch_sizes import batch_arithmetic
 from rlhfuse.config import Config
-from rlhfuse.config_check import batch_arithmetic, ratios, why_reference_stays
 from rlhfuse.group_training import trains_groups, why_groups_wait
+from rlhfuse.logprob_sources import ratios, why_reference_stays
 from rlhfuse.placement import Seat, StagePlacement
 from rlhfuse.planner.measured import StepCosts, predict, predict_one
 from rlhfuse.planner.memory import DeviceMemory, check_room, memory_plan

@@ -7,8 +7,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rlhfuse.batch_sizes import total_steps
 from rlhfuse.config import Config, TrainedModelConfig
-from rlhfuse.config_check import check, check_files, total_steps, why_reference_stays
+from rlhfuse.config_check import check
 from rlhfuse.data import (
     Prompt,
     PromptStream,
@@ -19,6 +20,8 @@ from rlhfuse.data import (
     load_tokenizer,
 )
 from rlhfuse.engines import vllm_setup
+from rlhfuse.file_check import check_files
+from rlhfuse.logprob_sources import why_reference_stays
 from rlhfuse.models.loading import load_config, load_trained_config
 from rlhfuse.models.partition import partition, stage_costs
 from rlhfuse.models.stage import ModelConfig

@@ -13,10 +13,10 @@ from torch._C._distributed_c10d import TCPStore
 from rlhfuse import messages as m
 from rlhfuse.cluster import Cluster, describe_node
 from rlhfuse.config import Config
-from rlhfuse.config_check import ratios
 from rlhfuse.config_file import dump, load
 from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.fleet import Fleet
+from rlhfuse.logprob_sources import ratios
 from rlhfuse.metrics import Loggers, cut_jsonl, open_loggers
 from rlhfuse.placement import NodeInfo, Seat, WorkerSpec, seats
 from rlhfuse.planner.memory import check_room, memory_plan

@@ -8,10 +8,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfuse import config_check
+from rlhfuse import file_check
+from rlhfuse.batch_sizes import batch_arithmetic, total_steps
 from rlhfuse.config import Config
-from rlhfuse.config_check import batch_arithmetic, check, check_files, ratios, total_steps
+from rlhfuse.config_check import check
 from rlhfuse.config_file import load
+from rlhfuse.file_check import check_files
+from rlhfuse.logprob_sources import ratios
 
 GOOD = {
     "actor": {"path": "a"},
@@ -154,7 +157,7 @@ def test_existing_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_package_that_is_asked_for_and_not_there_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(file_check, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"kv_transfer: nixl needs the package nixl .*use auto"):
         check_files(_config(tmp_path, "rollout.vllm.kv_transfer=nixl"))
 

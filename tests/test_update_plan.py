@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfuse.config import Config
-from rlhfuse.config_check import why_reference_stays
+from rlhfuse.logprob_sources import why_reference_stays
 from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.ir import Op
 from rlhfuse.timeline import Kind, Span
