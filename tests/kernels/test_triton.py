@@ -21,23 +21,15 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "cases",
-    [
-        "triton_cases.py",
-        "triton_kept_cases.py",
-        "triton_launch_cases.py",
-        "triton_padded_cases.py",
-        "triton_scan_cases.py",
-        "triton_whiten_cases.py",
-    ],
-)
-def test_triton_kernels_equal_float64(cases: str) -> None:
+@pytest.mark.timeout(900)
+def test_triton_kernels_equal_float64() -> None:
+    """All in one process: to import Triton and torch's compiler takes as long as many a case."""
     environment = os.environ | {"RLHFUSE_KERNELS": "triton"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    path = FilePath(__file__).with_name(cases)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    cases = sorted(map(str, FilePath(__file__).parent.glob("triton_*cases.py")))
+    assert len(cases) == 6
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases]
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
