@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rollout.ahead",
         "rollout.workers",
         "rollout.serving",
+        "rollout.orders",
         "rollout.tally",
         "rollout.loop",
         "batches",

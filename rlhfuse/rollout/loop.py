@@ -1,4 +1,4 @@
-"""The live loop of generation and early inference: wire messages to events, commands to workers.
+"""The live loop of generation and early inference: wire messages to events for the scheduler.
 
 All decisions are the scheduler's; the simulator drives the same scheduler. The loop keeps what
 the scheduler must not see: token ids, seeds, scores, and who holds which per-token numbers. What
@@ -11,25 +11,20 @@ from collections.abc import Callable, Sequence
 from rlhfuse import messages as m
 from rlhfuse.members import WorkerFailed
 from rlhfuse.progress import Progress
-from rlhfuse.rewards import RewardInput, RewardSource
+from rlhfuse.rewards import RewardSource
 from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.again import Again
 from rlhfuse.rollout.ahead import Ahead, PlanGroup
+from rlhfuse.rollout.orders import Orders
 from rlhfuse.rollout.records import Record, RolloutResult, TokenIds
 from rlhfuse.rollout.scheduler import RolloutScheduler
 from rlhfuse.rollout.serving import Serving
 from rlhfuse.rollout.tally import Display, Tally
-from rlhfuse.rollout.turns import Turns
+from rlhfuse.rollout.whereabouts import Whereabouts
 from rlhfuse.rollout.workers import Workers
 from rlhfuse.sample import Sample
 
 _POLL_S = 0.25
-_ROLES: dict[str, m.Role] = {
-    "actor": "actor",
-    "critic": "critic",
-    "reference": "reference",
-    "reward": "reward",
-}
 _TICK_S = 1.0
 _QUIET_S = 5.0  # then the loop says what it waits for
 
@@ -59,22 +54,20 @@ class RolloutLoop:
         self._scheduler = scheduler
         self._rewards = rewards
         self._progress = progress
-        self._decode = decode
         self._timeout_s = timeout_s
         self._score_clip = score_clip
         self._show = show
         self._needs_logprobs = needs_logprobs
         self._records: dict[int, Record] = {}
-        self._moving: dict[int, tuple[int, int]] = {}  # sample -> source, destination instance
         self._serving = Serving(fleet)
-        self._homes: dict[int, int] = {}  # sample being generated -> instance
+        self._where = Whereabouts()
         self._again = Again()
         self._ahead = Ahead(plan_group, needs_logprobs=needs_logprobs)
-        self._turns = Turns(self._send)
+        self._orders = Orders(fleet, self._serving, self._where, self._ahead, rewards, decode)
+        self._turns = self._orders.turns
         self._tally = Tally()
         self._display: Display | None = None
         self._waking: set[int] = set()  # told to sleep, and not known to
-        self._sampling: m.Sampling | None = None
 
     def run(
         self, records: Sequence[Record], sampling: m.Sampling, policy_version: int, scores: int
@@ -84,8 +77,8 @@ class RolloutLoop:
         Raises:
             WorkerFailed: a worker failed, or nothing happened within the time limit.
         """
-        self._sampling = sampling
         self._records = {record.sample_id: record for record in records}
+        self._orders.begin(self._records, sampling)
         if self._show:
             groups = len({record.group for record in records})
             self._display = Display(self._progress, len(records), groups, scores)
@@ -102,13 +95,15 @@ class RolloutLoop:
         )
         self._tally.start_s = start_s = time.monotonic()
         for instance in self._serving.take_absent():
-            self._execute(self._scheduler.handle(ev.InstanceLost(start_s, instance)))
-        self._execute(self._scheduler.handle(ev.Started(start_s, samples)))
+            self._tell(ev.InstanceLost(start_s, instance))
+        self._tell(ev.Started(start_s, samples))
         self.finish()
 
     def result(self) -> RolloutResult:
         """What has come of the batch, and when."""
-        return self._tally.result(self._records.values(), self._ahead.trained)
+        return self._tally.result(
+            self._records.values(), self._orders.decisions, self._ahead.trained
+        )
 
     @property
     def done_at_s(self) -> float:
@@ -136,7 +131,7 @@ class RolloutLoop:
                 self._progress.note(f"waiting for {self._waiting_for()}")
             if now - ticked > _TICK_S:
                 ticked = now
-                self._execute(self._scheduler.handle(ev.Tick(now)))
+                self._tell(ev.Tick(now))
         self._tally.all_scored(self._scheduler.all_scored)
         self._scheduler.validate()
 
@@ -148,7 +143,7 @@ class RolloutLoop:
         """
         self._waking = set(self._serving.instances)
         for instance in sorted(self._waking):
-            self._tell(instance, m.Sleep())
+            self._turns.tell(instance, m.Sleep())
         deadline = time.monotonic() + self._timeout_s
         while self._waking.intersection(self._serving.instances):
             if time.monotonic() > deadline:
@@ -170,7 +165,7 @@ class RolloutLoop:
             self._lose(instance, endpoint)
         joined = self._serving.take_joined()
         for instance in joined:
-            self._execute(self._scheduler.handle(ev.InstanceReady(time.monotonic(), instance)))
+            self._tell(ev.InstanceReady(time.monotonic(), instance))
         return bool(gone or joined)
 
     def _lose(self, instance: int, endpoint: str) -> None:
@@ -178,10 +173,7 @@ class RolloutLoop:
         device's training worker lives on."""
         self._tally.lost += 1
         self._waking.discard(instance)
-        running = {sample_id for sample_id, home in self._homes.items() if home == instance}
-        for sample_id, (source, _) in list(self._moving.items()):
-            if source == instance:
-                del self._moving[sample_id]
+        running = self._where.lose(instance)
         for record in self._records.values():
             record.forget(endpoint)
             if record.sample_id in running:
@@ -190,10 +182,8 @@ class RolloutLoop:
                 self._tally.rescue(record)
         self._again.lose(instance)
         self._turns.lose(instance)
-        for sample_id in running:
-            del self._homes[sample_id]
         lost = ev.InstanceLost(time.monotonic(), instance, trains_on=True)
-        self._execute(self._scheduler.handle(lost))
+        self._tell(lost)
 
     def _to_generate_again(self) -> bool:
         """Whether log-probabilities that the loss needs are missing; their samples are generated
@@ -212,24 +202,17 @@ class RolloutLoop:
             and (not awaited or r.sample_id in awaited)
         ]
         for instance, items in self._again.begin(missing, self._serving.instances):
-            self._tell(instance, m.Generate(items=items, sampling=self._checked_sampling))
+            self._orders.generate(instance, items)
         return bool(missing)
 
-    @property
-    def _checked_sampling(self) -> m.Sampling:
-        assert self._sampling is not None
-        return self._sampling
-
-    def _tell(self, instance: int, command: m.Command) -> None:
-        self._turns.tell(instance, command)
-
-    def _send(self, device: int, command: m.Command) -> None:
-        """Not to a process that has taken the place of the one the scheduler means: what a lost
-        instance was to do is given out again when the scheduler hears of the loss."""
-        if isinstance(command, m.TrainGroup):
-            self._fleet.send(self._fleet.training[device], command)
-        elif self._serving.in_place(device):
-            self._fleet.send(self._fleet.rollout[device], command)
+    def _train_if_scored(self, command: ev.Train) -> None:
+        """A group that had to wait, whose scores may have died meanwhile."""
+        roles = {*self._scheduler.roles} - {"reward"}
+        if all(roles <= self._records[i].endpoints.keys() for i in command.sample_ids):
+            self._orders.execute([command])
+            return
+        gone = ev.NotTrained(time.monotonic(), command.worker, command.sample_ids)
+        self._tell(gone)
 
     # --- events ----------------------------------------------------------------------------
 
@@ -250,7 +233,7 @@ class RolloutLoop:
         if isinstance(event, m.GroupTrained):
             device = self._fleet.training.index(worker)
             self._turns.trained(device)
-            self._execute(self._scheduler.handle(self._ahead.heard(device, event)))
+            self._tell(self._ahead.heard(device, event))
             return
         instance = self._fleet.rollout.index(worker)
         match event:
@@ -260,7 +243,7 @@ class RolloutLoop:
                 # What did not leave had finished, and was reported as such before. First, because
                 # a sample that has just arrived may be told to move again at once.
                 for sample_id in set(event.requested) - {g.sample_id for g in event.growths}:
-                    self._moving.pop(sample_id, None)
+                    self._where.stay(sample_id)
                 for growth in event.growths:
                     self._absorb_left(instance, growth)
             case m.Scored():
@@ -287,25 +270,24 @@ class RolloutLoop:
             self._take(growth)
             if growth.finish_reason:
                 record.finish_reason = growth.finish_reason
-                del self._homes[growth.sample_id]
+                self._where.end(growth.sample_id)
                 if growth.whole or not self._needs_logprobs:
                     record.rollout_endpoint = self._serving.holder(instance)
                 finished.append(ev.Finished(now, instance, growth.sample_id, growth.length))
             else:
                 running.append((growth.sample_id, growth.length))
         if running:
-            self._execute(self._scheduler.handle(ev.Progress(now, instance, tuple(running))))
+            self._tell(ev.Progress(now, instance, tuple(running)))
         for event in finished:
             self._tally.finished += 1
             self._tally.generated_at_s = now
             self._tally.trained_ahead = self._scheduler.groups_trained
-            self._execute(self._scheduler.handle(event))
+            self._tell(event)
 
     def _absorb_left(self, instance: int, growth: m.Growth) -> None:
         record = self._take(growth)
         record.left_from = self._serving.holder(instance)
-        _, destination = self._moving.pop(growth.sample_id)
-        del self._homes[growth.sample_id]
+        destination = self._where.leave(growth.sample_id)
         left = ev.Left(time.monotonic(), instance, growth.sample_id, growth.length)
         commands = self._scheduler.handle(left)
         self._tally.moved += 1
@@ -314,7 +296,7 @@ class RolloutLoop:
         )
         if not redirected and destination in self._serving:
             commands = [ev.Generate(destination, (growth.sample_id,)), *commands]
-        self._execute(commands)
+        self._orders.execute(commands)
 
     def _absorb_scores(self, instance: int, event: m.Scored) -> None:
         for sample_id, score in zip(event.sample_ids, event.scores, strict=True):
@@ -325,11 +307,7 @@ class RolloutLoop:
             else:
                 record.endpoints[event.role] = self._serving.holder(instance)
         self._tally.scored += len(event.sample_ids)
-        self._execute(
-            self._scheduler.handle(
-                ev.Scored(time.monotonic(), instance, event.role, event.sample_ids)
-            )
-        )
+        self._tell(ev.Scored(time.monotonic(), instance, event.role, event.sample_ids))
 
     def _absorb_rewards(self) -> bool:
         assert self._rewards is not None
@@ -340,7 +318,7 @@ class RolloutLoop:
             record = self._records[result.sample_id]
             record.score = result.score
             record.reward_metrics = dict(result.metrics)
-            self._execute(self._scheduler.handle(ev.Rewarded(time.monotonic(), result.sample_id)))
+            self._tell(ev.Rewarded(time.monotonic(), result.sample_id))
         return bool(results)
 
     def _take(self, growth: m.Growth) -> Record:
@@ -353,77 +331,6 @@ class RolloutLoop:
         )
         return record
 
-    # --- commands --------------------------------------------------------------------------
-
-    def _execute(self, commands: Sequence[ev.Command]) -> None:
-        for command in commands:
-            match command:
-                case ev.Generate():
-                    self._generate(command.instance, command.sample_ids)
-                case ev.Migrate():
-                    self._migrate(command)
-                case ev.Score():
-                    self._score(command)
-                case ev.Train():
-                    self._train(command)
-                case ev.Sleep():
-                    self._tell(command.instance, m.Sleep())
-                case ev.Wake():
-                    self._tell(command.instance, m.Wake())
-                case ev.Reward():
-                    self._reward(command.sample_ids)
-                case ev.Decision():
-                    self._tally.decisions.append(command.text)
-
-    def _generate(self, instance: int, sample_ids: Sequence[int]) -> None:
-        items = []
-        for sample_id in sample_ids:
-            record = self._records[sample_id]
-            self._homes[sample_id] = instance
-            items.append(m.GenerateItem(record.tokens, record.seed, record.left_from))
-            record.left_from = ""
-        self._tell(instance, m.Generate(items=tuple(items), sampling=self._checked_sampling))
-
-    def _migrate(self, command: ev.Migrate) -> None:
-        for sample_id in command.sample_ids:
-            self._moving[sample_id] = (command.source, command.destination)
-        self._tell(
-            command.source,
-            m.Export(sample_ids=command.sample_ids, with_cache=command.with_cache),
-        )
-
-    def _score(self, command: ev.Score) -> None:
-        samples = tuple(self._records[i].tokens for i in command.sample_ids)
-        sampling = self._checked_sampling
-        self._tell(
-            command.worker,
-            m.Score(role=_ROLES[command.role], samples=samples, sampling=sampling),
-        )
-
-    def _train(self, command: ev.Train) -> None:
-        order = self._ahead.order(command, [self._records[i] for i in command.sample_ids])
-        if order is not None:
-            self._turns.tell(command.worker, order)
-
-    def _train_if_scored(self, command: ev.Train) -> None:
-        """A group that had to wait, whose scores may have died meanwhile."""
-        roles = {*self._scheduler.roles} - {"reward"}
-        if all(roles <= self._records[i].endpoints.keys() for i in command.sample_ids):
-            self._train(command)
-            return
-        gone = ev.NotTrained(time.monotonic(), command.worker, command.sample_ids)
-        self._execute(self._scheduler.handle(gone))
-
-    def _reward(self, sample_ids: Sequence[int]) -> None:
-        assert self._rewards is not None, "a reward was asked for, but there is no reward source"
-        self._rewards.submit([self._reward_input(self._records[i]) for i in sample_ids])
-
-    def _reward_input(self, record: Record) -> RewardInput:
-        row = record.row
-        return RewardInput(
-            sample_id=record.sample_id,
-            data_source=row.data_source,
-            solution_str=self._decode(record.response_ids),
-            ground_truth=row.ground_truth,
-            extra_info=row.extra_info,
-        )
+    def _tell(self, event: ev.Event) -> None:
+        """Tell the scheduler, and do what it says."""
+        self._orders.execute(self._scheduler.handle(event))

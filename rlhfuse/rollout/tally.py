@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlhfuse.progress import Progress
 from rlhfuse.rollout.records import Record, RolloutResult
@@ -29,7 +29,6 @@ class Tally:
     rescued: int = 0
     prefilled_again: int = 0
     trained_ahead: int = 0
-    decisions: list[str] = field(default_factory=list)
 
     def all_scored(self, yes: bool) -> None:
         """Whether the last score is there now; it may die again."""
@@ -43,13 +42,15 @@ class Tally:
         self.rescued += 1
         self.prefilled_again += len(record.prompt) + len(record.response) // 4
 
-    def result(self, records: Iterable[Record], trained: Iterable[int]) -> RolloutResult:
+    def result(
+        self, records: Iterable[Record], decisions: Iterable[str], trained: Iterable[int]
+    ) -> RolloutResult:
         return RolloutResult(
             records=tuple(records),
             generated_s=self.generated_at_s - self.start_s,
             done_s=self.done_at_s - self.start_s,
             moved=self.moved,
-            decisions=tuple(self.decisions),
+            decisions=tuple(decisions),
             instances_lost=self.lost,
             samples_rescued=self.rescued,
             tokens_prefilled_again=self.prefilled_again,
