@@ -9,11 +9,12 @@ What is computed never depends on what is decided here: only when and where.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
 from rlhfuse.cost import CostModel
 from rlhfuse.rollout import events as ev
+from rlhfuse.rollout.completion import Completion
 from rlhfuse.rollout.dispatch import dispatch, queue_order
 from rlhfuse.rollout.fleet import Fleet, shown
 from rlhfuse.rollout.groups import TRAIN, Groups
@@ -80,7 +81,10 @@ class RolloutScheduler:
             self._groups.begin(samples)
         self._rewards = RewardLedger(self.policy.reward_tries)
         self._num_generating = len(samples)  # QUEUED, RUNNING or MOVING
-        self._num_open = len(samples)  # neither SCORED nor DROPPED
+        self._completion = Completion(
+            self._samples, self._board, self._groups, self._rewards,
+            function_reward=self._function_reward,
+        )  # fmt: skip
         self._inference = Inference(self._fleet, self._board, self._groups, self.cost, self.policy)
         books = Books(self._fleet, self._board, self._groups, len(samples))
         expected = spared_cost(self.cost, self._samples, self._spared)
@@ -93,12 +97,12 @@ class RolloutScheduler:
     @property
     def done(self) -> bool:
         """Every sample is SCORED or DROPPED, and every group trained where that was asked for."""
-        return self._num_open == 0 and self._groups.all_trained
+        return self._completion.num_open == 0 and self._groups.all_trained
 
     @property
     def all_scored(self) -> bool:
         """Every sample is SCORED or DROPPED; groups may be left to train."""
-        return self._num_open == 0
+        return self._completion.num_open == 0
 
     @property
     def groups_trained(self) -> int:
@@ -151,7 +155,7 @@ class RolloutScheduler:
             case ev.Progress():
                 self._progressed(event)
             case ev.Rewarded():
-                self._rewarded(event.sample_id, out)
+                self._completion.rewarded(event.sample_id, out)
             case ev.Started():
                 self._started(event, out)
             case ev.Tick():
@@ -180,7 +184,7 @@ class RolloutScheduler:
             case ev.ScorerLost():
                 self._fleet.lose_scorer(event.worker)
                 self._groups.lose(event.worker)
-                self._scores_lost(event.worker)
+                self._completion.lost(event.worker)
             case ev.InstanceReady():
                 self._fleet.revive(event.instance)
 
@@ -227,56 +231,15 @@ class RolloutScheduler:
         """These samples are FINISHED, in this order."""
         self._num_generating -= len(ids)
         self.lengths.observe_all(tokens, samples)
-        complete = self._board.add(ids, [sample.total_tokens for sample in samples])
-        if self._groups.members:
-            for sample in samples:
-                self._groups.finished(sample)
-        if self._function_reward:
-            self._rewards.want(ids)
-        else:
-            self._settle(complete, out)
+        self._completion.finished(samples, ids, tokens, out)
 
     def _scored(self, event: ev.Scored, out: list[ev.Command]) -> None:
         self._fleet.answered(event.worker, event.role, event.sample_ids)
-        self._settle(self._board.done(event.worker, event.role, event.sample_ids), out)
-
-    def _rewarded(self, sample_id: int, out: list[ev.Command]) -> None:
-        self._rewards.forget(sample_id)
-        if sample_id in self._samples and self._board.complete(sample_id):
-            self._settle((sample_id,), out)
-
-    def _settle(self, sample_ids: Iterable[int], out: list[ev.Command]) -> None:
-        """FINISHED -> SCORED, of samples that have all scores, when their rewards are there."""
-        samples, grouped = self._samples, bool(self._groups.members)
-        for sample_id in sample_ids:
-            sample = samples[sample_id]
-            waits = self._function_reward and self._rewards.outstanding(sample_id)
-            if sample.state is S.FINISHED and not waits:
-                sample.move(S.SCORED)
-                self._num_open -= 1
-                if grouped:
-                    self._close(sample, out)
-
-    def _close(self, sample: Sample, out: list[ev.Command]) -> None:
-        if not self._groups.members:
-            return
-        complete = self._groups.close(sample)
-        if complete:
-            out.append(ev.Release(sample.group, complete))
+        self._completion.scored(event.worker, event.role, event.sample_ids, out)
 
     def _trained(self, event: ev.Trained) -> None:
         self._fleet.answered(event.worker, TRAIN, event.sample_ids)
-        first = self._samples.get(event.sample_ids[0])
-        if first is None or not self._groups.done(event.worker, first.group):
-            return
-        group = first.group
-        for sample in self._groups.members[group]:  # scores lost meanwhile are not needed again
-            self._board.forget(sample.id)
-            if sample.state is S.FINISHED:
-                self._rewards.forget(sample.id)
-                sample.move(S.SCORED)
-                self._num_open -= 1
-                self._groups.open_members[group] -= 1
+        self._completion.trained(event.worker, event.sample_ids)
 
     def _left(self, event: ev.Left) -> None:
         sample = self._samples.get(event.sample_id)
@@ -299,26 +262,13 @@ class RolloutScheduler:
         sample = self._samples.get(sample_id)
         if sample is None or sample.state is S.DROPPED:
             return
-        was_scored, had_ended = sample.state is S.SCORED, sample.state in (S.FINISHED, S.SCORED)
-        if was_scored and self._groups.is_trained(sample):
+        if sample.state is S.SCORED and self._groups.is_trained(sample):
             return  # too late: its gradient is in
         if sample.state is S.QUEUED:
             self._queue.remove(sample.id)
         self._fleet.remove(sample)
         self._num_generating -= sample.state in (S.QUEUED, S.RUNNING, S.MOVING)
-        self._num_open -= not was_scored
-        self._board.forget(sample.id)
-        self._rewards.forget(sample.id)
-        sample.drop_reason = reason
-        sample.move(S.DROPPED)
-        if had_ended and self._groups.members:
-            self._groups.dropped(sample)
-        if was_scored and self._groups.members:
-            released = self._groups.dropped_late(sample)
-            if released:
-                out.append(ev.Release(sample.group, released))
-        else:
-            self._close(sample, out)
+        self._completion.drop(sample, reason, out)
 
     def _timed_out(self, sample_id: int, out: list[ev.Command]) -> None:
         """The reward is asked for again, or the sample dropped when that was tried enough."""
@@ -336,16 +286,7 @@ class RolloutScheduler:
             self._requeue(sample)
         if not event.trains_on:
             self._groups.lose(instance)
-        self._scores_lost(instance)
-
-    def _scores_lost(self, worker: int) -> None:
-        for sample_id in sorted(self._board.lose(worker)):
-            sample = self._samples[sample_id]
-            if sample.state is S.SCORED:
-                sample.move(S.FINISHED)
-                self._num_open += 1
-                if self._groups.members:
-                    self._groups.reopen(sample)
+        self._completion.lost(instance)
 
     # --- decisions -------------------------------------------------------------------------
 
@@ -363,7 +304,7 @@ class RolloutScheduler:
                 out.append(ev.Reward(self._rewards.ask()))
             pending = self._board.num_pending or self._groups.pending
             if pending and (self._fleet.ready.place or not self._fused):
-                self._inference.advance(out, self._fused, self._num_open)
+                self._inference.advance(out, self._fused, self._completion.num_open)
 
     def _dispatch(self, out: list[ev.Command]) -> None:
         given = dispatch(
@@ -387,23 +328,11 @@ class RolloutScheduler:
         states = [s.state for s in self._samples.values()]
         open_states = (S.QUEUED, S.RUNNING, S.MOVING)
         assert self._num_generating == sum(s in open_states for s in states)
-        assert self._num_open == sum(s not in (S.SCORED, S.DROPPED) for s in states)
         queued = {i for i, s in self._samples.items() if s.state is S.QUEUED}
         assert queued == set(self._queue)
         assert len(queued) == len(self._queue)
         self._fleet.validate(self._samples)
-        self._groups.validate(self._samples)
-        self._rewards.validate(self._samples)
-        trained = self._groups.trained
-        finished = {
-            i
-            for i, s in self._samples.items()
-            if s.state in (S.FINISHED, S.SCORED) and s.group not in trained
-        }
-        self._board.validate(finished)
-        for sample in self._samples.values():
-            if sample.state is S.SCORED and sample.group not in trained:
-                assert self._board.complete(sample.id)
+        self._completion.validate()
 
 
 def _is_on(instance: int, sample: Sample) -> bool:
