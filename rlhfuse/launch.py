@@ -13,7 +13,7 @@ from rlhfuse.config_file import load
 from rlhfuse.fleet import WorkerFailed
 from rlhfuse.report.page import write_report
 from rlhfuse.resolve import Resolved, resolve
-from rlhfuse.rewards import RewardFailed
+from rlhfuse.reward_desk import RewardFailed
 from rlhfuse.run_folder import check_manifest, latest_name, load_state
 from rlhfuse.session import Session, open_session
 from rlhfuse.trainer import Fusions, StepResult, Trainer

@@ -1,6 +1,6 @@
 """The process that runs a user's `compute_score`: it may hang, crash or be killed at any time.
 
-Started by `rlhfuse.rewards` as a plain script with a connection to answer on. It imports the
+Started by `rlhfuse.reward_pool` as a plain script with a connection to answer on. It imports the
 standard library only, so that it starts quickly, and ends when its parent does.
 """
 

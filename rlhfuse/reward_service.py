@@ -1,4 +1,4 @@
-"""The client of a reward service: one POST per batch, retries, a limit on every wait.
+"""Scores from a service: one POST per batch, retries, a limit on every wait.
 
 Request: ``{"samples": [{"id", "data_source", "solution_str", "ground_truth", "extra_info"}]}``.
 Reply: ``{"results": [{"id", "score", ...}]}`` in any order; further numbers are metrics. A sample
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import queue
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import msgspec
 
 from rlhfuse.config import RewardConfig
+from rlhfuse.reward_desk import Desk, RewardInput, ThreadedSource, call_of
 from rlhfuse.reward_process import Answer, Call, read_result
 
 _LONGEST_WAIT_S = 8.0
@@ -162,3 +164,45 @@ def _answer(item: dict[str, object] | None) -> Answer:
     values = {key: value for key, value in item.items() if key != "id"}
     score, metrics, error = read_result(values)
     return score, metrics, error and f"service {error}"
+
+
+class RewardService(ThreadedSource):
+    """The service at `config.url`: up to `config.batch_size` samples a request and
+    `config.max_concurrency` requests at a time. Raises `ValueError` where its token is not set."""
+
+    def __init__(self, config: RewardConfig, *, backoff_s: float = 0.5) -> None:
+        client = ServiceClient(config, backoff_s=backoff_s)
+        super().__init__(config, client.close)
+        shared = (self._desk, client, config.batch_size)
+        self._threads = [
+            threading.Thread(target=_request, args=shared, daemon=True)
+            for _ in range(config.max_concurrency)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+
+def _request(desk: Desk, client: ServiceClient, batch_size: int) -> None:
+    """One thread's life: gather what waits, ask, hand out the answers."""
+    while (sample := desk.waiting.get()) is not None:
+        batch = [sample]
+        ended = False
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < batch_size and not ended:
+                more = desk.waiting.get_nowait()
+                ended = more is None
+                batch += [] if more is None else [more]
+        try:
+            answers = client.score([{"id": _key(one), **call_of(one)} for one in batch])
+        except TypeError as error:  # a value that JSON has no word for
+            answers = [(None, {}, f"service cannot be given the row: {error}")] * len(batch)
+        for one, answer in zip(batch, answers, strict=True):
+            desk.answer(one, answer)
+        if ended:
+            return
+
+
+def _key(sample: RewardInput) -> str:
+    """The sample's id and what is scored: validation asks for the same ids again and again."""
+    text = msgspec.json.encode(call_of(sample))
+    return f"{sample.sample_id}-{hashlib.sha256(text).hexdigest()[:16]}"

@@ -58,6 +58,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "payloads",
         "weights",
         "reward_process",
+        "reward_desk",
+        "reward_pool",
         "reward_service",
         "rewards",
         "workers",

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhfuse import messages as m
-from rlhfuse.rewards import RewardInput, RewardSource
+from rlhfuse.reward_desk import RewardInput
+from rlhfuse.rewards import RewardSource
 from rlhfuse.rollout import events as ev
 from rlhfuse.rollout.ahead import Ahead
 from rlhfuse.rollout.records import Record, TokenIds

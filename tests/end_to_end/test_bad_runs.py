@@ -20,7 +20,8 @@ import rlhfuse.config as c
 from rlhfuse.config import Config
 from rlhfuse.config_file import dump
 from rlhfuse.resolve import resolve
-from rlhfuse.rewards import RewardFailed, open_rewards
+from rlhfuse.reward_desk import RewardFailed
+from rlhfuse.rewards import open_rewards
 from rlhfuse.run_folder import RunFolder
 from rlhfuse.session import Session, open_session
 from rlhfuse.trainer import StepResult, Trainer
