@@ -12,17 +12,20 @@ from torch.distributed import ProcessGroup
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.dispatch import Path, choose
 from rlhfuse.kernels.fresh import fresh
+from rlhfuse.kernels.head_chunks import (
+    add_weight_gradient_,
+    chunk_room,
+    chunk_rows,
+    chunks,
+    head_logits,
+    weight_room,
+)
 from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import IGNORE_INDEX, KeptTokens, TokenLogprob, accumulation_dtype
 from rlhfuse.kernels.rows import RowFold, Temperatures, fold_rows, row_gradient
-
-# Matrix products with fewer rows take other code paths on a CPU and differ in the last bits, so
-# a token's result would depend on how many others are computed with it.
-MIN_ROWS = 16
-_MAX_ROWS = 1024
-_CHUNK_BYTES = 32 << 20
+from rlhfuse.kernels.vocab_parallel import VocabParallelLogprob
 
 
 def linear_logprob(
@@ -113,8 +116,6 @@ def _vocab_parallel(
     kept: KeptTokens | None,
     group: ProcessGroup,
 ) -> TokenLogprob:
-    from rlhfuse.kernels.vocab_parallel import VocabParallelLogprob  # built on this module
-
     if kept is not None:
         raise ValueError(
             "kept tokens with a tp_group are not supported: gather the head first, or leave "
@@ -126,51 +127,6 @@ def _vocab_parallel(
             hidden, weight, bias, marked, *split_temperature(temperature, hidden), group
         )
     return TokenLogprob(logprob, spread if entropy else None)
-
-
-def chunk_rows(vocab: int) -> int:
-    """Rows of a chunk: a function of the vocabulary alone."""
-    rows = _CHUNK_BYTES // (4 * max(vocab, 1))
-    return min(_MAX_ROWS, max(MIN_ROWS, rows - rows % MIN_ROWS))
-
-
-def chunks(num_rows: int, vocab: int) -> list[slice]:
-    """The ranges of rows that are computed together."""
-    step = chunk_rows(vocab)
-    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
-
-
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``hidden @ weight.T + bias`` for one chunk, in `out` [R, V], with at least `MIN_ROWS` rows
-    inside."""
-    num_rows = hidden.shape[0]
-    hidden = hidden.contiguous()  # the strides choose the code path, too
-    if num_rows < MIN_ROWS:
-        padded = hidden.new_zeros(MIN_ROWS, hidden.shape[1])
-        padded[:num_rows] = hidden
-        out.copy_((padded @ weight.T)[:num_rows])
-    else:
-        torch.mm(hidden, weight.T, out=out)
-    return out if bias is None else out.add_(bias)
-
-
-def weight_room(weight: Tensor, num_rows: int) -> Tensor:
-    """Where `add_weight_gradient_` adds up: anything, or 0 where there is nothing to add."""
-    room = fresh(*weight.shape, like=weight)
-    return room if num_rows else room.zero_()
-
-
-def add_weight_gradient_(into: Tensor, by_logits: Tensor, hidden: Tensor, rows: slice) -> None:
-    """into += by_logits.T @ hidden; what the first chunk finds there is not even read."""
-    if rows.start:
-        into.addmm_(by_logits.T, hidden)
-    else:
-        torch.mm(by_logits.T, hidden, out=into)
-
-
-def chunk_room(like: Tensor, num_rows: int, vocab: int) -> Tensor:
-    """Room for the logits of one chunk, to be used again for the next."""
-    return fresh(min(num_rows, chunk_rows(vocab)), vocab, like=like)
 
 
 def _by_triton(hidden: Tensor) -> bool:

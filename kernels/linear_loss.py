@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhfuse.kernels.dispatch import Path, choose
-from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
-from rlhfuse.kernels.linear_logprob import (
+from rlhfuse.kernels.head_chunks import (
     add_weight_gradient_,
     chunk_room,
     chunks,
     head_logits,
-    linear_logprob,
     weight_room,
 )
+from rlhfuse.kernels.kept import KeptRows, check_kept, fold_kept, kept_gradient
+from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.logprob import check_rows, split_temperature
 from rlhfuse.kernels.precision import autocast_inputs, without_autocast
 from rlhfuse.kernels.reference import (

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhfuse.kernels.head_chunks import chunk_room, chunks, head_logits
 from rlhfuse.kernels.kept import KeptRows, fold_kept
-from rlhfuse.kernels.linear_logprob import chunk_room, chunks, head_logits
 from rlhfuse.kernels.precision import without_autocast
 from rlhfuse.kernels.reference import KeptTokens, accumulation_dtype
 from rlhfuse.kernels.rows import Temperatures, fold_rows

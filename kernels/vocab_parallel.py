@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhfuse.kernels.linear_logprob import (
+from rlhfuse.kernels.head_chunks import (
     add_weight_gradient_,
     chunk_room,
     chunks,

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config, TrainedModelConfig
 from rlhfuse.group_training import trains_groups
+from rlhfuse.kernels.head_chunks import chunk_rows
 from rlhfuse.kernels.keyed import key_of
-from rlhfuse.kernels.linear_logprob import chunk_rows
 from rlhfuse.models.dropout import Rows
 from rlhfuse.models.loading import load_stage, load_trained_config
 from rlhfuse.models.lora import add_adapters, merged_weights

@@ -14,8 +14,7 @@ from rlhfuse.algorithms.losses import (
     policy_loss,
 )
 from rlhfuse.algorithms.tally import named
-from rlhfuse.kernels import linear_logprob as linear_module
-from rlhfuse.kernels import reference
+from rlhfuse.kernels import head_chunks, reference
 from rlhfuse.kernels.linear_logprob import linear_logprob
 from rlhfuse.kernels.replay import replay
 
@@ -33,7 +32,7 @@ SETTINGS = [
 @pytest.fixture(autouse=True)
 def chunks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some hundred tokens are several chunks."""
-    monkeypatch.setattr(linear_module, "_MAX_ROWS", 512)
+    monkeypatch.setattr(head_chunks, "_MAX_ROWS", 512)
 
 
 def case(num_tokens: int) -> tuple[list[Tensor], Tensor, PolicyInputs]:

@@ -1,4 +1,4 @@
-"""What the tests of Triton's kernels measure by."""
+"""What the tests of kernels measure by."""
 
 import torch
 from torch import Tensor

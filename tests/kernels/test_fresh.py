@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhfuse.kernels import fresh as fresh_module
-from rlhfuse.kernels import linear_logprob as linear_module
+from rlhfuse.kernels import head_chunks
 from rlhfuse.kernels.fresh import fresh
 from rlhfuse.kernels.linear_logprob import linear_logprob
 
@@ -75,7 +75,7 @@ def test_the_backward_pass_makes_nothing_as_large_as_the_logits_that_were_kept()
 
 
 def test_pages_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "_CHUNK_BYTES", 4 << 20)  # chunks of 64 rows
+    monkeypatch.setattr(head_chunks, "_CHUNK_BYTES", 4 << 20)  # chunks of 64 rows
     rng = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, 80, generator=rng).requires_grad_() for n in (150, 16_001))
     labels = torch.randint(0, 16_001, (150,), generator=rng)

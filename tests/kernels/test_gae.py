@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,21 +27,10 @@ from rlhfuse.kernels.whiten import (
     whiten_masked,
     whiten_op,
 )
+from tests.kernels.against_float64 import relative
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 SHORT = ("test_schema", "test_faketensor")  # the others trace graphs, which a test here does too
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Deterministic mode: torch fills every fresh tensor with NaN: unwritten results are seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
 def cumulative(lengths: list[int]) -> Tensor:

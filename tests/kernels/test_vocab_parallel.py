@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhfuse.kernels import linear_logprob as linear_module
-from rlhfuse.kernels import reference
+from rlhfuse.kernels import head_chunks, reference
 from rlhfuse.kernels.linear_logprob import linear_logprob
+from tests.kernels.against_float64 import relative
 from tests.training.ranks import run_ranks
 
 CUT = 70  # unequal parts: 70 and 33 tokens of the vocabulary
@@ -18,7 +18,7 @@ BATCHES = ("plain", "ignored", "masked", "empty")
 @pytest.fixture(autouse=True)
 def chunks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some hundred tokens are several chunks."""
-    monkeypatch.setattr(linear_module, "_MAX_ROWS", 512)
+    monkeypatch.setattr(head_chunks, "_MAX_ROWS", 512)
 
 
 def batch(kind: str) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -67,11 +67,6 @@ def on_rank(rank: int) -> list[list[Tensor]]:
     with pytest.raises(ValueError, match="kept"):
         linear_logprob(*few, kept=kept, tp_group=group)
     return results
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
 def test_two_ranks_equal_the_whole_vocabulary() -> None:

@@ -7,11 +7,7 @@ from torch import Tensor
 from rlhfuse.kernels import reference
 from rlhfuse.kernels.statistics import masked_statistics, statistics_op
 from rlhfuse.kernels.whiten import whiten_batch, whiten_masked, whiten_op
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert not found.isnan().any()
-    return float((found.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+from tests.kernels.against_float64 import relative
 
 
 def case(count: int) -> tuple[Tensor, Tensor, Tensor]:
