@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rlhfuse.algorithms.tally import Stats
@@ -26,6 +25,7 @@ from rlhfuse.megatron.trained_model import ModelRunner, TrainedModel
 from rlhfuse.placement import StagePlacement, replicas, role_of, roles_of
 from rlhfuse.training.backend import Key
 from rlhfuse.training.batch import MicroBatch
+from rlhfuse.training.control import Control
 from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.memory import Held
 from rlhfuse.training.numbers import Numbers
@@ -49,7 +49,7 @@ class MegatronBackend:
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
-        control: dist.ProcessGroup,
+        control: Control,
     ) -> None:
         """See `MakeBackend`."""
         if device.type == "cpu":
@@ -125,7 +125,7 @@ class MegatronBackend:
                 norms.append(model.norm())
                 losses.append(model.loss())
         summed = torch.tensor(losses, dtype=torch.float64)
-        dist.all_reduce(summed, group=self._control)
+        self._control.sum_up(summed)
         return {
             role: Numbers(norm, float(loss))
             for role, norm, loss in zip(roles, norms, summed, strict=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config
 from rlhfuse.placement import StagePlacement
 from rlhfuse.training.batch import MicroBatch
+from rlhfuse.training.control import Control
 from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.memory import Held
 from rlhfuse.training.numbers import Numbers
@@ -100,7 +100,7 @@ class MakeBackend(Protocol):
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
-        control: dist.ProcessGroup,
+        control: Control,
     ) -> Backend:
-        """`control`: a gloo group of all ranks, for numbers. Raises ValueError where a model
+        """`control`: of all ranks. Raises ValueError where a model
         folder does not fit."""

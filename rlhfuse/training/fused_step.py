@@ -3,8 +3,8 @@
 PPO's actor and critic are one pair among many: a student beside its forward-only teacher, an actor
 beside a reward model in training, several policies. Each model is a pipeline of plain modules;
 what is computed does not depend on the schedule, only when. A forward-only model may hold the
-modules of one that trains: what it finds is of the weights before the step, such as old
-log-probabilities of later mini-batches.
+modules of one that trains (`weights_of`): what it finds is of the weights before the step, such as
+old log-probabilities of later mini-batches.
 
     policy = Model("policy", ranks=(0, 1), stages={rank: stage}, optimizer=adam)
     teacher = Model("teacher", ranks=(1, 0), stages={1 - rank: frozen}, forward_only=True)
@@ -14,26 +14,37 @@ log-probabilities of later mini-batches.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhfuse.schedules.ir import Schedule
 from rlhfuse.schedules.timing import check_channels
 from rlhfuse.timeline import Span
-from rlhfuse.training.channels import Channels, Shape
+from rlhfuse.training.alike import Alike
+from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import clock_of
-from rlhfuse.training.executor import Executor, StageRunner
+from rlhfuse.training.control import Control
+from rlhfuse.training.executor import Executor, StageRunner, StepFailed, publish_failure
+from rlhfuse.training.fused_models import (
+    Batch,
+    Model,
+    Result,
+    check_batches,
+    check_models,
+    trained_parameters,
+)
 from rlhfuse.training.gradients import GradientSums, square_sum
 from rlhfuse.training.memory import Held, Ways, advice, in_use, out_of_memory
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner, Compute, ForwardRunner
 from rlhfuse.training.streams import draws, may_draw, stream
+
+__all__ = ["Batch", "FusedStep", "Model", "Result"]
 
 _WAYS = Ways(
     activations="cut smaller micro-batches, or set Model.recompute",
@@ -41,54 +52,6 @@ _WAYS = Ways(
     optimizer="use an optimizer of less state, or more ranks for the model (Model.ranks)",
     weights="use more ranks for the model (Model.ranks), or a narrower dtype",
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Model:
-    """One pipeline. All ranks give the same names and `ranks`, each its own `stages`.
-
-    `stages`: the modules of this rank by pp_stage, tensor in and tensor out; they keep their parts
-    and parameters from here on. `optimizer`: over their parameters; it is stepped and cleared once
-    an update, after clipping by the global norm over all stages (`clip_grad`, 0: off). Gradients of
-    parameters in half precision are summed in float32, and rounded once. `split_weight`: linear
-    layers may be split into I and W. `recompute`: hold only the inputs of stages, and compute them
-    again in backward. `seed`: of dropout; every update, stage and micro-batch draws from a stream
-    of its own.
-    """
-
-    name: str
-    ranks: tuple[int, ...]
-    stages: Mapping[int, nn.Module]
-    optimizer: torch.optim.Optimizer | None = None
-    clip_grad: float = 0.0
-    split_weight: bool = False
-    forward_only: bool = False
-    recompute: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """One model's micro-batches in one update.
-
-    `shapes`: of the message between stages, per micro-batch; all ranks need them. `inputs`: what
-    the first stage gets (asked for there alone). `finish`: on the last stage, the micro-batch and
-    its output become a loss [], whose gradients add up over micro-batches; or, where the model
-    only runs forward, what is to be kept.
-    """
-
-    shapes: Sequence[Shape]
-    inputs: Callable[[int], torch.Tensor]
-    finish: Callable[[int, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Result:
-    """`finished`: what `Batch.finish` returned, by micro-batch, detached; empty on ranks without
-    the last stage. `grad_norm`: over all stages, before clipping; 0 where nothing is trained."""
-
-    finished: tuple[torch.Tensor, ...]
-    grad_norm: float
 
 
 class FusedStep:
@@ -106,27 +69,22 @@ class FusedStep:
         """Collective. `dtype`: of the messages between stages.
 
         Raises:
-            ValueError: two models of one name, stages that do not lie on this rank.
+            ValueError: models that do not fit together (`check_models`), or stages that do not lie
+                on this rank.
         """
+        check_models(models, rank)
+        self._rank = rank
         self._models = {model.name: model for model in models}
-        if len(self._models) != len(models):
-            raise ValueError(f"models need different names, not {[m.name for m in models]}")
-        for model in models:
-            mine = {s for s, home in enumerate(model.ranks) if home == rank}
-            if mine != set(model.stages):
-                raise ValueError(
-                    f"{model.name}: rank {rank} holds stages {sorted(mine)} by `ranks`, "
-                    f"but was given {sorted(model.stages)}"
-                )
         # Walked once: of many small modules, names alone would take longer than their numbers.
+        trained = {m.name: trained_parameters(m) for m in models if not m.forward_only}
         self._parameters = {
-            model.name: tuple(
-                dict.fromkeys(p for _, m in sorted(model.stages.items()) for p in m.parameters())
-            )
-            for model in models
-            if not model.forward_only
+            name: tuple(p for mine in stages.values() for p in mine)
+            for name, stages in trained.items()
         }
         self._sums = {name: GradientSums(mine) for name, mine in self._parameters.items()}
+        self._alike = Alike(models, rank, trained, self._sums, timeout)
+        self._counted = {name: self._alike.counted(name) for name in trained}
+        self._versions = dict.fromkeys(trained, 0)
         self._droppers = {
             model.name: tuple(part for m in model.stages.values() for part in may_draw(m))
             for model in models
@@ -137,7 +95,7 @@ class FusedStep:
         self._number = 0
         self._drawing: frozenset[str] = frozenset()
         self._proven: Schedule | None = None
-        self._control = dist.new_group(timeout=timeout, backend="gloo")
+        self._control = Control(timeout)
         self._channels = Channels(
             rank, {m.name: m.ranks for m in models}, device=device, dtype=dtype, timeout=timeout
         )
@@ -146,10 +104,16 @@ class FusedStep:
             for model in models
             for stage, module in model.stages.items()
         }
+        self._store = _get_default_store()
         self._executor = Executor(
-            rank, self._channels, runners, clock_of(device), _get_default_store(), self._explain
+            rank, self._channels, runners, clock_of(device), self._store, self._explain
         )
         self._trained = [r for r in runners.values() if isinstance(r, AutogradRunner)]
+
+    def version(self, name: str) -> int:
+        """Optimizer steps that the weights of a model have taken here: what `Batch.version` asks.
+        0 where nothing trains them."""
+        return self._versions.get(self._models[name].weights_of or name, 0)
 
     def update(
         self,
@@ -160,14 +124,18 @@ class FusedStep:
     ) -> dict[str, Result]:
         """Run `schedule`, then one optimizer step of each model that trains. Appends what was
         measured to `spans`. `number`: of this update, for random numbers; one more than the last
-        one's where it is not given (a run that goes on from a checkpoint should).
+        one's where it is not given (a run that goes on from a checkpoint should). It returns on all
+        ranks, or raises on all.
 
         Raises:
-            ValueError: the schedule is not of these models and micro-batches, or would lock up.
+            ValueError: the schedule is not of these models and micro-batches, or would lock up; or
+                a batch asks for weights that have been stepped since.
             FloatingPointError: on all ranks, a gradient is not finite; nothing has been stepped.
-            StepFailed: a task failed here or elsewhere; this object is of no more use.
+            StepFailed: this rank failed, or another one; this object is of no more use, and weights
+                are to be read again from a checkpoint.
         """
-        self._check(batches, schedule)
+        check_batches(self._models, batches, schedule)
+        self._check_versions(batches)
         if schedule is not self._proven:  # a schedule never changes
             check_channels(schedule)
             self._proven = schedule
@@ -177,27 +145,64 @@ class FusedStep:
         self._drawing = frozenset(
             name for name in batches if any(draws(part) for part in self._droppers[name])
         )
-        shapes = {name: batch.shapes for name, batch in batches.items()}
-        self._executor.run(schedule, shapes, [] if spans is None else spans)
-        for name in batches:
-            if name in self._sums:
-                self._sums[name].hand_over()
-        norms = self._norms(sorted(batches))
-        for name, norm in norms.items():
-            if not math.isfinite(norm):
-                self._clear(batches)
-                raise FloatingPointError(f"{name}: the gradient norm is {norm}; nothing stepped")
-        for name, norm in norms.items():
-            self._step(self._models[name], norm)
+        with self._failing_together():
+            norms = self._run(batches, schedule, [] if spans is None else spans)
         return {
-            name: Result(tuple(value for _, value in sorted(done.items())), norms[name])
+            name: Result(
+                tuple(value for _, value in sorted(done.items())),
+                norms.get(self._models[name].family, 0.0),
+            )
             for name, done in self._finished.items()
         }
 
     def close(self) -> None:
         """Leave the process groups that this object made."""
         self._channels.close()
-        dist.destroy_process_group(self._control)
+        self._alike.close()
+        self._control.close()
+
+    def _run(
+        self, batches: Mapping[str, Batch], schedule: Schedule, spans: list[Span]
+    ) -> dict[str, float]:
+        """Gradient norms by family."""
+        shapes = {name: batch.shapes for name, batch in batches.items()}
+        trained = sorted(name for name in batches if name in self._versions)
+        self._alike.begin(schedule)
+        self._executor.run(schedule, shapes, spans, self._alike.done)
+        self._alike.finish(trained)
+        for name in trained:
+            self._sums[name].hand_over()
+        norms, anyone_steps = self._norms(trained)
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                for other in trained:
+                    self._sums[other].clear()
+                raise FloatingPointError(f"{name}: the gradient norm is {norm}; nothing stepped")
+        for name in trained:
+            self._step(self._models[name], norms[self._models[name].family])
+            self._versions[name] += 1
+        if anyone_steps:  # whoever cannot leaves, and no rank takes the update for done
+            self._control.barrier()
+        return norms
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Who fails leaves, so that who waits for this rank fails now, not at the time limit."""
+        try:
+            yield
+        except FloatingPointError:
+            raise
+        except StepFailed:
+            self.close()
+            raise
+        except Exception as error:
+            place = f"after the tasks of update {self._number}"
+            word = f"rank {self._rank} failed {place}: {self._explain(error)}"
+            first = publish_failure(self._store, word)
+            self.close()
+            if first != word:
+                word = f"rank {self._rank} stopped {place}, because {first}"
+            raise StepFailed(word) from error
 
     def _explain(self, error: Exception) -> str:
         if out_of_memory(error):
@@ -258,48 +263,40 @@ class FusedStep:
 
         return compute
 
-    def _check(self, batches: Mapping[str, Batch], schedule: Schedule) -> None:
-        for pipe in schedule.problem.pipelines:
-            model, batch = self._models.get(pipe.name), batches.get(pipe.name)
-            if model is None or batch is None:
-                raise ValueError(f"schedule: no model or no batch is called {pipe.name!r}")
-            if tuple(pipe.stages) != model.ranks:
+    def _check_versions(self, batches: Mapping[str, Batch]) -> None:
+        for name, batch in batches.items():
+            of = self._models[name].weights_of
+            if of is None:
+                continue
+            if batch.version is None:
                 raise ValueError(
-                    f"schedule: {pipe.name} on ranks {tuple(pipe.stages)}, the model on "
-                    f"{model.ranks}"
+                    f"{name}: Batch.version says of which weights of {of} it must be: "
+                    f"FusedStep.version({of!r}) before the batch's first optimizer step"
                 )
-            if pipe.num_microbatches != len(batch.shapes):
+            if batch.version != self._versions[of]:
                 raise ValueError(
-                    f"schedule: {pipe.num_microbatches} micro-batches of {pipe.name}, the batch "
-                    f"has {len(batch.shapes)}"
+                    f"{name}: asks for {of} as it was after {batch.version} optimizer steps, but "
+                    f"it has taken {self._versions[of]}: run it in an update before that step"
                 )
-            if pipe.forward_only != model.forward_only:
-                raise ValueError(f"schedule: {pipe.name} runs only forward in one of both")
-        extra = set(batches) - {pipe.name for pipe in schedule.problem.pipelines}
-        if extra:
-            raise ValueError(f"schedule: runs nothing of {', '.join(sorted(extra))}")
 
-    def _norms(self, names: Sequence[str]) -> dict[str, float]:
-        squares = torch.zeros(len(names), dtype=torch.float64)
+    def _norms(self, trained: Sequence[str]) -> tuple[dict[str, float], bool]:
+        """Of each family, over all its stages; and whether any rank has an optimizer to step."""
+        names = [name for name in trained if self._models[name].replica_of is None]
+        numbers = torch.zeros(len(names) + 1, dtype=torch.float64)
         for index, name in enumerate(names):
-            squares[index] = sum(map(square_sum, self._gradients(self._models[name])))
-        dist.all_reduce(squares, group=self._control)
-        return {name: math.sqrt(float(s)) for name, s in zip(names, squares, strict=True)}
+            mine = (p.grad for p in self._counted[name])
+            numbers[index] = sum(square_sum(gradient) for gradient in mine if gradient is not None)
+        numbers[-1] = any(self._models[name].optimizer is not None for name in trained)
+        self._control.sum_up(numbers)
+        *squares, stepping = numbers.tolist()
+        return {n: math.sqrt(s) for n, s in zip(names, squares, strict=True)}, stepping > 0
 
     def _step(self, model: Model, norm: float) -> None:
         if model.optimizer is None:
             return
         if model.clip_grad and norm > model.clip_grad:
-            for gradient in self._gradients(model):
-                gradient.mul_(model.clip_grad / norm)
+            for parameter in self._parameters[model.name]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(model.clip_grad / norm)
         model.optimizer.step()
-        model.optimizer.zero_grad()
-
-    def _clear(self, names: Mapping[str, Batch]) -> None:
-        for name in names:
-            if name in self._sums:
-                self._sums[name].clear()
-
-    def _gradients(self, model: Model) -> list[torch.Tensor]:
-        parameters = self._parameters.get(model.name, ())
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self._sums[model.name].clear()

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 
 from rlhfuse.algorithms.losses import normalizer
 from rlhfuse.algorithms.tally import Tally
@@ -21,6 +20,7 @@ from rlhfuse.training.backend import Backend, Key
 from rlhfuse.training.batch import LossData, make_microbatch
 from rlhfuse.training.channels import Shape
 from rlhfuse.training.clock import Watch
+from rlhfuse.training.control import Control
 from rlhfuse.training.executor import Executor
 from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.progress import UpdateProgress
@@ -42,10 +42,9 @@ class MiniBatches:
         backend: Backend,
         references: References,
         executor: Executor,
-        control: dist.ProcessGroup,
+        control: Control,
     ) -> None:
-        """`reference`: its forward-only pipelines. `control`: a gloo group of all ranks, for
-        numbers.
+        """`reference`: its forward-only pipelines. `control`: of all ranks.
 
         Raises:
             ValueError: a model folder cannot be read.
@@ -134,7 +133,7 @@ class MiniBatches:
         for number, schedule in enumerate(plan.rounds):
             if number:
                 with self._watch.measure(spans, Kind.WAIT, "barrier between models"):
-                    dist.barrier(self._control)
+                    self._control.barrier()
             self._executor.run(schedule, self._shapes, spans, done)
 
     def finish(

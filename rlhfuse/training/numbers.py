@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from rlhfuse.training.control import Control
 from rlhfuse.training.trained_stage import TrainedStage
 
 
@@ -21,7 +21,7 @@ class Numbers:
 def exchange(
     stages: Sequence[TrainedStage],
     num_stages: Mapping[str, int],
-    group: dist.ProcessGroup,
+    control: Control,
 ) -> dict[str, Numbers]:
     """The numbers of every role in `num_stages`, from this rank's `stages` and those of all ranks.
     Collective.
@@ -40,7 +40,7 @@ def exchange(
             numbers[slots[stage.role, stage.pp_stage]] = stage.optimizer.square_sum(copied)
         if stage.stage.last:
             numbers[slots[stage.role, stage.pp_stage + 1]] = stage.loss()
-    dist.all_reduce(numbers, group=group)
+    control.sum_up(numbers)
     found = {}
     for role in sorted(num_stages):
         *squares, loss = [float(numbers[at]) for (r, _), at in slots.items() if r == role]

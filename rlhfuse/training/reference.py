@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from rlhfuse.config import Config
 from rlhfuse.kernels.linear_logprob import linear_logprob
@@ -16,6 +15,7 @@ from rlhfuse.models.loading import load_stage
 from rlhfuse.models.stage import Head
 from rlhfuse.placement import StagePlacement
 from rlhfuse.training.batch import MicroBatch, make_microbatch
+from rlhfuse.training.control import Control
 from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.records import Floats, MiniBatchPlan, SampleData
 from rlhfuse.training.stage_runner import ForwardRunner
@@ -117,7 +117,7 @@ class References:
             )
 
     def gather(
-        self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], group: dist.ProcessGroup
+        self, plan: MiniBatchPlan, by_id: Mapping[int, SampleData], control: Control
     ) -> dict[int, Floats]:
         """After that schedule: every rank learns what the last stages found, by sample.
         Collective."""
@@ -129,7 +129,7 @@ class References:
             flat = torch.empty(sum(lengths))
             if home == self._rank:
                 flat = self._last(name).take()
-            dist.broadcast(flat, home, group=group)
+            control.broadcast(flat, home)
             parts = np.split(flat.numpy(), np.cumsum(lengths)[:-1])
             found.update(zip(ids, parts, strict=True))
         return found

@@ -4,28 +4,15 @@ A stage's sums start to travel as soon as its last micro-batch is done, while th
 the other model's tasks: reduction hides in what would be bubbles.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from rlhfuse.placement import StagePlacement, replicas, roles_of
+from rlhfuse.training.reduction import Key, Reductions, buckets
 from rlhfuse.training.trained_stage import TrainedStage
-
-BUCKET_BYTES = 64 * 1024 * 1024
-Key = tuple[str, int]
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """Gradients that travel together, flattened."""
-
-    gradients: list[torch.Tensor]
-    flat: torch.Tensor
-    work: dist.Work
 
 
 class Replicas:
@@ -36,7 +23,7 @@ class Replicas:
     ) -> None:
         """Collective. Groups are the ranks that hold the same stage of the same role."""
         self._groups: dict[Key, tuple[list[int], dist.ProcessGroup]] = {}
-        self._travelling: dict[Key, list[_Bucket]] = {}
+        self._reductions = Reductions()
         for role in sorted(roles_of(pipelines)):
             names = replicas(pipelines, role)
             for stage in range(len(pipelines[role].ranks)) if len(names) > 1 else ():
@@ -48,26 +35,12 @@ class Replicas:
     def start(self, stage: TrainedStage) -> None:
         """The stage's gradients are complete on this rank: begin to sum them over replicas."""
         key = (stage.role, stage.pp_stage)
-        if key not in self._groups:
-            return
-        assert key not in self._travelling, f"{key}: started twice"
-        _, group = self._groups[key]
-        self._travelling[key] = [
-            _Bucket(part, flat, _work(dist.all_reduce(flat, group=group, async_op=True)))
-            for part in _buckets(_gradients(stage))
-            for flat in (torch.cat([g.reshape(-1) for g in part]),)
-        ]
+        if key in self._groups:
+            self._reductions.start(key, _gradients(stage), self._groups[key][1])
 
-    @torch.no_grad()
     def finish(self, stage: TrainedStage) -> None:
         """Wait until the stage's gradients are the sums of all replicas."""
-        for bucket in self._travelling.pop((stage.role, stage.pp_stage), []):
-            bucket.work.wait()
-            offset = 0
-            for gradient in bucket.gradients:
-                part = bucket.flat[offset : offset + gradient.numel()]
-                gradient.copy_(part.view_as(gradient))
-                offset += gradient.numel()
+        self._reductions.finish((stage.role, stage.pp_stage))
 
     @torch.no_grad()
     def share(self, stage: TrainedStage) -> None:
@@ -77,7 +50,7 @@ class Replicas:
         ranks, group = self._groups[stage.role, stage.pp_stage]
         parameters = stage.trained_parameters()
         for owner, names in enumerate(stage.optimizer.shards):
-            for part in _buckets([parameters[name] for name in names]):
+            for part in buckets([parameters[name] for name in names]):
                 flat = torch.cat([p.reshape(-1) for p in part])
                 dist.broadcast(flat, ranks[owner], group=group)
                 offset = 0
@@ -88,7 +61,7 @@ class Replicas:
 
     def close(self) -> None:
         """Leave the groups."""
-        self._travelling.clear()
+        self._reductions.clear()
         while self._groups:
             dist.destroy_process_group(self._groups.popitem()[1][1])
 
@@ -100,20 +73,3 @@ def _gradients(stage: TrainedStage) -> list[torch.Tensor]:
         assert gradient is not None, f"{stage.pipeline} stage {stage.pp_stage}: {name} got none"
         found.append(gradient)
     return found
-
-
-def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one type, together at most `BUCKET_BYTES` (or alone, where larger)."""
-    for _, same in itertools.groupby(tensors, key=lambda t: t.dtype):
-        bucket: list[torch.Tensor] = []
-        for tensor in same:
-            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
-
-
-def _work(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this rank is not part of the group"
-    return work

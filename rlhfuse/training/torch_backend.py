@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from rlhfuse.algorithms.tally import Stats
 from rlhfuse.config import Config
@@ -13,6 +12,7 @@ from rlhfuse.placement import StagePlacement, replicas, role_of
 from rlhfuse.training import checkpoint
 from rlhfuse.training.backend import Key
 from rlhfuse.training.batch import MicroBatch
+from rlhfuse.training.control import Control
 from rlhfuse.training.executor import StageRunner
 from rlhfuse.training.memory import Held
 from rlhfuse.training.numbers import Numbers, exchange
@@ -34,7 +34,7 @@ class TorchBackend:
         device: torch.device,
         dtype: torch.dtype,
         total_steps: int,
-        control: dist.ProcessGroup,
+        control: Control,
     ) -> None:
         """See `MakeBackend`."""
         self._config = config

@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhfuse.algorithms.tally import Tally, merge
@@ -22,6 +21,7 @@ from rlhfuse.training.backend import MakeBackend
 from rlhfuse.training.batch import LossData, loss_data, with_reference
 from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import Watch, clock_of
+from rlhfuse.training.control import Control
 from rlhfuse.training.executor import Executor, StepFailed, publish_failure
 from rlhfuse.training.memory import advice, in_use, loading, out_of_memory
 from rlhfuse.training.minibatch import MiniBatches
@@ -75,8 +75,7 @@ class RankTrainer:
         timeout = timedelta(seconds=config.trainer.wait_timeout_s)
         self._store = _get_default_store()
         everything = {**pipelines, **(reference or {})}
-        # Numbers of all ranks travel over gloo also where tensors travel over NCCL.
-        self._control = dist.new_group(range(world_size), timeout=timeout, backend="gloo")
+        self._control = Control(timeout, range(world_size))
         with loading(" and the ".join(roles_of(everything)), device):
             self._backend = make_backend(
                 config,
@@ -225,7 +224,7 @@ class RankTrainer:
         a full disk."""
         with self._failing_together("writing a checkpoint"):
             self.snapshot().write(folder)
-            dist.barrier(self._control)
+            self._control.barrier()
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote, also with other pipeline stages than these.
@@ -243,11 +242,11 @@ class RankTrainer:
         with self._failing_together(f"exporting the {role}"):
             place = self._pipelines[role]
             Snapshot(self._export_parts(role, "", shared)).write(folder)
-            dist.barrier(self._control)
+            self._control.barrier()
             if place.ranks[0] == self._row and self._column == 0:
                 source = model_config(self._config, role).path
                 checkpoint.complete_export(folder, source)
-            dist.barrier(self._control)
+            self._control.barrier()
 
     def _export_parts(self, role: str, folder: str, keep: Keep) -> list[Part]:
         ranks = self._pipelines[role].ranks
@@ -299,7 +298,7 @@ class RankTrainer:
     def _leave(self) -> None:
         """Whoever waits for this rank fails now, not at the time limit."""
         self.close()
-        dist.destroy_process_group(self._control)
+        self._control.close()
 
 
 def uses_truncation(config: Config, dtype: torch.dtype) -> bool:

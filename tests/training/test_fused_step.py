@@ -1,6 +1,7 @@
 """Any models under one schedule: each trains as it would alone in a plain loop."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,7 +173,13 @@ def test_a_forward_only_model_runs_in_a_trained_one_s_bubbles(own: bool) -> None
         step = FusedStep(
             [
                 Model("one", (0, 1), mine, adam(list(mine.values())), split_weight=own),
-                Model("two", ranks, mine if own else frozen, forward_only=True),
+                Model(
+                    "two",
+                    ranks,
+                    mine if own else frozen,
+                    forward_only=True,
+                    weights_of="one" if own else None,
+                ),
             ],
             rank=rank,
             device=torch.device("cpu"),
@@ -180,9 +187,14 @@ def test_a_forward_only_model_runs_in_a_trained_one_s_bubbles(own: bool) -> None
         )
         data = {
             "one": batch(rows(1), mean_square(rows(2))),
-            "two": batch(rows(3), lambda _, out: out),
+            "two": replace(batch(rows(3), lambda _, out: out), version=step.version("two")),
         }
         result = step.update(data, schedule)
+        if own:  # the policy has taken a step: it is no longer the old one
+            with pytest.raises(ValueError, match=r"one as it was after 0 .*, but it has taken 1"):
+                step.update(data, schedule)
+            with pytest.raises(ValueError, match=r"two: Batch\.version .* FusedStep\.version"):
+                step.update({**data, "two": replace(data["two"], version=None)}, schedule)
         step.close()
         return list(result["two"].finished)
 
@@ -284,21 +296,31 @@ def test_nothing_is_stepped_when_a_gradient_is_not_finite() -> None:
     assert run_ranks(1, run) == [True]
 
 
+def in_half_precision(frozen: bool) -> nn.Module:
+    module = stages(1)[0].bfloat16()
+    if frozen:
+        module.get_submodule("0").requires_grad_(False)
+    return module
+
+
 @pytest.mark.parametrize("split", [False, True])
-def test_half_precision_trains_on_gradients_summed_in_float32(split: bool) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_half_precision_trains_on_gradients_summed_in_float32(split: bool, frozen: bool) -> None:
+    """Also where some layers stay as they are."""
     pipeline = Pipeline.make("one", (0,), COUNT, 1, 2, weight=1)
     schedule = (zb_h1 if split else one_f_one_b)(Problem(1, (pipeline,)))
     inputs, targets = ([x.bfloat16() for x in rows(seed)] for seed in (1, 2))
 
     def run(rank: int) -> Weights:
-        module = stages(1)[0].bfloat16()
+        module = in_half_precision(frozen)
         model = Model("one", (0,), {0: module}, adam([module]), split_weight=split)
         step = FusedStep([model], rank=rank, device=torch.device("cpu"), dtype=torch.bfloat16)
         step.update({"one": batch(inputs, mean_square(targets))}, schedule)
         return named([module])
 
-    module = stages(1)[0].bfloat16()
-    optimizer, parameters = adam([module]), list(module.parameters())
+    module = in_half_precision(frozen)
+    optimizer = adam([module])
+    parameters = [p for p in module.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     for microbatch in range(COUNT):
         loss = mean_square(targets)(microbatch, module(inputs[microbatch]))

@@ -1,6 +1,7 @@
 """A PPO update is the same however it is cut, or scheduled, and stops on NaN."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,16 @@ from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.timeline import Kind
+from rlhfuse.training.executor import StepFailed
+from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.records import (
     MiniBatchPlan,
     NonFiniteLoss,
     SampleData,
 )
+from rlhfuse.training.torch_backend import TorchBackend
 from rlhfuse.training.update import RankTrainer
-from tests.training.ranks import run_ranks
+from tests.training.ranks import run_ranks, stay_until_the_other_ended
 from tests.training.tiny_update import (
     KL_COEF,
     Digests,
@@ -140,8 +144,17 @@ def test_fused_updates_equal_serial_updates_bit_for_bit(num_ranks: int, models: 
     assert len(tasks) == 2 * 2 * 2 * 2 * 2 * num_ranks  # updates, mini-batches, roles, mbs, F and B
 
 
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_models(tmp_path_factory.mktemp("biased"), actor="qwen2")
+
+
 @pytest.mark.slow
-def test_split_backward_and_recomputation_change_no_bit(models: Models) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_split_backward_and_recomputation_change_no_bit(
+    bias: bool, models: Models, biased: Models
+) -> None:
+    models = biased if bias else models
     problem = make_problem(2, 3)
     serial, *_ = two_updates(make_config(models), 2, serial_rounds(problem), 3)
     split = fuse(problem, iterations=20, split_weight=True)
@@ -285,6 +298,35 @@ def test_the_update_s_own_old_logprobs_give_the_update_of_recomputed_ones(
         for name, moment in expected.items():
             allowed = 2e-5 * float(moment.abs().max())
             assert torch.allclose(moments[name], moment, rtol=1e-4, atol=allowed), name
+
+
+def test_a_rank_that_fails_between_tasks_and_step_ends_all_ranks_at_once(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the others wait for its numbers; and it is not its end that tells them."""
+    samples = make_samples(8)
+    plans = make_plans(cut(samples, 1, 2), serial_rounds(make_problem(2, 2)))
+    numbers = TorchBackend.numbers
+
+    def run(rank: int) -> tuple[str, bool]:
+        def failing(self: TorchBackend, roles: Sequence[str]) -> dict[str, Numbers]:
+            if rank == 0:
+                return numbers(self, roles)
+            time.sleep(0.3)
+            raise ArithmeticError("the norm broke")
+
+        monkeypatch.setattr(TorchBackend, "numbers", failing)
+        trainer = make_trainer(make_config(models), rank, 2)
+        before = digests(trainer)
+        with pytest.raises(StepFailed) as caught:
+            trainer.update(3, samples, plans, KL_COEF, [])
+        stay_until_the_other_ended(rank, 1 - rank)
+        return str(caught.value), digests(trainer) == before
+
+    for rank, (message, unchanged) in enumerate(run_ranks(2, run)):
+        assert "rank 1 failed in step 3: ArithmeticError: the norm broke" in message
+        assert message.startswith("rank 1 failed" if rank else "rank 0 stopped in step 3, because")
+        assert unchanged
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])

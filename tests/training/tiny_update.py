@@ -42,9 +42,11 @@ class Models:
     critic: Path
 
 
-def save_models(folder: Path, *, tied: bool = False, width: int = 101) -> Models:
+def save_models(
+    folder: Path, *, tied: bool = False, width: int = 101, actor: str = "llama"
+) -> Models:
     models = Models(folder / "actor", folder / "critic")
-    save_tiny(models.actor, "llama", tied=tied, seed=1, width=width)
+    save_tiny(models.actor, actor, tied=tied, seed=1, width=width)
     save_tiny(models.critic, "qwen3", head=Head.SCALAR, seed=2, width=width)
     return models
 
