@@ -83,11 +83,14 @@ def test_a_sample_does_not_depend_on_its_company(tmp_path: Path, family: str) ->
                 assert torch.equal(result, alone[i])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
-def test_gradients_equal_transformers(tmp_path: Path, num_stages: int, tied: bool) -> None:
+def test_gradients_equal_transformers(
+    tmp_path: Path, num_stages: int, tied: bool, family: str
+) -> None:
     """Float32 rounding: 1e-5 of the largest gradient of each tensor."""
-    model = save_tiny(tmp_path, "qwen3", tied=tied)
+    model = save_tiny(tmp_path, family, tied=tied)
     samples = random_samples([9, 20, 4])
     for sample in samples:
         ids = torch.from_numpy(sample.astype(np.int64))[None]

@@ -135,6 +135,30 @@ def test_only_adapters_change_and_the_export_computes_as_the_run(
     assert entropy == pytest.approx(spread / count, rel=1e-5)
 
 
+def test_adapters_and_their_moments_load_into_other_stages(models: Models, tmp_path: Path) -> None:
+    config = with_adapters(make_config(models))
+    one_update(config, 2, tmp_path / "saved")
+
+    def load(rank: int) -> dict[str, str]:
+        trainer = make_trainer(config, rank, 4)
+        trainer.load(tmp_path / "saved")
+        trainer.save(tmp_path / "again")
+        return digests(trainer)
+
+    def whole(rank: int) -> dict[str, str]:
+        trainer = make_trainer(config, rank, 1)
+        trainer.load(tmp_path / "again")
+        return digests(trainer)
+
+    found = {name: digest for part in run_ranks(4, load) for name, digest in part.items()}
+    assert run_ranks(1, whole) == [found]
+    for role in ("actor", "critic"):
+        saved, again = (first_moments(tmp_path / f, role) for f in ("saved", "again"))
+        assert set(saved) == set(again)
+        assert any(".lora_A." in name for name in saved)
+        assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
 def test_names_that_no_layer_has_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", seed=1)
     whole = load_model(tmp_path, head=Head.LM)

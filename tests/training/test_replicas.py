@@ -1,19 +1,26 @@
 """Data-parallel replicas: the same update, whoever holds which share of it."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from rlhfuse.algorithms.tally import merge, named
 from rlhfuse.config import Config, PlacementConfig
 from rlhfuse.models.partition import partition
+from rlhfuse.models.stage import EMBEDDING, LM_HEAD
 from rlhfuse.placement import StagePlacement, pipeline_ranks, role_of
 from rlhfuse.training.optimizer import divide
 from rlhfuse.training.records import MiniBatchPlan
+from rlhfuse.training.reduction import Key, Reductions
+from rlhfuse.training.stage_runner import AutogradRunner
 from rlhfuse.update_plan import StageCosts, TrainedSample, plan_update
 from tests.training.ranks import run_ranks
 from tests.training.tiny_update import (
@@ -34,6 +41,11 @@ NUM_RANKS = 4
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_models(tmp_path_factory.mktemp("tied"), tied=True, actor="qwen2")
 
 
 def placed(config: Config, actor_pp: int, critic_pp: int, *, shard: bool = True) -> Config:
@@ -58,10 +70,8 @@ def pipelines_of(config: Config) -> dict[str, StagePlacement]:
     return found
 
 
-def updated(
-    config: Config, fused: bool, folder: Path
-) -> tuple[list[dict[str, str]], dict[str, float]]:
-    """Digests of every rank and all metrics after one update; the checkpoint goes to `folder`."""
+def plans_of(config: Config, fused: bool) -> list[MiniBatchPlan]:
+    """Of one update on `make_samples(8)`."""
     pipelines = pipelines_of(config)
     samples = make_samples(8)
     costs = {}
@@ -79,10 +89,18 @@ def updated(
     )
     plans = [MiniBatchPlan(b.microbatches, b.rounds) for b in plan.minibatches]
     assert {role_of(name) for b in plans for name in b.microbatches} == {"actor", "critic"}
+    return plans
+
+
+def updated(
+    config: Config, fused: bool, folder: Path
+) -> tuple[list[dict[str, str]], dict[str, float]]:
+    """Digests of every rank and all metrics after one update; the checkpoint goes to `folder`."""
+    plans = plans_of(config, fused)
 
     def run(rank: int) -> tuple[dict[str, str], object]:
-        trainer = make_trainer(config, rank, NUM_RANKS, pipelines)
-        tally = trainer.update(0, samples, plans, KL_COEF, [])
+        trainer = make_trainer(config, rank, NUM_RANKS, pipelines_of(config))
+        tally = trainer.update(0, make_samples(8), plans, KL_COEF, [])
         trainer.save(folder)
         return digests(trainer), tally
 
@@ -90,12 +108,21 @@ def updated(
     return [r[0] for r in results], named(merge([r[1] for r in results]))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("actor_pp", "critic_pp"), [(2, 2), (4, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("actor_pp", "critic_pp", "tie"),
+    [(2, 2, False), (4, 2, False), (1, 4, False), (2, 4, True), (1, 2, True)],
+)
 def test_an_update_on_replicas_is_the_plain_one(
-    actor_pp: Literal[1, 2, 4], critic_pp: Literal[2, 4], models: Models, tmp_path: Path
+    actor_pp: Literal[1, 2, 4],
+    critic_pp: Literal[2, 4],
+    tie: bool,
+    models: Models,
+    tied: Models,
+    tmp_path: Path,
 ) -> None:
-    """Replicas agree on every bit; the gradients are the unsplit models' to float32 rounding."""
-    config = placed(make_config(models), actor_pp, critic_pp)
+    """Replicas agree on every bit; the gradients are the unsplit models' to float32 rounding, and
+    their norm counts every parameter once."""
+    config = placed(make_config(tied if tie else models), actor_pp, critic_pp)
     held, metrics = updated(config, True, tmp_path)
     together: dict[str, str] = {}
     for mine in held:
@@ -106,6 +133,8 @@ def test_an_update_on_replicas_is_the_plain_one(
     for role in ("actor", "critic"):
         moments = first_moments(tmp_path, role)
         norm = metrics[f"{role}/grad_norm"]
+        squares = sum(float(g.double().square().sum()) for g in plain.gradients[role].values())
+        assert norm == pytest.approx(math.sqrt(squares), rel=1e-5)
         clip = min(1.0, config.actor.optim.clip_grad / norm)
         assert set(plain.gradients[role]) <= set(moments)
         for name, gradient in plain.gradients[role].items():
@@ -113,6 +142,48 @@ def test_an_update_on_replicas_is_the_plain_one(
             assert torch.allclose(
                 moments[name] / (0.1 * clip), gradient, rtol=1e-4, atol=2e-5 * largest + 1e-9
             ), name
+
+
+def test_tied_ends_of_replicas_stay_one_matrix(tied: Models, tmp_path: Path) -> None:
+    """Though each end has its own optimizer, and shares it with another replica."""
+    updated(placed(make_config(tied), 2, 2), True, tmp_path)
+    before = load_file(tied.actor / "model.safetensors")[EMBEDDING]
+    first, last = (load_file(tmp_path / f"actor/stage_{s}.safetensors") for s in range(2))
+    assert torch.equal(first[f"weight/{EMBEDDING}"], last[f"weight/{LM_HEAD}"])
+    assert not torch.equal(first[f"weight/{EMBEDDING}"], before)
+
+
+def test_gradients_travel_while_the_other_model_still_runs(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank starts the sum of one model's gradients with tasks of the other one to come."""
+    config = placed(make_config(models), 2, 2)
+    plans = plans_of(config, True)
+    backward, start = AutogradRunner.backward, Reductions.start
+    seen: list[str] = []
+
+    def noted_backward(
+        self: AutogradRunner, microbatch: int, gradient: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        seen.append("task")
+        return backward(self, microbatch, gradient)
+
+    def noted_start(
+        self: Reductions, key: Key, gradients: Sequence[torch.Tensor], group: dist.ProcessGroup
+    ) -> None:
+        seen.append("start")
+        start(self, key, gradients, group)
+
+    def run(rank: int) -> list[str]:
+        monkeypatch.setattr(AutogradRunner, "backward", noted_backward)
+        monkeypatch.setattr(Reductions, "start", noted_start)
+        trainer = make_trainer(config, rank, NUM_RANKS, pipelines_of(config))
+        trainer.update(0, make_samples(8), plans, KL_COEF, [])
+        return seen
+
+    for order in run_ranks(NUM_RANKS, run):
+        assert order.count("start") == 2  # of the actor and of the critic
+        assert "task" in order[order.index("start") :]
 
 
 @pytest.mark.slow
