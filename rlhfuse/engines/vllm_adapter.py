@@ -126,7 +126,7 @@ class VllmEngine:
     def loaded_cache_tokens(self) -> int:
         """Tokens so far that were not computed here because their cache came along."""
         connector = self._core.connector
-        return connector.loaded_tokens if connector is not None else 0
+        return connector.arrivals.loaded_tokens if connector is not None else 0
 
     # --- samples ---------------------------------------------------------------------------
 

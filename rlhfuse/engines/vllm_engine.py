@@ -27,6 +27,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from rlhfuse.config import VllmConfig
 from rlhfuse.engines import base, vllm_cache, vllm_setup
 from rlhfuse.engines.kv_cache import CacheShape
+from rlhfuse.engines.vllm_arrivals import Arrivals, Load
 from rlhfuse.engines.vllm_sampling import KeyedDraws, of_each_draft
 from rlhfuse.models.stage import ModelConfig
 
@@ -60,64 +61,45 @@ class KeyedProcessor(LogitsProcessor):  # type: ignore[misc]
 
 @dataclass
 class _Loads(KVConnectorMetadata):  # type: ignore[misc]
-    """What the coming step fills from outside: (blocks, first block, ids of the paged blocks)."""
+    """What the coming step fills from outside."""
 
-    loads: list[tuple[vllm_cache.Blocks, int, list[int]]] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
 
 
 class MigrationConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """Key-value blocks in and out of vLLM's paged cache, through its connector interface.
 
-    vLLM makes two of these: the scheduler's keeps what arrived with a request and notes the
-    blocks of requests that end; the worker's copies, and has no state of its own.
+    vLLM makes two of these: the scheduler's has `Arrivals` and notes the blocks of requests that
+    end; the worker's copies, and has no state of its own.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._block_tokens = vllm_config.cache_config.block_size
-        self._arrived: dict[str, vllm_cache.Blocks] = {}
-        self._had: dict[str, int] = {}  # request -> tokens that the prefix cache has
+        self.arrivals = Arrivals(vllm_config.cache_config.block_size)
         self.left: dict[str, tuple[list[int], int]] = {}  # request -> its blocks, tokens in them
-        self.loaded_tokens = 0  # so far, not computed here because they came with a request
 
     @property
     def requires_kv_delivery(self) -> bool:
         return False
 
-    def arrive(self, request_id: str, blocks: vllm_cache.Blocks) -> None:
-        """A request that comes with its cache; call before the step that admits it."""
-        self._arrived[request_id] = blocks
-
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        blocks = self._arrived.get(request.request_id)
-        if blocks is None or num_computed_tokens % self._block_tokens:
-            return 0, False
-        self._had[request.request_id] = num_computed_tokens
-        return max(0, blocks.header.num_tokens - num_computed_tokens), False
+        return self.arrivals.offer(request.request_id, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if not num_external_tokens:
-            self._had.pop(request.request_id, None)
-            self._arrived.pop(request.request_id, None)
+            self.arrivals.forget(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> _Loads:
-        loads = []
-        for request in scheduler_output.scheduled_new_reqs:
-            had = self._had.pop(request.req_id, None)
-            if had is not None:
-                blocks = self._arrived.pop(request.req_id)
-                self.loaded_tokens += blocks.header.num_tokens - had
-                first = had // self._block_tokens
-                last = -(-blocks.header.num_tokens // self._block_tokens)
-                loads.append((blocks, first, list(request.block_ids[0][first:last])))
-        return _Loads(loads)
+        requests = scheduler_output.scheduled_new_reqs
+        loads = (self.arrivals.admit(one.req_id, one.block_ids[0]) for one in requests)
+        return _Loads([load for load in loads if load is not None])
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._arrived.pop(request.request_id, None)
+        self.arrivals.forget(request.request_id)
         self.left[request.request_id] = (list(block_ids), request.num_computed_tokens)
         return False, None
 
@@ -308,7 +290,7 @@ class VllmCore:
     def arrive(self, request_id: str, blocks: vllm_cache.Blocks) -> None:
         """The request that was just submitted comes with its cache."""
         assert self.connector is not None
-        self.connector.arrive(self._names[request_id], blocks)
+        self.connector.arrivals.arrive(self._names[request_id], blocks)
 
     def drop_prefixes(self) -> None:
         """Forget keys and values of ended requests (they were computed with other weights)."""
