@@ -18,7 +18,7 @@ from rlhfuse.data import Prompt, PromptStream
 from rlhfuse.fleet import Fleet
 from rlhfuse.logprob_sources import ratios
 from rlhfuse.metrics import Loggers, cut_jsonl, open_loggers
-from rlhfuse.placement import NodeInfo, Seat, WorkerSpec, seats
+from rlhfuse.placement import NodeInfo, Seat, StagePlacement, WorkerSpec, seats
 from rlhfuse.planner.memory import check_room, memory_plan
 from rlhfuse.planner.workload import workload_of
 from rlhfuse.progress import Progress
@@ -122,7 +122,10 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
     if not config.placement.ray_address:  # else when the nodes are known
         for warning in check_memory(run, [describe_node("", "127.0.0.1")]):
             logger.warning("%s", warning)
-    state, changes = _resumed(run, folder, checkpoint) if checkpoint else (fresh_state(run), ())
+    state, changes = fresh_state(run), tuple[str, ...]()
+    if checkpoint is not None:
+        before = load(folder.path / "config.yaml")
+        state, changes = resumed_state(before, config, run.pipelines, checkpoint)
     with contextlib.ExitStack() as stack:
         folder.create(dump(config))
         # Samples of steps that will run again, or of an earlier run that never got to save.
@@ -167,14 +170,20 @@ def open_session(run: Resolved, *, resume: bool) -> Iterator[Session]:
         yield session
 
 
-def _resumed(
-    run: Resolved, folder: RunFolder, checkpoint: Path
+def resumed_state(
+    before: Config, now: Config, pipelines: dict[str, StagePlacement], checkpoint: Path
 ) -> tuple[TrainerState, tuple[str, ...]]:
-    """The state to go on from, and what has changed in the configuration since."""
+    """The state to go on from, and what has changed in the configuration since. Models stay cut
+    into stages as they were, as another cut rounds otherwise; only where another number of stages
+    is asked for are they `pipelines`.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or what has changed would break the run.
+    """
     state = load_state(checkpoint)
-    changes = check_resume(load(folder.path / "config.yaml"), run.config)
+    changes = check_resume(before, now)
     if changes.stages:
-        state = msgspec.structs.replace(state, pipelines=run.pipelines)
+        state = msgspec.structs.replace(state, pipelines=pipelines)
     return state, changes.told
 
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from rlhfuse.config import TrainerConfig
+from rlhfuse.config import Config, TrainerConfig
 from rlhfuse.data import StreamState
 from rlhfuse.placement import StagePlacement
 from rlhfuse.run_folder import RunFolder, StepLengths, TrainerState, load_state
+from rlhfuse.session import resumed_state
 
 
 def _state(step: int, best_step: int = 0) -> TrainerState:
@@ -39,6 +41,23 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     latest = folder.latest()
     assert latest is not None
     assert load_state(latest) == _state(4)
+
+
+def test_a_resumed_run_cuts_its_models_as_before_unless_other_stages_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    folder = _folder(tmp_path)
+    folder.save(_state(4), _write)
+    latest = folder.latest()
+    assert latest is not None
+    as_of_today = {"actor": StagePlacement((0, 1), ((0, 3), (3, 4)))}
+    state, told = resumed_state(Config(), Config(), as_of_today, latest)
+    assert (state, told) == (_state(4), ())
+    replace = msgspec.structs.replace
+    more = replace(Config(), placement=replace(Config().placement, num_devices=4))
+    state, told = resumed_state(Config(), more, as_of_today, latest)
+    assert state == replace(_state(4), pipelines=as_of_today)
+    assert "equal to rounding" in told[0]
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:

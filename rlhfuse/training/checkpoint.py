@@ -167,11 +167,6 @@ def _record(path: Path) -> StageRecord:
         raise ValueError(f"checkpoint record {path} is damaged: {error}") from error
 
 
-def recorded_layers(folder: Path, role: str) -> tuple[tuple[int, int], ...]:
-    """How a checkpoint's model was cut into stages: to be used again on resume."""
-    return read_records(folder, role)[0].layers
-
-
 def rng_part(rank: int, device: torch.device) -> Part:
     """This rank's random number states, to be written."""
     states = {_CPU_STATE: torch.get_rng_state()}
