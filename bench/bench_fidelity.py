@@ -11,10 +11,12 @@ says how long tasks were after all. `measured` is from the first task's start to
 that is not sleep.
 
 `replayed` is what an ideal executor, with free messages, would take for tasks that sleep as long as
-they did: `over_replayed` is what ours loses. `message_us` is the median time from a task's end to
-the start of one that waited for its message, and `over_latency` compares with a plan that knows it.
-`over_learnt` compares later repetitions with the plan that a run makes once it has measured: with
-the first one's mean task times and that latency.
+they did: `over_replayed` is what ours loses. `lost_...`: of `planned`, what the critical path of a
+run took beyond what was asked: in tasks (that woke up late, more than later ones made up for),
+between two tasks of a rank, and for messages that a rank waited for. `message_us` is the median
+time from a task's end to the start of one that waited for its message, and `over_latency` compares
+with a plan that knows it. `over_learnt` compares later repetitions with the plan that a run makes
+once it has measured: with the first one's mean task times and that latency.
 `carrier`: what messages travel by, in processes of their own: between processes of one machine
 (`local`, as a run on CPUs does) or process groups (`gloo`); with gloo also `bare`, the same
 messages between the same sleeping ranks without the executor (`bench.bare_gloo`), in turn.
@@ -33,7 +35,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from bench.bare_gloo import BareGloo
-from bench.ideal_executor import TASKS, replay, sources
+from bench.ideal_executor import TASKS, lost, replay, sources
 from bench.ranks import run_ranks, say
 from bench.record import Row, print_table, write_result
 from bench.sleep import EvenSleep
@@ -180,6 +182,7 @@ def fidelity(num_ranks: int, forward_s: float, split: bool, way: Way) -> Row:
     learnt = makespan(learnt_from(schedule, tasks[0]))
     overheads = sorted(x for r in results for spans in r.spans for x in between_tasks(spans))
     seconds = seconds_of(forward_s)
+    found = [lost(schedule, part, seconds) for part in tasks]
     return {
         "ranks": num_ranks,
         "forward_ms": forward_s * 1e3,
@@ -197,6 +200,14 @@ def fidelity(num_ranks: int, forward_s: float, split: bool, way: Way) -> Row:
             ),
             4,
         ),
+        **{
+            f"lost_{name}": round(statistics.median(parts) / planned, 4)
+            for name, parts in (
+                ("in_tasks", [f.in_tasks for f in found]),
+                ("between", [f.between for f in found]),
+                ("for_messages", [f.for_messages for f in found]),
+            )
+        },
         "message_us": round(latency_s * 1e6, 1),
         "over_latency": round(statistics.median(ratios) / with_latency, 4),
         "over_learnt": round(statistics.median(ratios[1:]) * planned / learnt, 4),
@@ -261,7 +272,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--forward-ms", type=float, nargs="+", default=[10.0, 5.0])
     parser.add_argument("--carriers", nargs="+", default=["local", "gloo"])
-    parser.add_argument("--repeats", type=int, default=5, help="at least 2")
+    parser.add_argument("--repeats", type=int, default=15, help="at least 2")
     parser.add_argument("--rows", type=int, default=64, help="rows of 1 KB in a message")
     parser.add_argument("--plain-sleep", action="store_true", help="tasks oversleep")
     parser.add_argument("--name", default="bench_fidelity", help="of the result")

@@ -20,8 +20,9 @@ from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.carrier import GroupCarrier
 from rlhfuse.training.clock import Clock, Mark, clock_of
-from rlhfuse.training.exchange import Exchange, Form, Links
+from rlhfuse.training.exchange import Exchange, Links
 from rlhfuse.training.executor import StepFailed, publish_failure, task_label
+from rlhfuse.training.form import Form
 from rlhfuse.training.links import RowPlan, Step, plan_row
 
 logger = logging.getLogger(__name__)

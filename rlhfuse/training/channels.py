@@ -2,16 +2,17 @@
 
 import itertools
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from rlhfuse.training.carrier import GroupCarrier
-from rlhfuse.training.exchange import Exchange, Form, Links
-from rlhfuse.training.links import Channel, Flow, Message
+from rlhfuse.training.exchange import Exchange, Links
+from rlhfuse.training.form import Form
+from rlhfuse.training.links import Channel, Flow, Message, RowPlan
 from rlhfuse.training.local_exchange import LocalExchange
 from rlhfuse.training.local_link import LocalLinks, on_one_machine
 
@@ -20,6 +21,26 @@ logger = logging.getLogger(__name__)
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Sequence[Shape]]
 """Shape of the message of each micro-batch, by pipeline: known to all ranks from the plan."""
+
+
+class Ports(Protocol):
+    """One rank's messages while it runs one schedule, each made ready before the first task: to
+    look something up between two tasks costs more than to call it."""
+
+    @property
+    def refill(self) -> Callable[[], None] | None:
+        """To be called once a task's result is on its way, where there is something to do then."""
+
+    def receiver(self, message: Message) -> Callable[[], torch.Tensor]:
+        """What returns the tensor that `message` carries. Blocks until it is here (CUDA: queues
+        the wait); raises `PeerLost` where it does not come within the time limit."""
+
+    def sender(self, message: Message) -> Callable[[torch.Tensor], None]:
+        """What sends `message`. Raises ValueError where the tensor has another shape than
+        announced, `PeerLost` where nobody takes it."""
+
+    def drain(self) -> None:
+        """Wait for what is under way; afterwards nothing of the schedule is left."""
 
 
 class Channels:
@@ -67,24 +88,20 @@ class Channels:
             self._carrier = GroupCarrier(self._peer, self._group, self._tag)
             self._warm_up(ways)
 
-    def open(
-        self, expected: Mapping[Channel, Sequence[Message]], shapes: Shapes
-    ) -> Exchange | LocalExchange:
+    def open(self, plan: RowPlan, shapes: Shapes) -> Ports:
         """Get ready for the messages of one schedule; one runs at a time."""
         self._forms = {
             name: [Form(tuple(shape), self._dtype) for shape in mine]
             for name, mine in shapes.items()
         }
         if self._local is not None:
-            return LocalExchange(self._local, self._form, expected)
+            return LocalExchange(self._local, self._form, plan)
         assert self._carrier is not None
-        return Exchange(Links(self._device, self._carrier, self._form), expected)
+        return Exchange(Links(self._device, self._carrier, self._form), plan.expected)
 
     def size(self, message: Message) -> int:
         """Bytes that travel; none from a rank to itself."""
-        form = self._form(message)
-        assert form.shape is not None
-        return 0 if message.local else math.prod(form.shape) * form.dtype.itemsize
+        return 0 if message.local else self._form(message).size
 
     def close(self) -> None:
         """Leave, also in the middle of a schedule: peers that wait for this rank (and peers that

@@ -13,38 +13,18 @@ one machine, `rlhfuse.training.local_exchange` takes the place of all this.
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from rlhfuse.training.carrier import GroupCarrier
-from rlhfuse.training.links import Channel, Message
+from rlhfuse.training.form import Form
+from rlhfuse.training.links import Channel, Message, PeerLost
 
 HEADER = 8
 """Numbers in a header: the number of dimensions, then each."""
 _AHEAD = 2
-
-
-class PeerLost(RuntimeError):
-    """A message did not come, or could not be sent; the message says which."""
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What a message looks like; `shape` None where only its sender knows."""
-
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype
-    advice: str = ""
-    """What to do where a message has another shape."""
-
-    def check(self, message: Message, tensor: torch.Tensor) -> None:
-        """ValueError where `tensor` has another shape than announced."""
-        if self.shape is not None and tensor.shape != self.shape:
-            raise ValueError(
-                f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(self.shape)}"
-                + (f"; {self.advice}" if self.advice else "")
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +58,14 @@ class Exchange:
         self._handed: dict[Message, torch.Tensor] = {}
         self._short = list(self._receiving.values())  # with fewer receives posted than may be
         self.refill()
+
+    def receiver(self, message: Message) -> Callable[[], torch.Tensor]:
+        """See `Ports`."""
+        return partial(self.receive, message)
+
+    def sender(self, message: Message) -> Callable[[torch.Tensor], None]:
+        """See `Ports`."""
+        return partial(self.send, message)
 
     def receive(self, message: Message) -> torch.Tensor:
         """The tensor that `message` carries; blocks until it is here (CUDA: queues the wait).

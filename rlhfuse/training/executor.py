@@ -6,8 +6,9 @@ becomes a span on the lane of the rank.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,11 +18,9 @@ from torch.distributed.distributed_c10d import Store
 
 from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import ArgValue, Kind, Span
-from rlhfuse.training.channels import Channels, Shapes
+from rlhfuse.training.channels import Channels, Ports, Shapes
 from rlhfuse.training.clock import Clock, Mark
-from rlhfuse.training.exchange import Exchange
 from rlhfuse.training.links import Message, RowPlan, Step, plan_row
-from rlhfuse.training.local_exchange import LocalExchange
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,10 @@ _KINDS = {op: Kind(op.value) for op in Op}
 FAILURE_KEY = "rlhfuse/first_failure"
 SHORTEST_WAIT_S = 20e-6
 """Shorter waits are the cost of asking, and get no span."""
+
+
+Compute = Callable[[torch.Tensor | None], torch.Tensor | None]
+"""One task: what it received to what it sends."""
 
 
 class StageRunner(Protocol):
@@ -104,16 +107,13 @@ class Executor:
         self._round += 1
         measured: list[_Measured] = []
         self._clock.start()
-        at: Step | None = None
         try:
-            exchange = self._channels.open(plan.expected, shapes)
-            for step in plan.steps:
-                at = step
-                measured.append(self._run_step(step, exchange))
-                if done is not None:
-                    done(step.task)
-            exchange.drain()
+            ports = self._channels.open(plan, shapes)
+            ready = [self._ready(step, ports) for step in plan.steps]
+            self._run_row(ready, ports.refill, done, measured)
+            ports.drain()
         except Exception as error:
+            at = plan.steps[len(measured)] if len(measured) < len(plan.steps) else None
             raise self._failed(schedule, at, error) from error
         spans.extend(self._spans(measured, shapes))
 
@@ -123,41 +123,65 @@ class Executor:
             self._planned = schedule, plan_row(schedule, self._row)
         return self._planned[1]
 
-    def _run_step(self, step: Step, exchange: Exchange | LocalExchange) -> "_Measured":
-        """What the next rank waits for comes first: receive, compute, send; then the books."""
-        start = arrived = self._clock.mark()
-        received = None
-        if step.receives is not None:
-            received = exchange.receive(step.receives)
-            arrived = self._clock.mark()
-        cpu_start_s = time.thread_time()
-        with task_label(step.task):
-            result = self._compute(step.task, received)
-        end = sent = self._clock.mark()
-        cpu_s = time.thread_time() - cpu_start_s
-        if step.sends is not None:
-            assert result is not None, f"{step.task} made nothing to send"
-            exchange.send(step.sends, result)
-            sent = self._clock.mark()
-        exchange.refill()
-        return _Measured(step, start, arrived, end, sent, cpu_s)
+    def _ready(self, step: Step, ports: Ports) -> "_Ready":
+        """All that can be looked up before the first task."""
+        return _Ready(
+            step,
+            None if step.receives is None else ports.receiver(step.receives),
+            self._computes(step.task),
+            None if step.sends is None else ports.sender(step.sends),
+        )
 
-    def _compute(self, task: Task, received: torch.Tensor | None) -> torch.Tensor | None:
+    def _computes(self, task: Task) -> Compute:
         runner = self._runners[task.pipeline, task.pp_stage]
         if task.op is Op.F:
-            return runner.forward(task.microbatch, received)
+            return partial(runner.forward, task.microbatch)
         if task.op is Op.B:
-            return runner.backward(task.microbatch, received)
+            return partial(runner.backward, task.microbatch)
         if task.op is Op.I:
-            return runner.input_gradient(task.microbatch, received)
-        runner.weight_gradient(task.microbatch)
-        return None
+            return partial(runner.input_gradient, task.microbatch)
+        return lambda _: runner.weight_gradient(task.microbatch)
+
+    def _run_row(
+        self,
+        ready: Sequence["_Ready"],
+        refill: Callable[[], None] | None,
+        done: Callable[[Task], None] | None,
+        measured: list["_Measured"],
+    ) -> None:
+        """Receive, compute, send; the books are kept afterwards. Whoever runs here has just slept:
+        every line between two tasks is cold, and other ranks wait for its end."""
+        mark, thread_time = self._clock.mark, time.thread_time
+        before_s = thread_time()
+        for step, receive, compute, send in ready:
+            start = arrived = mark()
+            received = None
+            if receive is not None:
+                received = receive()
+                arrived = mark()
+            if autograd_profiler._is_profiler_enabled:
+                with task_label(step.task):
+                    result = compute(received)
+            else:
+                result = compute(received)
+            end = sent = mark()
+            if send is not None:
+                assert result is not None, f"{step.task} made nothing to send"
+                send(result)
+                sent = mark()
+            if refill is not None:
+                refill()
+            now_s = thread_time()
+            measured.append((step, start, arrived, end, sent, now_s - before_s))
+            before_s = now_s
+            if done is not None:
+                done(step.task)
 
     def _spans(self, measured: list["_Measured"], shapes: Shapes) -> Iterator[Span]:
         lane, seconds = f"rank{self._rank}", self._clock.seconds
-        for item in measured:
-            task, receives, sends = item.step.task, item.step.receives, item.step.sends
-            name, start, end = str(task), seconds(item.arrived), seconds(item.end)
+        for step, started, arrived, ended, was_sent, cpu_s in measured:
+            task, receives, sends = step.task, step.receives, step.sends
+            name, start, end = str(task), seconds(arrived), seconds(ended)
             args: dict[str, ArgValue] = {
                 "pipeline": task.pipeline,
                 "pp_stage": task.pp_stage,
@@ -166,14 +190,14 @@ class Executor:
                 "round": self._round,
             }
             if receives is not None:
-                began = seconds(item.start)
+                began = seconds(started)
                 if start - began >= SHORTEST_WAIT_S and not receives.local:
                     yield Span(lane, began, start, Kind.WAIT, name, args | self._wait(receives))
             moved = sum(self._channels.size(m) for m in (receives, sends) if m is not None)
-            own: dict[str, ArgValue] = {"bytes": moved, "cpu_s": round(item.cpu_s, 6)}
+            own: dict[str, ArgValue] = {"bytes": moved, "cpu_s": round(cpu_s, 6)}
             yield Span(lane, start, end, _KINDS[task.op], name, args | own)
             if sends is not None:
-                sent = seconds(item.sent)
+                sent = seconds(was_sent)
                 if sent - end >= SHORTEST_WAIT_S and not sends.local:
                     yield Span(lane, end, sent, Kind.WAIT, name, args | self._wait(sends))
 
@@ -201,18 +225,18 @@ class Executor:
         return StepFailed(word + surroundings)
 
 
-class _Measured(NamedTuple):
-    """A step: when it began to wait for its message, had it, was computed, and had sent.
-
-    `cpu_s`: processor time of the task; on a CPU, a longer span means that others used the core.
-    """
+class _Ready(NamedTuple):
+    """A step and what does it."""
 
     step: Step
-    start: Mark
-    arrived: Mark
-    end: Mark
-    sent: Mark
-    cpu_s: float
+    receive: Callable[[], torch.Tensor] | None
+    compute: Compute
+    send: Callable[[torch.Tensor], None] | None
+
+
+_Measured = tuple[Step, Mark, Mark, Mark, Mark, float]
+"""A step: when it began to wait for its message, had it, was computed, and had sent; processor time
+of all that: where a task on a CPU took much longer, others used the core."""
 
 
 def publish_failure(store: Store, word: str) -> str:

@@ -51,6 +51,10 @@ class Message(NamedTuple):
         )
 
 
+class PeerLost(RuntimeError):
+    """A message did not come, or could not be sent; the message says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A task of a row with the message it needs first and the one it makes."""

@@ -4,80 +4,72 @@ What `rlhfuse.training.exchange` is over process groups, over `LocalLinks`: noth
 no send is left open, as it copies.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from rlhfuse.training.exchange import Form, PeerLost
-from rlhfuse.training.links import Channel, Message
-from rlhfuse.training.local_link import LocalLinks, Target
+from rlhfuse.training.form import Form
+from rlhfuse.training.links import Message, RowPlan
+from rlhfuse.training.local_link import LocalLinks
 
 
 class LocalExchange:
-    """All channels of one rank, for one schedule. Tensors are of the CPU."""
+    """All channels of one rank, for one schedule. Tensors are of the CPU. See `Ports`."""
 
-    def __init__(
-        self,
-        links: LocalLinks,
-        form: Callable[[Message], Form],
-        expected: Mapping[Channel, Iterable[Message]],
-    ) -> None:
-        """`form`: of every message, its shape known. `expected`: all that comes here."""
+    refill = None
+
+    def __init__(self, links: LocalLinks, form: Callable[[Message], Form], plan: RowPlan) -> None:
+        """`form`: of every message, its shape known."""
+        asked, given = defaultdict(list), defaultdict(list)
+        for step in plan.steps:
+            if step.receives is not None and not step.receives.local:
+                asked[step.receives.channel].append(step.receives)
+            if step.sends is not None and not step.sends.local:
+                given[step.sends.channel].append(step.sends)
+        self._senders: dict[Message, Callable[[torch.Tensor], None]] = {}
+        for way, order in given.items():
+            self._senders |= links.source(way).senders([(m, form(m)) for m in order])
+        self._receivers: dict[Message, Callable[[], torch.Tensor]] = {}
+        for way, expected in plan.expected.items():
+            self._receivers |= links.target(way).receivers([(m, form(m)) for m in expected])
+        # With several stages on a rank, the sender's order need not be the receiver's.
+        self._sorting = {
+            way: deque(order) for way, order in plan.expected.items() if tuple(asked[way]) != order
+        }
+        self._ends = {
+            way: links.target(way).taken + len(order) for way, order in plan.expected.items()
+        }
         self._links = links
-        self._form = form
-        self._coming = {way: (links.target(way), deque(order)) for way, order in expected.items()}
-        self._targets = [target for target, _ in self._coming.values()]
         self._arrived: dict[Message, torch.Tensor] = {}
         self._handed: dict[Message, torch.Tensor] = {}
 
-    def receive(self, message: Message) -> torch.Tensor:
-        """See `Exchange`."""
+    def receiver(self, message: Message) -> Callable[[], torch.Tensor]:
+        """See `Ports`."""
         if message.local:
-            return self._handed.pop(message)
-        if self._arrived and message in self._arrived:
-            return self._arrived.pop(message)
-        target, coming = self._coming[message.channel]
-        # With several stages on a rank, the sender's order need not be the receiver's.
-        while True:
-            assert coming, f"{message} is not among those to come"
-            first = coming.popleft()
-            tensor = self._take(target, first)
-            if first == message:
-                return tensor
-            self._arrived[first] = tensor
+            return partial(self._handed.pop, message)
+        if message.channel in self._sorting:
+            return partial(self._sorted, message)
+        return self._receivers[message]
 
-    def send(self, message: Message, tensor: torch.Tensor) -> None:
-        """See `Exchange`; `tensor` may change afterwards."""
+    def sender(self, message: Message) -> Callable[[torch.Tensor], None]:
+        """See `Ports`; the tensor may change afterwards, but for one that stays on this rank."""
         if message.local:
-            self._handed[message] = tensor
-            return
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-        self._form(message).check(message, tensor)
-        try:
-            self._links.source(message.channel).put(tensor)
-        except RuntimeError as error:
-            raise PeerLost(f"waiting to send {message}: {error}") from error
-
-    def refill(self) -> None:
-        """See `Exchange`: tell others that there is room again."""
-        for target in self._targets:
-            target.tell()
+            return partial(self._handed.__setitem__, message)
+        return self._senders[message]
 
     def drain(self) -> None:
-        """Afterwards nothing of the schedule is left."""
-        for way, (_, coming) in self._coming.items():
-            assert not coming, f"{way}: {list(coming)} left over"
+        """See `Ports`."""
+        left = {way: end - self._links.target(way).taken for way, end in self._ends.items()}
+        assert not any(left.values()), f"left over: {left}"
         assert not self._arrived, f"never asked for: {list(self._arrived)}"
         assert not self._handed, f"handed over and never taken: {list(self._handed)}"
 
-    def _take(self, target: Target, message: Message) -> torch.Tensor:
-        form = self._form(message)
-        assert form.shape is not None, f"the shape of {message} is not known"
-        buffer = torch.empty(form.shape, dtype=form.dtype)
-        try:
-            target.take(buffer)
-        except RuntimeError as error:
-            raise PeerLost(f"waiting for {message}: {error}") from error
-        return buffer
+    def _sorted(self, message: Message) -> torch.Tensor:
+        coming = self._sorting[message.channel]
+        while message not in self._arrived:
+            assert coming, f"{message} is not among those to come"
+            first = coming.popleft()
+            self._arrived[first] = self._receivers[first]()
+        return self._arrived.pop(message)

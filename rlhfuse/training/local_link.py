@@ -5,10 +5,11 @@ that wakes up a hundred times a second) takes more processor time and longer bet
 (`bench/bench_fidelity.py`). Whoever runs here has just slept, and every line of code that it needs
 is cold: so there is little of it.
 
-Every channel has four places in memory that its source makes and its target maps. The target says
-in twos what it has taken, and at the latest after its task (`tell`): two messages may be under
-way beside two that were taken untold, and one more waits. That is no earlier than by the rule that
-`rlhfuse.schedules.timing.check_channels` proves schedules by.
+Every channel has four places in memory that its source makes and its target maps. Both ends know
+beforehand what is to come, in which order, and so where it will lie. The target says in twos what
+it has taken: three messages may be under way beside one that was taken untold, and one more waits.
+That is no earlier than by the rule that `rlhfuse.schedules.timing.check_channels` proves schedules
+by.
 
 The sockets are of Linux' abstract kind: they leave no file behind, and processes of other users are
 turned away. When one end leaves or dies, the other one hears of it at once.
@@ -21,32 +22,33 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rlhfuse.training.links import Channel
+from rlhfuse.training.form import Form
+from rlhfuse.training.links import Channel, Message, PeerLost
 
 PLACES = 4
 """Messages of a channel that were given and not yet told taken."""
 TOLD = 2
-"""So many taken messages are told of in one word."""
+"""So many taken messages the source hears of in one word."""
 _PAGE = mmap.PAGESIZE
-_WORD = struct.Struct("<qq")  # where in the memory, and how many bytes
+_WORD = struct.Struct("<q")  # how many bytes
 _HELLO = struct.Struct("<q")  # which channel
 _TAKEN = bytes([TOLD])
-_NEW_MEMORY = b"m"  # comes twice, the second time with the memory's descriptor
+_NEW_MEMORY = b"m"  # comes with the memory's descriptor
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 class LocalLinks:
     """The channels between this process and others of its machine, each first in, first out.
 
-    Everything raises RuntimeError where the other end is gone, or silent for longer than the time
-    limit.
+    To wait for one raises `PeerLost` where it is gone, or silent for longer than the time limit.
     """
 
     def __init__(self, rank: int, channels: Sequence[Channel], timeout: timedelta) -> None:
@@ -103,8 +105,12 @@ def on_one_machine() -> bool:
     return bool(here) and len(set(places)) == 1
 
 
+Announced = Sequence[tuple[Message, Form]]
+"""Messages of one channel in its order, and what they look like."""
+
+
 class _Memory:
-    """Shared memory, mapped here. A copy in or out is one call."""
+    """Shared memory, mapped here."""
 
     def __init__(self, descriptor: int) -> None:
         """Takes over `descriptor`."""
@@ -112,14 +118,21 @@ class _Memory:
             self._map = mmap.mmap(descriptor, 0)  # lives as long as this object
         finally:
             os.close(descriptor)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.each = len(self._map) // PLACES
+        self._first = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
-    def write(self, offset: int, tensor: torch.Tensor, size: int) -> None:
-        ctypes.memmove(self._address + offset, tensor.data_ptr(), size)
+    def place(self, number: int) -> int:
+        """Address of message `number` of the channel."""
+        return self._first + number % PLACES * self.each
 
-    def read(self, offset: int, tensor: torch.Tensor, size: int) -> None:
-        ctypes.memmove(tensor.data_ptr(), self._address + offset, size)
+
+def _memmove() -> Callable[[int, int, int], None]:
+    """C's (to, from, bytes), of addresses as numbers; `ctypes.memmove` takes twice as long to look
+    at its arguments."""
+    function = ctypes.CDLL(None).memmove
+    function.argtypes = (ctypes.c_size_t,) * 3
+    function.restype = None
+    return function
 
 
 class Source:
@@ -127,34 +140,67 @@ class Source:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        self._copy = _memmove()
         self._memory: _Memory | None = None
         self._given = 0
         self._taken = 0
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """Send a contiguous tensor: it is copied at once, when a place is free."""
-        while self._given - self._taken >= PLACES:
-            self._taken += _hear(self._end)[0]
-        size = tensor.nbytes
+    def senders(self, announced: Announced) -> dict[Message, Callable[[torch.Tensor], None]]:
+        """What sends each of the channel's next messages, to be called in their order. A tensor is
+        copied at once, when a place is free; it may change afterwards.
+
+        Raises, as what it returns:
+            ValueError: the tensor has another shape than announced.
+            PeerLost: the target is gone, or took nothing within the time limit.
+        """
+        memory = self._room(max(form.size for _, form in announced), announced[0][0])
+        return {
+            message: partial(
+                self._put,
+                message,
+                form,
+                memory.place(number),
+                form.size,
+                _WORD.pack(form.size),
+            )
+            for number, (message, form) in enumerate(announced, self._given)
+        }
+
+    def _put(
+        self,
+        message: Message,
+        form: Form,
+        address: int,
+        size: int,
+        word: bytes,
+        tensor: torch.Tensor,
+    ) -> None:
+        if self._given - self._taken >= PLACES:
+            self._taken += _hear(self._end, "waiting to send", message)[0]
+        if tensor.shape != form.shape or not tensor.is_contiguous():
+            form.check(message, tensor)
+            tensor = tensor.contiguous()
+        self._copy(address, tensor.data_ptr(), size)
         try:
-            memory = self._memory
-            if memory is None or memory.each < size:
-                memory = self._memory = self._share(size)
-            offset = self._given % PLACES * memory.each
-            memory.write(offset, tensor, size)
-            self._end.send(_WORD.pack(offset, size))
+            self._end.send(word)
         except OSError as error:
-            raise RuntimeError(f"the other end is gone: {error}") from error
+            raise _lost("sending", message, error) from error
         self._given += 1
 
-    def _share(self, size: int) -> _Memory:
-        """New memory with room for messages of `size` bytes; what is under way stays in the old
-        one, which lives until its last reader lets go."""
-        each = -(-size // _PAGE) * _PAGE
+    def _room(self, size: int, first: Message) -> _Memory:
+        """Memory for messages of up to `size` bytes. What is under way stays in the old one, which
+        lives until its last reader lets go."""
+        if self._memory is None or self._memory.each < size:
+            try:
+                self._memory = self._share(-(-size // _PAGE) * _PAGE)
+            except OSError as error:
+                raise _lost("sharing the memory of", first, error) from error
+        return self._memory
+
+    def _share(self, each: int) -> _Memory:
         descriptor = os.memfd_create("rlhfuse", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, PLACES * each)
-            self._end.send(_NEW_MEMORY)
             socket.send_fds(self._end, [_NEW_MEMORY], [descriptor])
         except OSError:
             os.close(descriptor)
@@ -170,33 +216,50 @@ class Target:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        self._copy = _memmove()
         self._memory: _Memory | None = None
-        self._untold = 0
+        self.taken = 0
 
-    def take(self, buffer: torch.Tensor) -> None:
-        """Fill a contiguous buffer, of the next message's form, when that is here. What was taken
-        is told of by `tell`, and at the latest when a third message is asked for."""
-        if self._untold:
-            self.tell()
-        word = _hear(self._end)
-        if word == _NEW_MEMORY:
-            _, (descriptor,), _, _ = socket.recv_fds(self._end, len(_NEW_MEMORY), 1)
-            self._memory = _Memory(descriptor)
-            word = _hear(self._end)
-        offset, size = _WORD.unpack(word)
-        assert self._memory is not None, "a message before its memory"
-        assert buffer.nbytes == size, f"{size} bytes came, {buffer.nbytes} were expected"
-        self._memory.read(offset, buffer, size)
-        self._untold += 1
+    def receivers(self, announced: Announced) -> dict[Message, Callable[[], torch.Tensor]]:
+        """What returns each of the channel's next messages, when it is here; to be called in their
+        order. The source hears of every `TOLD`. Waits for the source where messages are larger
+        than all before.
 
-    def tell(self) -> None:
-        """Say that places are free again. To be called before a rank waits for anything but a
-        message, at best when nobody waits for it."""
-        if self._untold < TOLD:
-            return
-        self._untold -= TOLD
-        with contextlib.suppress(OSError):  # a source that is gone waits for no word
-            self._end.send(_TAKEN)
+        Raises, as what it returns:
+            PeerLost: the source is gone, or sent nothing within the time limit.
+        """
+        memory = self._room(max(form.size for _, form in announced), announced[0][0])
+        return {
+            message: partial(
+                self._take,
+                message,
+                form,
+                memory.place(number),
+                form.size,
+                _WORD.pack(form.size),
+            )
+            for number, (message, form) in enumerate(announced, self.taken)
+        }
+
+    def _take(
+        self, message: Message, form: Form, address: int, size: int, word: bytes
+    ) -> torch.Tensor:
+        assert form.shape is not None, "the shape is not known"
+        tensor = torch.empty(form.shape, dtype=form.dtype)
+        to = tensor.data_ptr()  # all that can be done before it comes
+        came = _hear(self._end, "waiting for", message)
+        assert came == word, f"{message}: announced {word!r}, came {came!r}"
+        self._copy(to, address, size)
+        self.taken += 1
+        if self.taken % TOLD == 0:
+            with contextlib.suppress(OSError):  # a source that is gone waits for no word
+                self._end.send(_TAKEN)
+        return tensor
+
+    def _room(self, size: int, first: Message) -> _Memory:
+        if self._memory is None or self._memory.each < size:
+            self._memory = _hear_memory(self._end, first)
+        return self._memory
 
     def close(self) -> None:
         self._end.close()
@@ -222,17 +285,39 @@ def _user(end: socket.socket) -> int:
     return uid
 
 
-def _hear(end: socket.socket) -> bytes:
-    """The next word of the other end."""
+def _hear(end: socket.socket, doing: str, message: Message) -> bytes:
+    """The next word of the other end; `doing`: what waits for it."""
     try:
         try:
             word = end.recv(_WORD.size)
         except ConnectionResetError:  # it left and did not read all: what it sent is still here
             word = end.recv(_WORD.size)
-    except BlockingIOError as error:
-        raise RuntimeError("nothing came within the time limit") from error
     except OSError as error:
-        raise RuntimeError(f"the other end is gone: {error}") from error
+        raise _lost(doing, message, error) from error
     if not word:
-        raise RuntimeError("the other end is gone")
+        raise _lost(doing, message)
     return word
+
+
+def _hear_memory(end: socket.socket, first: Message) -> _Memory:
+    """The source's memory, which comes before its `first` message."""
+    doing = "waiting for the memory of"
+    size = len(_NEW_MEMORY)
+    try:
+        try:
+            word, descriptors, _, _ = socket.recv_fds(end, size, 1)
+        except ConnectionResetError:  # as above
+            word, descriptors, _, _ = socket.recv_fds(end, size, 1)
+    except OSError as error:
+        raise _lost(doing, first, error) from error
+    if not word:
+        raise _lost(doing, first)
+    assert word == _NEW_MEMORY, f"{first}: instead of its memory came {word!r}"
+    return _Memory(descriptors[0])
+
+
+def _lost(doing: str, message: Message, error: OSError | None = None) -> PeerLost:
+    if isinstance(error, BlockingIOError):
+        return PeerLost(f"{doing} {message}: nothing came within the time limit")
+    why = "" if error is None else f": {error}"
+    return PeerLost(f"{doing} {message}: the other end is gone{why}")

@@ -1,7 +1,7 @@
 """Messages through shared memory: what was sent comes, in order, and only so many are ahead."""
 
-import itertools
 import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import pytest
@@ -9,13 +9,16 @@ import torch
 import torch.distributed as dist
 
 from rlhfuse.training.channels import all_channels
+from rlhfuse.training.form import Form
+from rlhfuse.training.links import Channel, Message, PeerLost
 from rlhfuse.training.local_link import PLACES, TOLD, LocalLinks, on_one_machine
 from tests.training.ranks import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-ROWS = (1, 3, 2000, 16, 1, 5000)  # the memory grows twice
-FORMS = list(itertools.product(ROWS, DTYPES))
+SCHEDULES = ((1, 3), (2000, 16, 1), (5000, 2, 7))  # rows of messages; the memory grows twice
 WAYS = all_channels({"actor": (0, 1), "critic": (1, 0)})
+WAY = WAYS[0]
+SMALL = Form((4,), torch.float32)
 
 
 def links(rank: int, timeout_s: float = 10.0) -> LocalLinks:
@@ -23,72 +26,115 @@ def links(rank: int, timeout_s: float = 10.0) -> LocalLinks:
     return LocalLinks(rank, WAYS, timedelta(seconds=timeout_s))
 
 
-def message(number: int, channel: int) -> torch.Tensor:
-    rows, dtype = FORMS[number]
-    generator = torch.Generator().manual_seed(10 * number + channel)
-    return torch.randn(rows, 33, generator=generator).to(dtype)
+def announced(way: Channel, forms: Sequence[Form]) -> list[tuple[Message, Form]]:
+    return [(Message(way, 0, number), form) for number, form in enumerate(forms)]
+
+
+def senders(
+    link: LocalLinks, way: Channel, forms: Sequence[Form]
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    return iter(link.source(way).senders(announced(way, forms)).values())
+
+
+def receivers(
+    link: LocalLinks, way: Channel, forms: Sequence[Form]
+) -> Iterator[Callable[[], torch.Tensor]]:
+    return iter(link.target(way).receivers(announced(way, forms)).values())
+
+
+class Numbers:
+    """One end of the first channel, whose messages carry their numbers."""
+
+    def __init__(self, link: LocalLinks, rank: int, most: int = 20) -> None:
+        self.sends = rank == WAY.source
+        forms = [SMALL] * most
+        self._senders = [*senders(link, WAY, forms)] if self.sends else []
+        self._receivers = [] if self.sends else [*receivers(link, WAY, forms)]
+        self.came: list[int] = []
+
+    def move(self, count: int) -> None:
+        for _ in range(count):
+            number = len(self.came)
+            if self.sends:
+                self._senders[number](torch.full((4,), float(number)))
+            else:
+                number = int(self._receivers[number]()[0])
+            self.came.append(number)
+
+
+def content(form: Form, number: int) -> torch.Tensor:
+    assert form.shape is not None
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(form.shape, generator=generator).to(form.dtype)
 
 
 def test_every_message_comes_as_it_was_sent_and_in_order() -> None:
-    def run(rank: int) -> int:
-        link, came = links(rank), 0
-        mine = [(i, way) for i, way in enumerate(WAYS) if way.source == rank]
-        others = [(i, way) for i, way in enumerate(WAYS) if way.target == rank]
-        for i, way in mine:
-            link.source(way).put(message(0, i))
-        for number in range(len(FORMS)):
-            for i, way in mine if number + 1 < len(FORMS) else ():  # one message ahead
-                given = message(number + 1, i)
-                link.source(way).put(given)
-                given.zero_()  # it has been copied
-            for i, way in others:
-                buffer = torch.empty_like(message(number, i))
-                link.target(way).take(buffer)
-                came += torch.equal(buffer, message(number, i))
-                link.target(way).tell()
-        link.close()
-        return came
-
-    assert run_ranks(2, run) == [2 * len(FORMS)] * 2
-
-
-@pytest.mark.parametrize("tells", [False, True])
-def test_the_next_message_waits_until_two_were_taken(tells: bool) -> None:
-    """Told when asked to, or before it waits for a third."""
+    """Schedule after schedule, of messages of all sizes and types."""
 
     def run(rank: int) -> bool:
-        link, (way, *_) = links(rank, timeout_s=0.3), WAYS
-        if rank == way.source:
-            for number in range(PLACES):
-                link.source(way).put(torch.full((4,), float(number)))
-            dist.barrier()
-            with pytest.raises(RuntimeError, match="nothing came within the time limit"):
-                link.source(way).put(torch.full((4,), float(PLACES)))
-            dist.barrier()
-            dist.barrier()
-            for number in range(PLACES, PLACES + TOLD):
-                link.source(way).put(torch.full((4,), float(number)))
-            with pytest.raises(RuntimeError, match="nothing came within the time limit"):
-                link.source(way).put(torch.full((4,), -1.0))
-            dist.barrier()
+        link, equal = links(rank), []
+        for rows in SCHEDULES:
+            forms = [Form((r, 33), dtype) for r in rows for dtype in DTYPES]
+            mine = {way: senders(link, way, forms) for way in WAYS if way.source == rank}
+            others = {way: receivers(link, way, forms) for way in WAYS if way.target == rank}
+            for ahead in range(len(forms) + 1):  # one message ahead
+                for way, give in mine.items() if ahead < len(forms) else ():
+                    tensor = content(forms[ahead], 100 * ahead + WAYS.index(way))
+                    next(give)(tensor)
+                    tensor.zero_()  # it has been copied
+                for way, take in others.items() if ahead else ():
+                    expected = content(forms[ahead - 1], 100 * (ahead - 1) + WAYS.index(way))
+                    equal.append(torch.equal(next(take)(), expected))
+        link.close()
+        return len(equal) == 2 * len(DTYPES) * sum(map(len, SCHEDULES)) and all(equal)
+
+    assert all(run_ranks(2, run))
+
+
+def test_a_strided_tensor_is_sent_as_it_reads_and_another_shape_is_refused() -> None:
+    def run(rank: int) -> bool:
+        link, forms = links(rank), [Form((3, 5), torch.float32)] * 2
+        tensor = torch.arange(15.0).view(5, 3)
+        if rank == WAY.source:
+            first, second = senders(link, WAY, forms)
+            first(tensor.t())
+            with pytest.raises(ValueError, match=r"has shape \(5, 3\), announced was \(3, 5\)"):
+                second(tensor)
             return True
+        return torch.equal(next(receivers(link, WAY, forms))(), tensor.t())
+
+    assert all(run_ranks(2, run))
+
+
+def test_one_more_message_waits_until_the_target_has_told_of_what_it_took() -> None:
+    def run(rank: int) -> bool:
+        link = links(rank, timeout_s=0.3)
+        end = Numbers(link, rank)
+
+        def expect_no_room() -> None:
+            if end.sends:
+                with pytest.raises(PeerLost, match="nothing came within the time limit"):
+                    end.move(1)
+            dist.barrier()
+
+        if end.sends:
+            end.move(PLACES)
         dist.barrier()
-        buffer, came = torch.empty(4), []
-        for _ in range(TOLD):
-            link.target(way).take(buffer)
-            came.append(int(buffer[0]))
+        expect_no_room()
+        if not end.sends:
+            end.move(TOLD - 1)
         dist.barrier()
-        if tells:
-            link.target(way).tell()
-        else:
-            link.target(way).take(buffer)
-            came.append(int(buffer[0]))
+        expect_no_room()  # nobody was told yet
+        if not end.sends:
+            end.move(1)
         dist.barrier()
+        if end.sends:  # what could not be sent left no trace
+            end.move(TOLD)
         dist.barrier()
-        while len(came) < PLACES + TOLD:
-            link.target(way).take(buffer)
-            came.append(int(buffer[0]))
-        return came == list(range(PLACES + TOLD))
+        expect_no_room()
+        if not end.sends:
+            end.move(PLACES)
+        return end.came == list(range(PLACES + TOLD))
 
     assert all(run_ranks(2, run))
 
@@ -96,20 +142,14 @@ def test_the_next_message_waits_until_two_were_taken(tells: bool) -> None:
 @pytest.mark.parametrize("leaver", [0, 1])
 def test_who_waits_for_a_process_that_leaves_hears_of_it_at_once(leaver: int) -> None:
     def run(rank: int) -> float:
-        link, (way, *_) = links(rank), WAYS
+        link = links(rank)
         if rank == leaver:
             time.sleep(0.2)
             link.close()
             return 0.0
         start = time.monotonic()
-        act = link.source(way).put if rank == way.source else link.target(way).take
-
-        def until_full() -> None:
-            for _ in range(PLACES + 1):
-                act(torch.ones(4))
-
-        with pytest.raises(RuntimeError, match="the other end is gone"):
-            until_full()
+        with pytest.raises(PeerLost, match="the other end is gone"):
+            Numbers(link, rank).move(PLACES + 1)
         return time.monotonic() - start
 
     assert max(run_ranks(2, run)) < 5.0
@@ -117,24 +157,32 @@ def test_who_waits_for_a_process_that_leaves_hears_of_it_at_once(leaver: int) ->
 
 def test_what_was_sent_comes_though_the_sender_left_without_reading_all() -> None:
     def run(rank: int) -> bool:
-        link, (way, *_) = links(rank), WAYS
-        if rank == way.source:
-            for number in range(PLACES):
-                link.source(way).put(torch.full((4,), float(number)))
+        link = links(rank)
+        end = Numbers(link, rank)
+        if end.sends:
+            end.move(PLACES)
             dist.barrier()  # the first two were told taken, which nobody here asks for
             link.close()
             dist.barrier()
             return True
-        came = [torch.empty(4) for _ in range(PLACES)]
-        for buffer in came[:TOLD]:
-            link.target(way).take(buffer)
-        link.target(way).tell()
+        end.move(TOLD)
         dist.barrier()
         dist.barrier()
-        for buffer in came[TOLD:]:
-            link.target(way).take(buffer)
-        with pytest.raises(RuntimeError, match="the other end is gone"):
-            link.target(way).take(torch.empty(4))
-        return [int(buffer[0]) for buffer in came] == list(range(PLACES))
+        end.move(PLACES - TOLD)
+        with pytest.raises(PeerLost, match="the other end is gone"):
+            end.move(1)
+        return end.came == list(range(PLACES))
+
+    assert all(run_ranks(2, run))
+
+
+def test_a_target_that_waits_for_memory_says_so() -> None:
+    def run(rank: int) -> bool:
+        link = links(rank, timeout_s=0.2)
+        if rank == WAY.target:
+            with pytest.raises(PeerLost, match=r"memory of .*: nothing came within the time limit"):
+                Numbers(link, rank)
+        dist.barrier()
+        return True
 
     assert all(run_ranks(2, run))
