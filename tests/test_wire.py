@@ -121,7 +121,7 @@ def test_numbers_that_are_cut_short_are_refused() -> None:
         Codec[object](m.Event, KEYS).decode(head + deep)
 
 
-@pytest.mark.parametrize("module", [m, payloads, placement, send, transport, wire])
+@pytest.mark.parametrize("module", [m, peer, payloads, placement, send, transport, wire])
 def test_nothing_on_the_wire_s_way_can_unpickle(module: ModuleType) -> None:
     source = Path(str(module.__file__)).read_text()
     names = {
