@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from rlhfuse.config import Config
 from rlhfuse.resolve import resolve
 from rlhfuse.session import open_session
 from rlhfuse.trainer import StepResult, Trainer
@@ -15,7 +14,10 @@ from tests.end_to_end.tiny_run import make_assets, ray_cluster, tiny_config
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def _step(config: Config) -> StepResult:
+def _step(folder: Path, name: str, ray_address: str) -> StepResult:
+    config = tiny_config(folder, folder / name, num_devices=1, ray_address=ray_address)
+    small = msgspec.structs.replace(config.rollout, response_length=8)
+    config = msgspec.structs.replace(config, rollout=small)
     with open_session(resolve(config), resume=False) as session:
         trainer = Trainer(session)
         trainer.sync_weights()
@@ -24,19 +26,15 @@ def _step(config: Config) -> StepResult:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_run_in_tritons_interpreter_equals_the_plain_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_assets(tmp_path)
-    results = []
-    for asked in ("auto", "triton"):
-        monkeypatch.setenv("RLHFUSE_KERNELS", asked)
-        monkeypatch.setenv("TRITON_INTERPRET", str(int(asked == "triton")))
-        with ray_cluster() as cluster:  # whose processes inherit the variables
-            runs = tmp_path / asked
-            config = tiny_config(tmp_path, runs, num_devices=1, ray_address=cluster.address)
-            small = msgspec.structs.replace(config.rollout, response_length=8)
-            results.append(_step(msgspec.structs.replace(config, rollout=small)))
-    plain, forced = results
+    monkeypatch.delenv("RLHFUSE_KERNELS", raising=False)
+    plain = _step(tmp_path, "plain", ray_address)
+    monkeypatch.setenv("RLHFUSE_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ray_cluster() as cluster:  # whose processes inherit the variables
+        forced = _step(tmp_path, "forced", cluster.address)
     assert forced.tokens == plain.tokens
     assert forced.rewards == plain.rewards
     # Sums over all weights and tokens: what was computed differs by float32's rounding alone.
