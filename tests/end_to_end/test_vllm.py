@@ -2,6 +2,7 @@
 rewards and weights are the same, bit for bit."""
 
 import dataclasses
+import re
 import signal
 from pathlib import Path
 
@@ -109,5 +110,6 @@ def test_fused_steps_with_deaths_in_every_stage_are_the_serial_ones_on_vllm(
     assert not (tmp_path / "armed").exists()
     assert disturbed.history[-1].metrics["fault/rollout_workers_lost"] == 6
     told = capfd.readouterr().err
-    assert "training-1 is lost" in told
+    # Of a rank that is killed its peer may tell first.
+    assert re.search(r"training-\d(?s:.*); the training workers are started again \(1 of 3\)", told)
     assert "generating (samples " in told, "what is waited for while an instance hangs"
