@@ -241,7 +241,10 @@ class FusedStep:
         store = WeightStore(self._sums[model.name]) if model.split_weight else None
         if store is not None:
             split_linears(module, store)
-        return AutogradRunner(compute, last=last, weights=store, recompute=model.recompute)
+        frozen = stage == 0 and not last and not any(p.requires_grad for p in module.parameters())
+        return AutogradRunner(
+            compute, last=last, weights=store, recompute=model.recompute, frozen=frozen
+        )
 
     def _compute(self, model: Model, stage: int, module: nn.Module) -> Compute:
         name, last = model.name, stage == len(model.ranks) - 1

@@ -30,13 +30,16 @@ class AutogradRunner:
         last: bool,
         weights: WeightStore | None = None,
         recompute: bool = False,
+        frozen: bool = False,
     ) -> None:
         """`weights`: the store of the computation's split linear layers; without one, `I` and `W`
-        are refused. `recompute`: hold only the input, and compute the stage again in backward."""
+        are refused. `recompute`: hold only the input, and compute the stage again in backward.
+        `frozen`: a first stage that trains nothing: its backward has nothing to do."""
         self._compute = compute
         self._last = last
         self._weights = weights
         self._recompute = recompute
+        self._frozen = frozen
         self._saved: dict[int, _Saved] = {}
 
     @property
@@ -65,6 +68,8 @@ class AutogradRunner:
     def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """See `StageRunner`."""
         saved = self._saved.pop(microbatch)
+        if self._frozen:
+            return None
         torch.autograd.backward(saved.output, gradient)
         return None if saved.received is None else saved.received.grad
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from rlhfuse.schedules.fused import fuse
-from rlhfuse.schedules.ir import Pipeline, Problem
-from rlhfuse.schedules.standard import one_f_one_b
+from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
+from rlhfuse.schedules.standard import one_f_one_b, zb_h1
 from rlhfuse.training.executor import StepFailed
 from rlhfuse.training.fused_step import Batch, FusedStep, Model
 from tests.training.ranks import run_ranks, stay_until_the_other_ended
@@ -202,6 +202,35 @@ def next_tokens(targets: list[torch.Tensor]) -> Callable[[int, torch.Tensor], to
     return lambda microbatch, out: (
         functional.cross_entropy(out, targets[microbatch].argmax(dim=1)) / COUNT
     )
+
+
+@pytest.mark.parametrize("order", [one_f_one_b, zb_h1])
+def test_a_model_whose_first_stage_is_frozen_trains_the_rest(
+    order: Callable[[Problem], Schedule],
+) -> None:
+    schedule = order(Problem(2, problem().pipelines[:1]))
+
+    def run(rank: int) -> Weights:
+        module = stages(1)[rank].requires_grad_(rank == 1)
+        optimizer = adam([module]) if rank else None
+        step = make_step(
+            [Model("one", (0, 1), {rank: module}, optimizer, split_weight=order is zb_h1)], rank
+        )
+        for number in range(2):
+            step.update({"one": batch(rows(number), mean_square(rows(9)))}, schedule)
+        step.close()
+        return named([module])
+
+    first, last = stages(1)
+    first.requires_grad_(False)
+    optimizer = adam([last])
+    for number in range(2):
+        for microbatch, inputs in enumerate(rows(number)):
+            mean_square(rows(9))(microbatch, last(first(inputs))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found, module in zip(run_ranks(2, run), (first, last), strict=True):
+        assert all(torch.equal(found[key], weight) for key, weight in named([module]).items())
 
 
 class Broken(torch.optim.SGD):
