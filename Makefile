@@ -53,7 +53,7 @@ check: setup-dev
 
 test: check setup-vllm $(VENV)/verl.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/verl $(BIN)/python -m pytest tests/megatron/test_verl.py
 
 # What needs neither vLLM nor Ray and takes no two seconds, as one works.
