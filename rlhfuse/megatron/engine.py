@@ -21,7 +21,8 @@ from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.carrier import GroupCarrier
 from rlhfuse.training.clock import Clock, Mark, clock_of
 from rlhfuse.training.exchange import Exchange, Links
-from rlhfuse.training.executor import StepFailed, publish_failure, task_label
+from rlhfuse.training.executor import task_label
+from rlhfuse.training.failure import Lookout, Seat, StepFailed, tell_failure
 from rlhfuse.training.form import Form
 from rlhfuse.training.links import RowPlan, Step, plan_row
 
@@ -103,27 +104,34 @@ class Engine:
     ) -> dict[str, list[Any]]:
         runs = {name: _model_run(placed, name, model) for name, model in models.items()}
         turns = _turns(models)
+        seat = Seat(dist.get_rank(), placed.row, placed.ranks.__getitem__)
+        lookout = Lookout(_get_default_store(), seat)
         at: Step | None = None
-        try:
-            exchange = self._exchange(placed, models)
-            for name, run in runs.items():
-                turns.to(name)
-                run.begin()
-            if recorder is not None:
-                recorder.clock.start()
-            for step in placed.plan.steps:
-                at = step
-                turns.to(step.task.pipeline)
-                _run_step(step, runs[step.task.pipeline], exchange, recorder)
-            exchange.drain()
-            at = None
-            return {name: _end(turns, name, run) for name, run in runs.items()}
-        except Exception as error:
-            raise self._failed(placed, at, error) from error
-        finally:
-            for run in runs.values():
-                run.close()
-            turns.end()
+        with lookout:
+            try:
+                exchange = self._exchange(placed, models)
+                for name, run in runs.items():
+                    turns.to(name)
+                    run.begin()
+                if recorder is not None:
+                    recorder.clock.start()
+                for step in placed.plan.steps:
+                    at = step
+                    turns.to(step.task.pipeline)
+                    _run_step(step, runs[step.task.pipeline], exchange, recorder, lookout)
+                exchange.drain()
+                at = None
+                return {name: _end(turns, name, run) for name, run in runs.items()}
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                store, schedule = _get_default_store(), placed.schedule
+                text = tell_failure(store, schedule, seat, at, error, why)
+                self.close()
+                raise StepFailed(text) from error
+            finally:
+                for run in runs.values():
+                    run.close()
+                turns.end()
 
     def close(self) -> None:
         """Leave all process groups."""
@@ -149,19 +157,6 @@ class Engine:
         )
         return Exchange(links, placed.plan.expected)
 
-    def _failed(self, placed: Placed, at: Step | None, error: Exception) -> StepFailed:
-        """As the training executor: this rank's failure, or its place and the first rank's."""
-        me = dist.get_rank()
-        place = "before or after all tasks" if at is None else f"at {at.task}"
-        word = f"rank {me} failed {place}: {type(error).__name__}: {error}"
-        first = publish_failure(_get_default_store(), word)
-        self.close()
-        if first != word:
-            link = "" if at is None or at.receives is None else f" ({at.receives})"
-            word = f"rank {me} stopped {place}{link}, because {first}"
-        around = "" if at is None else "\n" + placed.schedule.marked(placed.row, at.index)
-        return StepFailed(word + around)
-
 
 def _turns(models: Mapping[str, Model]) -> Turns:
     """Two models never see each other's state; one alone keeps the process's, unless it has its
@@ -176,8 +171,12 @@ def _end(turns: Turns, name: str, run: ModelRun) -> list[Any]:
     return run.end()
 
 
-def _run_step(step: Step, run: ModelRun, exchange: Exchange, recorder: Recorder | None) -> None:
+def _run_step(
+    step: Step, run: ModelRun, exchange: Exchange, recorder: Recorder | None, lookout: Lookout
+) -> None:
+    lookout.step, lookout.awaits = step, step.receives
     received = None if step.receives is None else exchange.receive(step.receives)
+    lookout.awaits = None
     start = None if recorder is None else recorder.clock.mark()
     with task_label(step.task):
         result = run.compute(step.task, received)
@@ -186,6 +185,7 @@ def _run_step(step: Step, run: ModelRun, exchange: Exchange, recorder: Recorder 
     if step.sends is not None:
         if result is None:
             raise ValueError(f"{step.task} made nothing to send: does its output need a gradient?")
+        lookout.awaits = step.sends
         exchange.send(step.sends, result)
         run.sent(step.task)
     exchange.refill()

@@ -75,6 +75,7 @@ class Channels:
         self._tp = tp
         self._device = device
         self._dtype = dtype
+        self.timeout = timeout
         self._groups: dict[tuple[str, Flow], dist.ProcessGroup] = {}
         self._tags: dict[tuple[str, Flow], int] = {}
         self._forms: dict[str, list[Form]] = {}

@@ -10,6 +10,7 @@ bodies' groups are a GPU's, so that to read one is not to wait for the device. B
 one machine, `rlhfuse.training.local_exchange` takes the place of all this.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Exchange:
                 self.refill()
             assert receiving.posted, f"{message} is not among those to come"
             first, buffer, work = receiving.posted.popleft()
-            _wait(work, "waiting for", first)
+            _wait(work, f"waiting for {first}", first.channel.source)
             tensor = self._body(first, buffer)
             self._short.append(receiving)
             if not receiving.posted:  # a send that waits must not find this rank without one
@@ -113,7 +114,7 @@ class Exchange:
             return
         form = self._links.form(message)
         opened = self._sending.setdefault(message.channel, deque())
-        _settle(opened, 1 if form.shape is None else 0, message)
+        _settle(opened, 1 if form.shape is None else 0, message.channel, message)
         tensor = tensor.detach()
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
@@ -125,7 +126,7 @@ class Exchange:
     def drain(self) -> None:
         """Wait for the open sends; afterwards nothing of the schedule is left."""
         for way, opened in self._sending.items():
-            _settle(opened, 0, way)
+            _settle(opened, 0, way, way)
         for way, receiving in self._receiving.items():
             left = [*receiving.posted, *receiving.coming, *receiving.arrived]
             assert not left, f"{way}: {left} left over"
@@ -153,20 +154,21 @@ class Exchange:
         numbers = buffer.tolist()
         size = numbers[1 : 1 + numbers[0]]
         body = torch.empty(size, dtype=form.dtype, device=self._links.device)
-        _wait(self._coming(message, body, header=False), "waiting for", message)
+        work = self._coming(message, body, header=False)
+        _wait(work, f"waiting for {message}", message.channel.source)
         return body
 
     def _sent(self, message: Message, tensor: torch.Tensor, header: bool) -> dist.Work:
         try:  # a carrier may notice here, too, that the peer is gone
             return self._carrier(header).send(message.channel, tensor)
         except RuntimeError as error:
-            raise PeerLost(f"beginning to send {message}: {error}") from error
+            raise _lost(f"beginning to send {message}", message.channel.target, error) from error
 
     def _coming(self, message: Message, buffer: torch.Tensor, header: bool) -> dist.Work:
         try:
             return self._carrier(header).receive(message.channel, buffer)
         except RuntimeError as error:
-            raise PeerLost(f"getting ready for {message}: {error}") from error
+            raise _lost(f"getting ready for {message}", message.channel.source, error) from error
 
     def _carrier(self, header: bool) -> GroupCarrier:
         if not header:
@@ -175,18 +177,27 @@ class Exchange:
         return self._links.headers
 
 
-def _settle(opened: deque[list[tuple[dist.Work, torch.Tensor]]], most: int, what: object) -> None:
+def _settle(
+    opened: deque[list[tuple[dist.Work, torch.Tensor]]], most: int, way: Channel, what: object
+) -> None:
+    """Wait until `most` sends of a channel are open, before `what` is sent."""
     while len(opened) > most:
         for work, _ in opened.popleft():
-            _wait(work, "waiting to send", what)
+            _wait(work, f"waiting to send {what}", way.target)
 
 
-def _wait(work: dist.Work, what: str, of: object) -> None:
+def _wait(work: dist.Work, doing: str, peer: int) -> None:
     """Failures of the backend are the peer's."""
     try:
         work.wait()
     except RuntimeError as error:
-        raise PeerLost(f"{what} {of}: {error}") from error
+        raise _lost(doing, peer, error) from error
+
+
+def _lost(doing: str, peer: int, error: RuntimeError) -> PeerLost:
+    """gloo and NCCL tell only in words whether a time limit was over."""
+    silent = re.search(r"timed? ?out", str(error), re.IGNORECASE) is not None
+    return PeerLost(f"{doing}: {error}", peer, silent=silent)
 
 
 def _header(tensor: torch.Tensor) -> torch.Tensor:

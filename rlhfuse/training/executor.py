@@ -4,7 +4,6 @@ It knows nothing of models: a `StageRunner` computes, `Channels` carry. Every ta
 becomes a span on the lane of the rank.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +19,10 @@ from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training.channels import Channels, Ports, Shapes
 from rlhfuse.training.clock import Clock, Mark
+from rlhfuse.training.failure import Lookout, Seat, StepFailed, tell_failure
 from rlhfuse.training.links import Message, RowPlan, Step, plan_row
 
-logger = logging.getLogger(__name__)
-
 _KINDS = {op: Kind(op.value) for op in Op}
-FAILURE_KEY = "rlhfuse/first_failure"
 SHORTEST_WAIT_S = 20e-6
 """Shorter waits are the cost of asking, and get no span."""
 
@@ -59,10 +56,6 @@ def task_label(task: Task) -> AbstractContextManager[object]:
     return record_function(f"PP:{task}") if profiled else nullcontext()
 
 
-class StepFailed(RuntimeError):
-    """A task, here or on another rank, failed; the message says where and why."""
-
-
 class Executor:
     """Runs schedules on one rank."""
 
@@ -80,7 +73,9 @@ class Executor:
         leaves word for the others. `explain`: says what went wrong, in one line. `tp`: ranks that
         share a row of schedules."""
         self._rank = rank
-        self._row = rank // tp
+        self._row, column = divmod(rank, tp)
+        self._seat = Seat(rank, self._row, lambda row: row * tp + column)
+        self._lookout = Lookout(store, self._seat, min(1.0, channels.timeout.total_seconds() / 4))
         self._channels = channels
         self._runners = runners
         self._clock = clock
@@ -107,14 +102,15 @@ class Executor:
         self._round += 1
         measured: list[_Measured] = []
         self._clock.start()
-        try:
-            ports = self._channels.open(plan, shapes)
-            ready = [self._ready(step, ports) for step in plan.steps]
-            self._run_row(ready, ports.refill, done, measured)
-            ports.drain()
-        except Exception as error:
-            at = plan.steps[len(measured)] if len(measured) < len(plan.steps) else None
-            raise self._failed(schedule, at, error) from error
+        with self._lookout:
+            try:
+                ports = self._channels.open(plan, shapes)
+                ready = [self._ready(step, ports) for step in plan.steps]
+                self._run_row(ready, ports.refill, done, measured)
+                ports.drain()
+            except Exception as error:
+                at = plan.steps[len(measured)] if len(measured) < len(plan.steps) else None
+                raise self._failed(schedule, at, error) from error
         spans.extend(self._spans(measured, shapes))
 
     def _plan(self, schedule: Schedule) -> RowPlan:
@@ -151,14 +147,16 @@ class Executor:
     ) -> None:
         """Receive, compute, send; the books are kept afterwards. Whoever runs here has just slept:
         every line between two tasks is cold, and other ranks wait for its end."""
-        mark, thread_time = self._clock.mark, time.thread_time
+        mark, thread_time, lookout = self._clock.mark, time.thread_time, self._lookout
         before_s = thread_time()
         for step, receive, compute, send in ready:
             start = arrived = mark()
+            lookout.step, lookout.awaits = step, step.receives
             received = None
             if receive is not None:
                 received = receive()
                 arrived = mark()
+                lookout.awaits = None
             if autograd_profiler._is_profiler_enabled:
                 with task_label(step.task):
                     result = compute(received)
@@ -167,6 +165,7 @@ class Executor:
             end = sent = mark()
             if send is not None:
                 assert result is not None, f"{step.task} made nothing to send"
+                lookout.awaits = step.sends
                 send(result)
                 sent = mark()
             if refill is not None:
@@ -212,17 +211,11 @@ class Executor:
         }
 
     def _failed(self, schedule: Schedule, at: Step | None, error: Exception) -> StepFailed:
-        """What to raise: this rank's own failure, which others are told of, or, where a peer
-        failed first, this rank's place and the peer's word."""
-        place = "before its first task" if at is None else f"at {at.task}"
-        word = f"rank {self._rank} failed {place}: {self._explain(error)}"
-        first = publish_failure(self._store, word)
+        """What to raise, once others can know of it."""
+        why = self._explain(error)
+        text = tell_failure(self._store, schedule, self._seat, at, error, why)
         self._channels.close()
-        surroundings = "" if at is None else "\n" + schedule.marked(self._row, at.index)
-        if first != word:
-            link = "" if at is None or at.receives is None else f" ({at.receives})"
-            word = f"rank {self._rank} stopped {place}{link}, because {first}"
-        return StepFailed(word + surroundings)
+        return StepFailed(text)
 
 
 class _Ready(NamedTuple):
@@ -237,12 +230,3 @@ class _Ready(NamedTuple):
 _Measured = tuple[Step, Mark, Mark, Mark, Mark, float]
 """A step: when it began to wait for its message, had it, was computed, and had sent; processor time
 of all that: where a task on a CPU took much longer, others used the core."""
-
-
-def publish_failure(store: Store, word: str) -> str:
-    """Leave `word` as the first failure of all ranks, unless there is one; returns the first."""
-    try:
-        return str(store.compare_set(FAILURE_KEY, "", word).decode())
-    except (RuntimeError, OSError) as error:  # the rank that hosts the store is gone
-        logger.warning("no word of other ranks' failures: %s", error)
-        return word

@@ -29,7 +29,8 @@ from rlhfuse.training.alike import Alike
 from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.control import Control
-from rlhfuse.training.executor import Executor, StageRunner, StepFailed, publish_failure
+from rlhfuse.training.executor import Executor, StageRunner
+from rlhfuse.training.failure import StepFailed, publish_failure
 from rlhfuse.training.fused_models import (
     Batch,
     Model,

@@ -54,6 +54,12 @@ class Message(NamedTuple):
 class PeerLost(RuntimeError):
     """A message did not come, or could not be sent; the message says which."""
 
+    def __init__(self, text: str, peer: int, *, silent: bool = False) -> None:
+        """`peer`: the row of the other end. `silent`: it is there, but the time limit is over."""
+        super().__init__(text)
+        self.peer = peer
+        self.silent = silent
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

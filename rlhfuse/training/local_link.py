@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -176,7 +177,7 @@ class Source:
         tensor: torch.Tensor,
     ) -> None:
         if self._given - self._taken >= PLACES:
-            self._taken += _hear(self._end, "waiting to send", message)[0]
+            self._taken += _hear(self._end, _TO_SEND, message)[0]
         if tensor.shape != form.shape or not tensor.is_contiguous():
             form.check(message, tensor)
             tensor = tensor.contiguous()
@@ -184,7 +185,7 @@ class Source:
         try:
             self._end.send(word)
         except OSError as error:
-            raise _lost("sending", message, error) from error
+            raise _lost(_SENDING, message, error) from error
         self._given += 1
 
     def _room(self, size: int, first: Message) -> _Memory:
@@ -194,7 +195,7 @@ class Source:
             try:
                 self._memory = self._share(-(-size // _PAGE) * _PAGE)
             except OSError as error:
-                raise _lost("sharing the memory of", first, error) from error
+                raise _lost(_SHARING, first, error) from error
         return self._memory
 
     def _share(self, each: int) -> _Memory:
@@ -247,7 +248,7 @@ class Target:
         assert form.shape is not None, "the shape is not known"
         tensor = torch.empty(form.shape, dtype=form.dtype)
         to = tensor.data_ptr()  # all that can be done before it comes
-        came = _hear(self._end, "waiting for", message)
+        came = _hear(self._end, _WAITING, message)
         assert came == word, f"{message}: announced {word!r}, came {came!r}"
         self._copy(to, address, size)
         self.taken += 1
@@ -285,8 +286,22 @@ def _user(end: socket.socket) -> int:
     return uid
 
 
-def _hear(end: socket.socket, doing: str, message: Message) -> bytes:
-    """The next word of the other end; `doing`: what waits for it."""
+class _Doing(NamedTuple):
+    """What this end of a channel is at."""
+
+    words: str
+    sends: bool
+
+
+_TO_SEND = _Doing("waiting to send", sends=True)
+_SENDING = _Doing("sending", sends=True)
+_SHARING = _Doing("sharing the memory of", sends=True)
+_WAITING = _Doing("waiting for", sends=False)
+_FOR_MEMORY = _Doing("waiting for the memory of", sends=False)
+
+
+def _hear(end: socket.socket, doing: _Doing, message: Message) -> bytes:
+    """The next word of the other end."""
     try:
         try:
             word = end.recv(_WORD.size)
@@ -301,7 +316,6 @@ def _hear(end: socket.socket, doing: str, message: Message) -> bytes:
 
 def _hear_memory(end: socket.socket, first: Message) -> _Memory:
     """The source's memory, which comes before its `first` message."""
-    doing = "waiting for the memory of"
     size = len(_NEW_MEMORY)
     try:
         try:
@@ -309,15 +323,17 @@ def _hear_memory(end: socket.socket, first: Message) -> _Memory:
         except ConnectionResetError:  # as above
             word, descriptors, _, _ = socket.recv_fds(end, size, 1)
     except OSError as error:
-        raise _lost(doing, first, error) from error
+        raise _lost(_FOR_MEMORY, first, error) from error
     if not word:
-        raise _lost(doing, first)
+        raise _lost(_FOR_MEMORY, first)
     assert word == _NEW_MEMORY, f"{first}: instead of its memory came {word!r}"
     return _Memory(descriptors[0])
 
 
-def _lost(doing: str, message: Message, error: OSError | None = None) -> PeerLost:
+def _lost(doing: _Doing, message: Message, error: OSError | None = None) -> PeerLost:
+    peer = message.channel.target if doing.sends else message.channel.source
     if isinstance(error, BlockingIOError):
-        return PeerLost(f"{doing} {message}: nothing came within the time limit")
+        text = f"{doing.words} {message}: nothing came within the time limit"
+        return PeerLost(text, peer, silent=True)
     why = "" if error is None else f": {error}"
-    return PeerLost(f"{doing} {message}: the other end is gone{why}")
+    return PeerLost(f"{doing.words} {message}: the other end is gone{why}", peer)

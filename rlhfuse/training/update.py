@@ -22,7 +22,8 @@ from rlhfuse.training.batch import LossData, loss_data, with_reference
 from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import Watch, clock_of
 from rlhfuse.training.control import Control
-from rlhfuse.training.executor import Executor, StepFailed, publish_failure
+from rlhfuse.training.executor import Executor
+from rlhfuse.training.failure import StepFailed, publish_failure
 from rlhfuse.training.memory import advice, in_use, loading, out_of_memory
 from rlhfuse.training.minibatch import MiniBatches
 from rlhfuse.training.progress import Tell, UpdateProgress

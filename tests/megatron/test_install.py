@@ -23,7 +23,7 @@ from rlhfuse.megatron.model_run import ModelRun
 from rlhfuse.schedules.formats import schedule_to_json, to_torch_csv
 from rlhfuse.schedules.ir import Pipeline, Problem
 from rlhfuse.schedules.standard import one_f_one_b
-from rlhfuse.training.executor import StepFailed
+from rlhfuse.training.failure import StepFailed
 from tests.megatron.laws import Tensors, differences, train
 from tests.megatron.tiny import Setting, Trained, init_parallel
 from tests.training.ranks import run_ranks

@@ -15,7 +15,8 @@ from rlhfuse.schedules.timing import check_channels
 from rlhfuse.timeline import Kind, Span
 from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import HostClock
-from rlhfuse.training.executor import Executor, StepFailed
+from rlhfuse.training.executor import Executor
+from rlhfuse.training.failure import StepFailed
 from rlhfuse.training.gradients import GradientSums
 from rlhfuse.training.split import WeightStore, split_linears
 from rlhfuse.training.stage_runner import AutogradRunner, Compute
@@ -230,11 +231,16 @@ def test_a_rank_that_raises_ends_all_ranks_at_once_and_all_name_the_task(local: 
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_others_at_the_time_limit() -> None:
-    results = run_ranks(4, lambda rank: fail_on(rank, 4.0, 1.5))
-    message, seconds = results[1]
-    assert "actor gradient of micro-batch 0 for stage 1 (rank 2 to rank 1)" in message
-    assert 1.0 < seconds < 3.5
+@pytest.mark.parametrize("local", [False, True])
+def test_a_rank_that_hangs_ends_the_others_at_the_time_limit_and_all_name_it(local: bool) -> None:
+    """Also those that wait for a rank that waits itself."""
+    results = run_ranks(4, lambda rank: fail_on(rank, 5.0, 2.0, local=local))
+    for rank in (0, 1, 3):
+        message, seconds = results[rank]
+        assert message.startswith(f"rank {rank} stopped at ")
+        assert "because rank 2 hangs at actor:2B0, found by rank " in message
+        assert "<-- ERROR HERE" in message
+        assert 1.0 < seconds < 4.5
 
 
 @pytest.mark.parametrize("local", [False, True])

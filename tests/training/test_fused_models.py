@@ -11,7 +11,7 @@ from torch.nn import functional
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Pipeline, Problem, Schedule
 from rlhfuse.schedules.standard import one_f_one_b, zb_h1
-from rlhfuse.training.executor import StepFailed
+from rlhfuse.training.failure import StepFailed
 from rlhfuse.training.fused_step import Batch, FusedStep, Model
 from tests.training.ranks import run_ranks, stay_until_the_other_ended
 from tests.training.test_fused_step import (

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from rlhfuse.training.executor import StepFailed
+from rlhfuse.training.failure import StepFailed
 from rlhfuse.training.memory import MIB, Held, advice, in_use, loading, out_of_memory, take_peak
 from rlhfuse.training.records import SampleData
 from tests.training.ranks import run_ranks

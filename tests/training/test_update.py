@@ -20,7 +20,7 @@ from rlhfuse.placement import StagePlacement
 from rlhfuse.schedules.fused import fuse
 from rlhfuse.schedules.ir import Op, Pipeline, Problem, Schedule
 from rlhfuse.timeline import Kind
-from rlhfuse.training.executor import StepFailed
+from rlhfuse.training.failure import StepFailed
 from rlhfuse.training.numbers import Numbers
 from rlhfuse.training.records import (
     MiniBatchPlan,
