@@ -109,8 +109,7 @@ class Executor:
                 self._run_row(ready, ports.refill, done, measured)
                 ports.drain()
             except Exception as error:
-                at = plan.steps[len(measured)] if len(measured) < len(plan.steps) else None
-                raise self._failed(schedule, at, error) from error
+                raise self._failed(schedule, self._lookout.step, error) from error
         spans.extend(self._spans(measured, shapes))
 
     def _plan(self, schedule: Schedule) -> RowPlan:

@@ -18,12 +18,14 @@ class Form:
     """What to do where a message has another shape."""
 
     def check(self, message: Message, tensor: torch.Tensor) -> None:
-        """ValueError where `tensor` has another shape than announced."""
+        """ValueError where `tensor` has another shape or type than announced."""
         if self.shape is not None and tensor.shape != self.shape:
             raise ValueError(
                 f"{message} has shape {tuple(tensor.shape)}, announced was {tuple(self.shape)}"
                 + (f"; {self.advice}" if self.advice else "")
             )
+        if tensor.dtype != self.dtype:
+            raise ValueError(f"{message} is of {tensor.dtype}, announced was {self.dtype}")
 
     @property
     def size(self) -> int:

@@ -178,8 +178,8 @@ class Source:
     ) -> None:
         if self._given - self._taken >= PLACES:
             self._taken += _hear(self._end, _TO_SEND, message)[0]
-        if tensor.shape != form.shape or not tensor.is_contiguous():
-            form.check(message, tensor)
+        form.check(message, tensor)
+        if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         self._copy(address, tensor.data_ptr(), size)
         try:

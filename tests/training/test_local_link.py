@@ -91,7 +91,7 @@ def test_every_message_comes_as_it_was_sent_and_in_order() -> None:
     assert all(run_ranks(2, run))
 
 
-def test_a_strided_tensor_is_sent_as_it_reads_and_another_shape_is_refused() -> None:
+def test_a_strided_tensor_is_sent_as_it_reads_another_shape_or_type_is_refused() -> None:
     def run(rank: int) -> bool:
         link, forms = links(rank), [Form((3, 5), torch.float32)] * 2
         tensor = torch.arange(15.0).view(5, 3)
@@ -100,6 +100,8 @@ def test_a_strided_tensor_is_sent_as_it_reads_and_another_shape_is_refused() -> 
             first(tensor.t())
             with pytest.raises(ValueError, match=r"has shape \(5, 3\), announced was \(3, 5\)"):
                 second(tensor)
+            with pytest.raises(ValueError, match=r"is of torch.float64, announced was .*float32"):
+                second(tensor.t().double())
             return True
         return torch.equal(next(receivers(link, WAY, forms))(), tensor.t())
 
