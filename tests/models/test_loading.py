@@ -3,10 +3,11 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -71,6 +72,54 @@ def test_what_is_saved_loads_in_transformers_and_here(
     reloaded = dict(load_model(tmp_path / "b", head=head).named_hf_parameters())
     for name, parameter in stage.named_hf_parameters():
         assert torch.equal(reloaded[name], parameter)
+
+
+class Reader:
+    """A file of tensors that remembers which were read."""
+
+    read: ClassVar[list[str]] = []
+
+    def __init__(self, file: Path, framework: str) -> None:
+        self._file: Any = safe_open(file, framework=framework)
+
+    def __enter__(self) -> "Reader":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        self.read.append(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stage_reads_its_own_tensors_and_no_others(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sharded files, those that hold none of its tensors may be absent."""
+    save_tiny(tmp_path / "a", "qwen3", tied=tied)
+    whole = dict(load_model(tmp_path / "a", head=Head.LM).named_hf_parameters())
+    config = load_config(tmp_path / "a")
+    monkeypatch.setattr("rlhfuse.models.loading.safe_open", Reader)
+    for number, layers in enumerate((range(2), range(2, 4))):
+        folder = tmp_path / f"b{number}"
+        save_pretrained(folder, config, whole.items(), tokenizer_from=None, shard_bytes=20_000)
+        cut: dict[str, Any] = {"layers": layers, "first": number == 0, "last": number == 1}
+        Reader.read.clear()
+        stage = load_stage(folder, head=Head.LM, **cut)
+        own = stage.hf_names_to_load()
+        assert sorted(Reader.read) == sorted(own)
+        assert len(own) < len(whole)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        needless = set(index.values()) - {index[name] for name in own}
+        assert needless
+        for file in needless:
+            (folder / file).unlink()
+        for name, parameter in load_stage(folder, head=Head.LM, **cut).named_hf_parameters():
+            assert torch.equal(parameter, whole[name]), name
 
 
 def test_a_new_scalar_head_only_when_asked(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,33 @@ def test_every_message_comes_as_it_was_sent_and_in_order() -> None:
         return len(equal) == 2 * len(DTYPES) * sum(map(len, SCHEDULES)) and all(equal)
 
     assert all(run_ranks(2, run))
+
+
+def mapped_bytes() -> list[int]:
+    """Of each piece of memory that this process shares with another."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = (line.split()[0].split("-") for line in lines if "memfd:rlhfuse" in line)
+    return [int(end, 16) - int(start, 16) for start, end in places]
+
+
+def test_places_are_used_again_however_many_messages_and_schedules_come() -> None:
+    form = Form((3, 1024), torch.float32)  # three pages
+
+    def run(rank: int) -> list[list[int]]:
+        link, found = links(rank), []
+        for _ in range(3):
+            give, take = (
+                senders(link, WAYS[rank], [form] * 25),
+                receivers(link, next(w for w in WAYS if w.target == rank), [form] * 25),
+            )
+            for _ in range(25):
+                next(give)(torch.zeros(3, 1024))
+                next(take)()
+            found.append(mapped_bytes())
+        return found
+
+    for found in run_ranks(2, run):
+        assert found == [[PLACES * 3 * 4096] * 2] * 3
 
 
 def test_a_strided_tensor_is_sent_as_it_reads_another_shape_or_type_is_refused() -> None:
