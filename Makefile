@@ -1,7 +1,7 @@
 # make run    set-up and the quick start: PPO with both fusions on two CPU cores
 # make run-vllm   the same with generation by vLLM (an independent rebuild of it for CPUs)
 # make test   set-up, lint, types and all tests, vLLM among them
-# make test-fast   the part of the tests that takes a minute
+# make test-fast   the part of the tests that takes one to two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
