@@ -22,7 +22,7 @@ from rlhfuse.training.carrier import GroupCarrier
 from rlhfuse.training.clock import Clock, Mark, clock_of
 from rlhfuse.training.exchange import Exchange, Links
 from rlhfuse.training.executor import task_label
-from rlhfuse.training.failure import Lookout, Seat, StepFailed, tell_failure
+from rlhfuse.training.failure import Lookout, Position, StepFailed, tell_failure
 from rlhfuse.training.form import Form
 from rlhfuse.training.links import RowPlan, Step, plan_row
 
@@ -104,9 +104,9 @@ class Engine:
     ) -> dict[str, list[Any]]:
         runs = {name: _model_run(placed, name, model) for name, model in models.items()}
         turns = _turns(models)
-        seat = Seat(dist.get_rank(), placed.row, placed.ranks.__getitem__)
-        lookout = Lookout(_get_default_store(), seat)
-        at: Step | None = None
+        position = Position(dist.get_rank(), placed.row, placed.ranks.__getitem__)
+        store = _get_default_store()
+        lookout = Lookout(store, position)
         with lookout:
             try:
                 exchange = self._exchange(placed, models)
@@ -116,16 +116,14 @@ class Engine:
                 if recorder is not None:
                     recorder.clock.start()
                 for step in placed.plan.steps:
-                    at = step
                     turns.to(step.task.pipeline)
                     _run_step(step, runs[step.task.pipeline], exchange, recorder, lookout)
                 exchange.drain()
-                at = None
                 return {name: _end(turns, name, run) for name, run in runs.items()}
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
-                store, schedule = _get_default_store(), placed.schedule
-                text = tell_failure(store, schedule, seat, at, error, why)
+                schedule, at = placed.schedule, lookout.step
+                text = tell_failure(store, schedule, position, at, error, why)
                 self.close()
                 raise StepFailed(text) from error
             finally:

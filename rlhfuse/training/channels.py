@@ -36,7 +36,7 @@ class Ports(Protocol):
         the wait); raises `PeerLost` where it does not come within the time limit."""
 
     def sender(self, message: Message) -> Callable[[torch.Tensor], None]:
-        """What sends `message`. Raises ValueError where the tensor has another shape than
+        """What sends `message`. Raises ValueError where the tensor has another shape or type than
         announced, `PeerLost` where nobody takes it."""
 
     def drain(self) -> None:

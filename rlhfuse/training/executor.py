@@ -19,7 +19,7 @@ from rlhfuse.schedules.ir import Op, Schedule, Task
 from rlhfuse.timeline import ArgValue, Kind, Span
 from rlhfuse.training.channels import Channels, Ports, Shapes
 from rlhfuse.training.clock import Clock, Mark
-from rlhfuse.training.failure import Lookout, Seat, StepFailed, tell_failure
+from rlhfuse.training.failure import Lookout, Position, StepFailed, tell_failure
 from rlhfuse.training.links import Message, RowPlan, Step, plan_row
 
 _KINDS = {op: Kind(op.value) for op in Op}
@@ -74,8 +74,10 @@ class Executor:
         share a row of schedules."""
         self._rank = rank
         self._row, column = divmod(rank, tp)
-        self._seat = Seat(rank, self._row, lambda row: row * tp + column)
-        self._lookout = Lookout(store, self._seat, min(1.0, channels.timeout.total_seconds() / 4))
+        self._position = Position(rank, self._row, lambda row: row * tp + column)
+        self._lookout = Lookout(
+            store, self._position, min(1.0, channels.timeout.total_seconds() / 4)
+        )
         self._channels = channels
         self._runners = runners
         self._clock = clock
@@ -212,7 +214,7 @@ class Executor:
     def _failed(self, schedule: Schedule, at: Step | None, error: Exception) -> StepFailed:
         """What to raise, once others can know of it."""
         why = self._explain(error)
-        text = tell_failure(self._store, schedule, self._seat, at, error, why)
+        text = tell_failure(self._store, schedule, self._position, at, error, why)
         self._channels.close()
         return StepFailed(text)
 

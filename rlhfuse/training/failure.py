@@ -39,8 +39,8 @@ def publish_failure(store: Store, word: str) -> str:
         return word
 
 
-class Seat(NamedTuple):
-    """A rank's place in a schedule."""
+class Position(NamedTuple):
+    """Which row of a schedule a rank runs."""
 
     rank: int
     row: int
@@ -71,12 +71,12 @@ class Lookout:
     only of what lasts.
     """
 
-    def __init__(self, store: Store, seat: Seat, period_s: float = 1.0) -> None:
+    def __init__(self, store: Store, position: Position, period_s: float = 1.0) -> None:
         """`period_s`: well below the time limit of a wait."""
         self.step: Step | None = None
         self.awaits: Message | None = None
         self._store = store
-        self._seat = seat
+        self._position = position
         self._period_s = period_s
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -84,7 +84,9 @@ class Lookout:
     def __enter__(self) -> "Lookout":
         self.step = self.awaits = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lookout", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, args=(self._over,), name="lookout", daemon=True
+        )
         self._thread.start()
         return self
 
@@ -98,10 +100,12 @@ class Lookout:
         self._over.set()
         self._thread.join(self._period_s)  # the store may be gone: it need not answer
 
-    def _watch(self) -> None:
+    def _watch(self, over: threading.Event) -> None:
+        """Until `over`, which is this thread's own: one that the store held up may still be there
+        when the next one begins."""
         noted, before = False, None
         try:
-            while not self._over.wait(self._period_s):
+            while not over.wait(self._period_s):
                 now = self.step, self.awaits
                 if now == before and self.step is not None and not noted:
                     self._write(f"{self.step.index} {self._awaited(self.awaits)}")
@@ -116,41 +120,59 @@ class Lookout:
             logger.warning("no notes on what takes long, the store is gone: %s", error)
 
     def _write(self, note: str) -> None:
-        self._store.set(f"{_NOTE_KEY}{self._seat.rank}", note)
+        self._store.set(f"{_NOTE_KEY}{self._position.rank}", note)
 
     def _awaited(self, message: Message | None) -> int:
         if message is None:
             return _NOBODY
         way = message.channel
-        return self._seat.rank_of(way.target if way.source == self._seat.row else way.source)
+        return self._position.rank_of(
+            way.target if way.source == self._position.row else way.source
+        )
+
+
+def in_one_voice(
+    store: Store, rank: int, place: str, why: str, *, blame: str = "", link: str = ""
+) -> str:
+    """What a rank that stopped at `place` is to raise: its own failure, which others are told of
+    here, or, where another was first, that. To be called before it leaves those who wait for it.
+
+    `blame`: told instead of its own, where another rank is known to be the cause. `link`: what it
+    waited for.
+    """
+    own = f"rank {rank} failed {place}: {why}"
+    first = publish_failure(store, blame or own)
+    return own if first == own else f"rank {rank} stopped {place}{link}, because {first}"
 
 
 def tell_failure(
-    store: Store, schedule: Schedule, seat: Seat, at: Step | None, error: Exception, why: str
+    store: Store,
+    schedule: Schedule,
+    position: Position,
+    at: Step | None,
+    error: Exception,
+    why: str,
 ) -> str:
-    """What this rank is to raise: its own failure, which others are told of, or, where a peer
-    failed first or hangs, its place and that. To be called before the rank leaves its channels."""
-    place = "before its first task" if at is None else f"at {at.task}"
-    own = f"rank {seat.rank} failed {place}: {why}"
-    word = own
+    """`in_one_voice`, of a rank that runs a schedule: with the schedule around its task `at`, and
+    blaming the rank that hangs where it waited in vain."""
+    blame = ""
     if isinstance(error, PeerLost) and error.silent:
-        word = _hanging(store, schedule, seat, error)
-    first = publish_failure(store, word)
-    around = "" if at is None else "\n" + schedule.marked(seat.row, at.index)
-    if first == own:
-        return own + around
-    link = "" if at is None or at.receives is None else f" ({at.receives})"
-    return f"rank {seat.rank} stopped {place}{link}, because {first}{around}"
+        blame = _hanging(store, schedule, position, error)
+    if at is None:
+        return in_one_voice(store, position.rank, "before its first task", why, blame=blame)
+    link = "" if at.receives is None else f" ({at.receives})"
+    text = in_one_voice(store, position.rank, f"at {at.task}", why, blame=blame, link=link)
+    return f"{text}\n{schedule.marked(position.row, at.index)}"
 
 
-def _hanging(store: Store, schedule: Schedule, seat: Seat, error: PeerLost) -> str:
+def _hanging(store: Store, schedule: Schedule, position: Position, error: PeerLost) -> str:
     """Who hangs, where one rank found another silent."""
-    found = f"found by rank {seat.rank} {error}"
+    found = f"found by rank {position.rank} {error}"
     try:
-        rank, note = last_of(lambda rank: Note.read(store, rank), seat.rank_of(error.peer))
+        rank, note = last_of(lambda rank: Note.read(store, rank), position.rank_of(error.peer))
     except (RuntimeError, OSError) as gone:
-        return f"rank {seat.rank_of(error.peer)} is silent, {found} (and no store: {gone})"
-    rows = {seat.rank_of(row): row for row in range(schedule.problem.num_ranks)}
+        return f"rank {position.rank_of(error.peer)} is silent, {found} (and no store: {gone})"
+    rows = {position.rank_of(row): row for row in range(schedule.problem.num_ranks)}
     if note is None or rank not in rows:
         return f"rank {rank} is silent and has not said what it is at, {found}"
     return f"rank {rank} hangs at {schedule.rows[rows[rank]][note.index]}, {found}"

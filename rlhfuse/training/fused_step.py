@@ -30,7 +30,7 @@ from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import clock_of
 from rlhfuse.training.control import Control
 from rlhfuse.training.executor import Executor, StageRunner
-from rlhfuse.training.failure import StepFailed, publish_failure
+from rlhfuse.training.failure import StepFailed, in_one_voice
 from rlhfuse.training.fused_models import (
     Batch,
     Model,
@@ -198,12 +198,9 @@ class FusedStep:
             raise
         except Exception as error:
             place = f"after the tasks of update {self._number}"
-            word = f"rank {self._rank} failed {place}: {self._explain(error)}"
-            first = publish_failure(self._store, word)
+            text = in_one_voice(self._store, self._rank, place, self._explain(error))
             self.close()
-            if first != word:
-                word = f"rank {self._rank} stopped {place}, because {first}"
-            raise StepFailed(word) from error
+            raise StepFailed(text) from error
 
     def _explain(self, error: Exception) -> str:
         if out_of_memory(error):

@@ -22,7 +22,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -122,9 +122,14 @@ class _Memory:
         self.each = len(self._map) // PLACES
         self._first = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
-    def place(self, number: int) -> int:
-        """Address of message `number` of the channel."""
-        return self._first + number % PLACES * self.each
+    def lay(
+        self, announced: Announced, number: int
+    ) -> Iterator[tuple[Message, Form, int, int, bytes]]:
+        """Each message, what it looks like, its address and bytes, and the word that tells that it
+        is there. `number`: of the first one in the channel."""
+        for at, (message, form) in enumerate(announced, number):
+            address = self._first + at % PLACES * self.each
+            yield message, form, address, form.size, _WORD.pack(form.size)
 
 
 def _memmove() -> Callable[[int, int, int], None]:
@@ -155,17 +160,7 @@ class Source:
             PeerLost: the target is gone, or took nothing within the time limit.
         """
         memory = self._room(max(form.size for _, form in announced), announced[0][0])
-        return {
-            message: partial(
-                self._put,
-                message,
-                form,
-                memory.place(number),
-                form.size,
-                _WORD.pack(form.size),
-            )
-            for number, (message, form) in enumerate(announced, self._given)
-        }
+        return {laid[0]: partial(self._put, *laid) for laid in memory.lay(announced, self._given)}
 
     def _put(
         self,
@@ -230,17 +225,7 @@ class Target:
             PeerLost: the source is gone, or sent nothing within the time limit.
         """
         memory = self._room(max(form.size for _, form in announced), announced[0][0])
-        return {
-            message: partial(
-                self._take,
-                message,
-                form,
-                memory.place(number),
-                form.size,
-                _WORD.pack(form.size),
-            )
-            for number, (message, form) in enumerate(announced, self.taken)
-        }
+        return {laid[0]: partial(self._take, *laid) for laid in memory.lay(announced, self.taken)}
 
     def _take(
         self, message: Message, form: Form, address: int, size: int, word: bytes

@@ -34,7 +34,7 @@ class Reductions:
         self._travelling[key] = [
             _Bucket(part, flat, _work(dist.all_reduce(flat, group=group, async_op=True)))
             for part in buckets(gradients)
-            for flat in (torch.cat([g.reshape(-1) for g in part]),)
+            for flat in (flattened(part),)
         ]
 
     @torch.no_grad()
@@ -42,11 +42,7 @@ class Reductions:
         """Wait until the gradients of `key` are the sums; nothing where none were started."""
         for bucket in self._travelling.pop(key, []):
             bucket.work.wait()
-            offset = 0
-            for gradient in bucket.gradients:
-                part = bucket.flat[offset : offset + gradient.numel()]
-                gradient.copy_(part.view_as(gradient))
-                offset += gradient.numel()
+            copy_back(bucket.flat, bucket.gradients)
 
     def clear(self) -> None:
         """Wait for nothing any more."""
@@ -63,6 +59,17 @@ def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
                 bucket = []
             bucket.append(tensor)
         yield bucket
+
+
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A copy of all, one after the other."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def copy_back(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """What `flattened` made of tensors like these, into them."""
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _work(work: dist.Work | None) -> dist.Work:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rlhfuse.placement import StagePlacement, replicas, roles_of
-from rlhfuse.training.reduction import Key, Reductions, buckets
+from rlhfuse.training.reduction import Key, Reductions, buckets, copy_back, flattened
 from rlhfuse.training.trained_stage import TrainedStage
 
 
@@ -51,13 +51,9 @@ class Replicas:
         parameters = stage.trained_parameters()
         for owner, names in enumerate(stage.optimizer.shards):
             for part in buckets([parameters[name] for name in names]):
-                flat = torch.cat([p.reshape(-1) for p in part])
+                flat = flattened(part)
                 dist.broadcast(flat, ranks[owner], group=group)
-                offset = 0
-                for parameter in part:
-                    size = parameter.numel()
-                    parameter.copy_(flat[offset : offset + size].view_as(parameter))
-                    offset += size
+                copy_back(flat, part)
 
     def close(self) -> None:
         """Leave the groups."""

@@ -23,7 +23,7 @@ from rlhfuse.training.channels import Channels
 from rlhfuse.training.clock import Watch, clock_of
 from rlhfuse.training.control import Control
 from rlhfuse.training.executor import Executor
-from rlhfuse.training.failure import StepFailed, publish_failure
+from rlhfuse.training.failure import StepFailed, in_one_voice
 from rlhfuse.training.memory import advice, in_use, loading, out_of_memory
 from rlhfuse.training.minibatch import MiniBatches
 from rlhfuse.training.progress import Tell, UpdateProgress
@@ -284,12 +284,9 @@ class RankTrainer:
                 self._leave()
             raise
         except Exception as error:
-            word = f"rank {self._rank} failed in {place}: {self._explain(error)}"
-            first = publish_failure(self._store, word)
+            text = in_one_voice(self._store, self._rank, f"in {place}", self._explain(error))
             self._leave()
-            if first != word:
-                word = f"rank {self._rank} stopped in {place}, because {first}"
-            raise StepFailed(word) from error
+            raise StepFailed(text) from error
 
     def _explain(self, error: Exception) -> str:
         if out_of_memory(error):

@@ -1,15 +1,18 @@
 """Who hangs is found by who waits for whom; notes are of what lasts, and of nothing else."""
 
+import threading
 import time
 
 import pytest
 from torch._C._distributed_c10d import HashStore
 
 from rlhfuse.schedules.ir import Op, Task
-from rlhfuse.training.failure import Lookout, Note, Seat, last_of
+from rlhfuse.training.failure import Lookout, Note, Position, last_of
 from rlhfuse.training.links import Channel, Flow, Message, Step
 
-STEPS = [Step(index, Task("actor", Op.F, 1, index), None, None) for index in range(3)]
+
+def step(index: int) -> Step:
+    return Step(index, Task("actor", Op.F, 1, index), None, None)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def test_the_one_who_hangs_is_the_last_of_those_who_wait(
 
 
 def test_what_lasts_is_noted_until_it_is_over() -> None:
-    store, seat = HashStore(), Seat(rank=5, row=1, rank_of=lambda row: 10 * row + 5)
+    store, position = HashStore(), Position(rank=5, row=1, rank_of=lambda row: 10 * row + 5)
     message = Message(Channel(2, 1, "actor", Flow.ACTIVATION), 1, 2)
 
     def noted() -> Note | None:
@@ -43,19 +46,53 @@ def test_what_lasts_is_noted_until_it_is_over() -> None:
             assert time.monotonic() < limit, f"{noted()}, expected {expected}"
             time.sleep(0.01)
 
-    with Lookout(store, seat, period_s=0.05) as lookout:
+    with Lookout(store, position, period_s=0.05) as lookout:
         assert noted() is None
-        lookout.step = STEPS[1]
+        lookout.step = step(1)
         until(Note(index=1, awaits=-1))
-        lookout.step, lookout.awaits = STEPS[2], message
+        lookout.step, lookout.awaits = step(2), message
         until(Note(index=2, awaits=25))
-        for index in range(40):  # nothing lasts
-            lookout.step = STEPS[index % 2]
-            time.sleep(0.01)
-        until(None)
-        lookout.step = STEPS[0]
+        limit, index = time.monotonic() + 20.0, 3
+        while noted() is not None:  # nothing lasts
+            assert time.monotonic() < limit
+            lookout.step = step(index)
+            index += 1
+            time.sleep(0.001)
+        lookout.step = step(0)
         until(Note(index=0, awaits=25))
     until(None)
     with lookout:  # what a run before was at is over
         time.sleep(0.2)
         assert noted() is None
+
+
+class SlowStore(HashStore):
+    """Holds up who writes, until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.asked.set()
+        assert self.go_on.wait(20.0)
+        super().set(key, value)
+
+
+def test_a_store_that_does_not_answer_holds_up_no_run_and_leaves_no_thread_behind() -> None:
+    store = SlowStore()
+    lookout = Lookout(store, Position(5, 1, lambda row: row), period_s=0.05)
+    with lookout:
+        lookout.step = step(1)
+        assert store.asked.wait(20.0)
+    with lookout:  # the first one's thread is still held up
+        assert threads() == 2
+        store.go_on.set()
+        limit = time.monotonic() + 20.0
+        while threads() > 1:
+            assert time.monotonic() < limit, "the first one's thread goes on"
+            time.sleep(0.01)
+
+
+def threads() -> int:
+    return sum(thread.name == "lookout" for thread in threading.enumerate())
