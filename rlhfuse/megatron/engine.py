@@ -119,6 +119,7 @@ class Engine:
                     turns.to(step.task.pipeline)
                     _run_step(step, runs[step.task.pipeline], exchange, recorder, lookout)
                 exchange.drain()
+                lookout.step = None
                 return {name: _end(turns, name, run) for name, run in runs.items()}
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"

@@ -159,7 +159,7 @@ def tell_failure(
     if isinstance(error, PeerLost) and error.silent:
         blame = _hanging(store, schedule, position, error)
     if at is None:
-        return in_one_voice(store, position.rank, "before its first task", why, blame=blame)
+        return in_one_voice(store, position.rank, "before or after its tasks", why, blame=blame)
     link = "" if at.receives is None else f" ({at.receives})"
     text = in_one_voice(store, position.rank, f"at {at.task}", why, blame=blame, link=link)
     return f"{text}\n{schedule.marked(position.row, at.index)}"
